@@ -1,0 +1,290 @@
+"""The five stages in blocked PyTorch: any device, O(N d) memory plus a bounded workspace.
+
+Always there, and the slow path that says so: the products go through the device's library GEMM
+and every pass over a block is a separate operation. Blocks of S (BLOCK_M, BLOCK_N) live in one
+reused buffer; the backward pass computes each block again (8c operations, docs/design.md
+section 3), or reads it back where all of E fits in the workspace (6c).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..problem import Problem
+from .stages import Pair
+
+NAME = "torch"
+
+# Two buffers of BLOCK_M x BLOCK_N fp32, 2 MiB each: the GEMM runs at its full rate and a block
+# stays in cache between the passes over it. From 256 x 512 to 2048 x 2048 the step at N = 4096,
+# d = 360 stayed within 6 % (2-core AVX-512 machine), so the small end is taken for memory's sake.
+BLOCK_M = 512
+BLOCK_N = 1024
+DEFAULT_WORKSPACE_BYTES = 64 * 2**20
+
+
+def why_not(problem: Problem) -> list[str]:
+    """Reasons this backend cannot run ``problem``; empty when it can."""
+    reasons = []
+    if problem.negatives == "same":
+        reasons.append("negatives 'same' is in the reference backend only")
+    if problem.precision not in ("auto", "highest"):
+        reasons.append(
+            f"precision {problem.precision!r}: it computes in fp32 (fp64 for fp64 inputs)"
+        )
+    return reasons
+
+
+def block_shape(problem: Problem) -> tuple[int, int]:
+    """(BLOCK_M, BLOCK_N) for this call: two buffers of it fit the workspace."""
+    workspace = problem.workspace_bytes
+    workspace = DEFAULT_WORKSPACE_BYTES if workspace is None else workspace
+    itemsize = problem.statistics_dtype.itemsize
+    rows, columns = min(BLOCK_M, problem.rows), min(BLOCK_N, problem.candidates)
+    if problem.negatives == "both":
+        rows = min(BLOCK_M, problem.candidates)
+    while 2 * rows * columns * itemsize > workspace and rows * columns > 64 * 64:
+        rows, columns = (rows, (columns + 1) // 2) if columns > rows else ((rows + 1) // 2, columns)
+    return rows, columns
+
+
+class TorchStages:
+    """The stages, as :class:`directclr_fast.backends.stages.Stages` describes them."""
+
+    def packed(self, problem: Problem) -> tuple[int, torch.dtype]:
+        return problem.dim, problem.statistics_dtype
+
+    def kept_shape(self, problem: Problem) -> tuple[int, ...]:
+        workspace = problem.workspace_bytes
+        workspace = DEFAULT_WORKSPACE_BYTES if workspace is None else workspace
+        size = problem.rows * problem.candidates * problem.statistics_dtype.itemsize
+        size *= problem.groups
+        known = problem.temperature is not None
+        if problem.keep and known and size <= workspace:
+            if problem.unshifted_is_safe(1.0 / problem.temperature):
+                return (problem.rows, problem.candidates)
+        return (0,)
+
+    def normalize(self, problem: Problem, r: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
+        x = r[:, : problem.dim] if index is None else r.index_select(1, index)
+        # fp64 squares: rows of 1e19 do not overflow, rows of 1e-30 do not vanish.
+        wide = torch.float32 if r.device.type == "mps" else torch.float64
+        norm = torch.linalg.vector_norm(x, dim=1, dtype=wide)
+        rnorm = norm.clamp_min_(problem.eps).reciprocal_()
+        z = torch.empty(x.shape, dtype=problem.statistics_dtype, device=r.device)
+        torch.mul(x, rnorm.to(z.dtype)[:, None], out=z)
+        return z, rnorm.to(z.dtype)
+
+    def positives(self, problem: Problem, z1: Tensor, z2: Tensor) -> Tensor:
+        own = z2[problem.row_offset : problem.row_offset + problem.rows]
+        return torch.linalg.vecdot(z1, own)
+
+    def sums(self, problem: Problem, z1: Tensor, z2: Tensor, scale, kept: Tensor):
+        unshifted = _unshifted(problem, scale)
+        row = _Accumulator(problem.rows, z1, unshifted)
+        col = _Accumulator(problem.candidates, z1, unshifted) if problem.symmetric else None
+        for rows, columns, s in _blocks(problem, z1, z2, scale, problem.row_offset, kept):
+            if unshifted:
+                s.exp_()
+            row.add(rows, s, 1)
+            if col is not None:
+                col.add(columns, s, 0)
+        return row.log_sum(), None if col is None else col.log_sum()
+
+    def self_sums(self, problem: Problem, z: Tensor, scale) -> Tensor:
+        unshifted = _unshifted(problem, scale)
+        row = _Accumulator(z.shape[0], z, unshifted)
+        for rows, columns, s in _blocks(problem, z, z, scale, 0, triangle=True):
+            if unshifted:
+                s.exp_()
+            row.add(rows, s, 1)
+            if columns.start >= rows.stop:
+                row.add(columns, s, 0)
+        return row.log_sum()
+
+    def products(
+        self, problem: Problem, z1: Tensor, z2: Tensor, scale, pair: Pair, kept: Tensor, need
+    ) -> tuple[Tensor | None, Tensor | None]:
+        dz1 = torch.zeros_like(z1) if need[0] else None
+        dz2 = torch.zeros_like(z2) if need[1] else None
+        if dz1 is None and dz2 is None:
+            return dz1, dz2
+        weigh = _Weigher(problem, scale, pair)
+        own = problem.row_offset
+        blocks = (
+            _kept_blocks(problem, kept)
+            if kept.numel()
+            else _blocks(problem, z1, z2, scale, problem.row_offset)
+        )
+        for rows, columns, s in blocks:
+            g = weigh(rows, columns, s, exponentiated=bool(kept.numel()))
+            start, stop, diagonal = _diagonal(g, rows, columns, own)
+            diagonal.copy_(pair.diagonal[start:stop])
+            if dz1 is not None:
+                dz1[rows].addmm_(g, z2[columns])
+            if dz2 is not None:
+                dz2[columns].addmm_(g.T, z1[rows])
+        return dz1, dz2
+
+    def add_self_products(
+        self, problem: Problem, z: Tensor, scale, w: Tensor, lse: Tensor, dz: Tensor
+    ) -> None:
+        # H + H^T is symmetric, so the blocks above the diagonal serve both of their halves.
+        weigh = _Weigher(problem, scale, Pair(w, lse, w, lse, w))
+        for rows, columns, s in _blocks(problem, z, z, scale, 0, triangle=True):
+            g = weigh(rows, columns, s)
+            dz[rows].addmm_(g, z[columns])
+            if columns.start >= rows.stop:
+                dz[columns].addmm_(g.T, z[rows])
+
+    def gradient_buffer(self, problem: Problem, rows: int, device: torch.device) -> Tensor:
+        shape = (rows, problem.width)
+        if problem.gathered or problem.dim < problem.width:
+            return torch.zeros(shape, dtype=problem.dtype, device=device)
+        return torch.empty(shape, dtype=problem.dtype, device=device)
+
+    def finish(
+        self,
+        problem: Problem,
+        z: Tensor,
+        rnorm: Tensor,
+        dz: Tensor,
+        scale,
+        dr: Tensor | None,
+        index: Tensor | None,
+    ) -> Tensor:
+        dot = torch.linalg.vecdot(z, dz)
+        total = dot.sum() * scale
+        if dr is not None:
+            # A row shorter than eps was divided by a constant: nothing to project out.
+            dot.masked_fill_(rnorm >= 1.0 / problem.eps, 0.0)
+            dx = dz.addcmul_(z, dot[:, None], value=-1.0).mul_((rnorm * scale)[:, None])
+            if index is None:
+                dr[:, : problem.dim].copy_(dx)
+            else:
+                dr.index_add_(1, index, dx.to(dr.dtype))
+        return total
+
+
+class _Accumulator:
+    """Sums of exp over blocks, in the log domain; blocks come as exp(s) or, shifted, as s."""
+
+    def __init__(self, size: int, like: Tensor, unshifted: bool) -> None:
+        self.unshifted = unshifted
+        self.total = torch.full_like(like[:, 0], 0.0 if unshifted else float("-inf"))
+        if self.total.shape[0] != size:
+            self.total = self.total.new_full((size,), 0.0 if unshifted else float("-inf"))
+
+    def add(self, where: slice, s: Tensor, dim: int) -> None:
+        if self.unshifted:
+            self.total[where] += s.sum(dim)
+        else:
+            self.total[where] = torch.logaddexp(self.total[where], torch.logsumexp(s, dim))
+
+    def log_sum(self) -> Tensor:
+        return self.total.log_() if self.unshifted else self.total
+
+
+class _Weigher:
+    """Turns a block of a S into G_ij = w_i exp(a s_ij - row_lse_i) + v_j exp(a s_ij - col_lse_j).
+
+    The result may share the block's memory.
+    """
+
+    def __init__(self, problem: Problem, scale, pair: Pair) -> None:
+        self.pair = pair
+        self.unshifted = _unshifted(problem, scale)
+        if self.unshifted:
+            self.of_row = pair.w * torch.exp(-pair.row_lse)
+            self.of_col = None if pair.v is None else pair.v * torch.exp(-pair.col_lse)
+        rows, columns = block_shape(problem)
+        self.buffer = None
+        if pair.v is not None:
+            self.buffer = pair.w.new_empty(rows * columns)
+
+    def __call__(self, rows: slice, columns: slice, s: Tensor, exponentiated: bool = False):
+        pair = self.pair
+        other = None if self.buffer is None else self.buffer[: s.numel()].view(s.shape)
+        if self.unshifted:
+            if exponentiated:
+                # s is a view of the kept E, which a second backward pass may need again.
+                if other is None:
+                    return s * self.of_row[rows, None]
+                torch.add(self.of_row[rows, None], self.of_col[columns], out=other)
+                return other.mul_(s)
+            s.exp_()
+            if other is None:
+                return s.mul_(self.of_row[rows, None])
+            torch.add(self.of_row[rows, None], self.of_col[columns], out=other)
+            return s.mul_(other)
+        if other is not None:
+            torch.sub(s, pair.col_lse[columns], out=other)
+            other.exp_().mul_(pair.v[columns])
+        s.sub_(pair.row_lse[rows, None]).exp_().mul_(pair.w[rows, None])
+        return s if other is None else s.add_(other)
+
+
+def _unshifted(problem: Problem, scale) -> bool:
+    return not isinstance(scale, Tensor) and problem.unshifted_is_safe(scale)
+
+
+def _slices(size: int, block: int):
+    return [slice(start, min(start + block, size)) for start in range(0, size, block)]
+
+
+def _blocks(
+    problem: Problem,
+    z1: Tensor,
+    z2: Tensor,
+    scale,
+    offset: int,
+    kept: Tensor | None = None,
+    triangle: bool = False,
+):
+    """Yields (rows, columns, a S) in a fixed order, -inf where column = row + offset.
+
+    The block is a view of one reused buffer, or of ``kept`` where that is given and not empty.
+    ``triangle`` (z1 is z2) leaves out the blocks below the diagonal.
+    """
+    block_m, block_n = block_shape(problem)
+    if triangle:
+        block_m = block_n = min(block_m, block_n)
+    buffer = None
+    if kept is None or not kept.numel():
+        buffer = z1.new_empty(min(block_m, z1.shape[0]) * min(block_n, z2.shape[0]))
+    for rows in _slices(z1.shape[0], block_m):
+        scaled = z1[rows] * scale
+        for columns in _slices(z2.shape[0], block_n):
+            if triangle and columns.start < rows.start:
+                continue
+            size = (rows.stop - rows.start, columns.stop - columns.start)
+            s = kept[rows, columns] if buffer is None else buffer[: size[0] * size[1]].view(size)
+            torch.mm(scaled, z2[columns].T, out=s)
+            _diagonal(s, rows, columns, offset)[2].fill_(float("-inf"))
+            yield rows, columns, s
+
+
+def _kept_blocks(problem: Problem, kept: Tensor):
+    block_m, block_n = block_shape(problem)
+    for rows in _slices(kept.shape[0], block_m):
+        for columns in _slices(kept.shape[1], block_n):
+            yield rows, columns, kept[rows, columns]
+
+
+def _diagonal(block: Tensor, rows: slice, columns: slice, offset: int):
+    """(first row, last row + 1, view) of the entries of a block where column = row + offset."""
+    start = max(rows.start, columns.start - offset)
+    stop = max(start, min(rows.stop, columns.stop - offset))
+    if start == stop:
+        return start, stop, block[:0, 0]
+    inside = block[start - rows.start : stop - rows.start, start + offset - columns.start :]
+    return start, stop, inside.diagonal()[: stop - start]
+
+
+_STAGES = TorchStages()
+
+
+def stages() -> TorchStages:
+    """The stage object the driver in ``stages.py`` runs."""
+    return _STAGES

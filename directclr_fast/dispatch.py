@@ -1,0 +1,70 @@
+"""Which backend runs a call: one table, one walk, and the reasons of those that cannot.
+
+========== ==================================================== ===============================
+name       what                                                 chosen automatically
+========== ==================================================== ===============================
+torch      the five stages in blocked PyTorch, O(N d) memory    always available
+reference  the formula, materialises the N x N matrix           options nothing faster has
+========== ==================================================== ===============================
+
+A backend is a module with ``NAME``, ``why_not(problem) -> list[str]`` and the stages. Automatic
+choice walks :data:`PRIORITY` and takes the first without a reason against it; a backend named by
+the caller either runs or fails with its reasons.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from .problem import Problem
+
+_MODULES = {
+    "torch": ".backends.torch_blocked",
+    "reference": ".reference",
+}
+PRIORITY = ("torch", "reference")  # fastest first
+BACKENDS = ("auto", *PRIORITY)
+
+_last: str | None = None
+
+
+def load(name: str) -> ModuleType:
+    """The backend module called ``name`` (a key of the table above)."""
+    return importlib.import_module(_MODULES[name], __package__)
+
+
+def choose(problem: Problem, backend: str = "auto") -> str:
+    """Name of the backend that runs ``problem``.
+
+    Raises ``NotImplementedError`` with the reasons where the named backend, or every one, cannot.
+    """
+    names = PRIORITY if backend == "auto" else (backend,)
+    reasons = []
+    for name in names:
+        against = load(name).why_not(problem)
+        if not against:
+            return name
+        reasons += [f"{name}: {reason}" for reason in against]
+    asked = "no backend can run" if backend == "auto" else f"backend {backend!r} cannot run"
+    raise NotImplementedError(f"{asked} this call ({describe(problem)}): " + "; ".join(reasons))
+
+
+def describe(problem: Problem) -> str:
+    """The call in one line, for messages."""
+    return (
+        f"{problem.rows} x {problem.candidates} rows, {problem.dim} of {problem.width} columns, "
+        f"{str(problem.dtype).removeprefix('torch.')} on {problem.device_type}, "
+        f"negatives={problem.negatives!r}, precision={problem.precision!r}"
+    )
+
+
+def note(name: str) -> None:
+    """Records that backend ``name`` ran a forward pass."""
+    global _last
+    _last = name
+
+
+def last_backend() -> str | None:
+    """Name of the backend that ran the last forward pass of this process, None before the first."""
+    return _last

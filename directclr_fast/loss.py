@@ -1,0 +1,411 @@
+"""The public loss: checks, defaults and the choice between eager, compiled and reference routes.
+
+Three losses go by the name InfoNCE; ``negatives`` names them (docs/design.md section 2):
+
+========= ============================================== =================================
+negatives candidates of anchor i                         whose
+========= ============================================== =================================
+"cross"   the other view's N rows                        DirectCLR's released trainer; CLIP
+"both"    both views' 2N - 1 other rows (NT-Xent)        SimCLR
+"same"    rows of its own view, squared distance         Eq. 2 of arXiv 2110.09348
+========= ============================================== =================================
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import distributed, ops, reference
+from .dispatch import BACKENDS, choose, note
+from .problem import DTYPES, NEGATIVES, PRECISIONS, REDUCTIONS
+
+
+class LossStats(NamedTuple):
+    """Detached statistics of one call, fp32 (fp64 for fp64 inputs), in units of the logits.
+
+    ``row_lse`` (M,): log-sum-exp over the candidates of each anchor of view 1; ``col_lse`` (N,):
+    the same for view 2, None for one direction; ``positives`` (M,): the positive logits. For
+    grouped columns each has a leading dimension G. The loss of row i is
+    (row_lse_i + col_lse_i) / 2 - positives_i, or row_lse_i - positives_i for one direction.
+    """
+
+    row_lse: Tensor
+    col_lse: Tensor | None
+    positives: Tensor
+
+
+def fast_directclr_loss(
+    r1: Tensor,
+    r2: Tensor,
+    dim: int | None = 360,
+    temperature: float | Tensor = 0.1,
+    *,
+    columns: Tensor | Sequence[int] | None = None,
+    negatives: str = "cross",
+    symmetric: bool = True,
+    reduction: str = "mean",
+    group=None,
+    precision: str = "auto",
+    backend: str = "auto",
+    workspace_bytes: int | None = None,
+    eps: float = 1e-12,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, LossStats]:
+    r"""InfoNCE on the sub-vector r[:, :dim] of two views, exact and in O(N d) memory.
+
+    With z the unit rows of r[:, :dim] and s_ij = z1_i . z2_j / temperature, the default is
+
+    .. code-block:: text
+
+        1/N sum_i [ (log sum_j exp s_ij + log sum_j exp s_ji) / 2 - s_ii ]
+
+    the loss of DirectCLR (Jing, Vincent, LeCun, Tian, arXiv 2110.09348, section 6).
+
+    Args:
+        r1, r2: (M, R) and (N, R) representations of the two views, same dtype (fp16, bf16, fp32
+            or fp64) and device, any strides. Row i of r1 and row i of r2 are a positive pair;
+            rows of r2 beyond M are further candidates only. Gradients come in the input dtype.
+        dim: the number d of leading columns the loss reads; None takes all R.
+        temperature: positive float, or a 0-dim tensor, which receives its gradient.
+        columns: int64 (d,) takes those columns instead of the first ``dim``; (G, d) sums the
+            losses of G column groups. On the CPU the indices are checked (in range, none twice
+            in a group); on another device they are trusted, so that nothing waits for it.
+        negatives: "cross", "both" or "same", see the module's table. "same" (Eq. 2 of the paper)
+            neither normalises nor divides by the temperature, and materialises N x N.
+        symmetric: average both directions; False takes the anchors of r1 only.
+        reduction: "mean", "sum", or "none" for one loss per row, (M,).
+        group: None, a ProcessGroup or "world". Only groups of one process in this version.
+        precision: "auto", "fp16", "bf16", "tf32", "fp8" or "highest": that of the products; a
+            backend without it says so. "highest" keeps fp32 inputs free of TF32 and bf16.
+        backend: "auto" or a name from :mod:`directclr_fast.dispatch`.
+        workspace_bytes: limit of the scratch memory; None takes the backend's default. A larger
+            workspace may keep similarity tiles for the backward pass and save their recompute.
+        eps: rows shorter than this are divided by it, as in ``torch.nn.functional.normalize``.
+        return_stats: also return :class:`LossStats`, at no extra pass over the similarities.
+
+    Returns:
+        The loss, 0-dim or (M,), fp32 (fp64 for fp64 inputs), or ``(loss, LossStats)``.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape, dtype, device or range.
+        NotImplementedError: no backend, or not the one named, has this combination.
+    """
+    _check_views(r1, r2)
+    index, grouped = _check_columns(columns, r1)
+    dim = _check_dim(dim, r1) if index is None else 0
+    _check_choice("negatives", negatives, NEGATIVES)
+    _check_choice("reduction", reduction, REDUCTIONS)
+    _check_choice("precision", precision, PRECISIONS)
+    _check_choice("backend", backend, BACKENDS)
+    if not isinstance(symmetric, bool):
+        raise TypeError(f"symmetric: expected True or False, got {symmetric!r}")
+    value, tensor = _check_temperature(temperature, r1, negatives)
+    if negatives != "cross" and r1.shape[0] != r2.shape[0]:
+        raise ValueError(
+            f"r2: expected {r1.shape[0]} rows like r1 with negatives={negatives!r}, "
+            f"got {r2.shape[0]}"
+        )
+    if not _is_number(eps) or not 0.0 < eps < math.inf:
+        raise ValueError(f"eps: expected a positive finite number, got {eps!r}")
+    if workspace_bytes is None:
+        workspace_bytes = -1
+    elif not isinstance(workspace_bytes, int) or workspace_bytes < 0:
+        raise ValueError(
+            f"workspace_bytes: expected None or a number of bytes >= 0, got {workspace_bytes!r}"
+        )
+    distributed.check_group(group)
+
+    options = ops.Options(
+        temperature=value,
+        dim=dim,
+        negatives=negatives,
+        symmetric=symmetric,
+        reduction=reduction,
+        row_offset=0,
+        precision=precision,
+        backend=backend,
+        workspace_bytes=workspace_bytes,
+        eps=float(eps),
+    )
+    loss, *stats = _run(r1, r2, index, tensor, options)
+    if not return_stats:
+        return loss
+    stats = [value.detach() if grouped else value.detach()[0] for value in stats]
+    return loss, LossStats(stats[0], stats[1] if symmetric else None, stats[2])
+
+
+def info_nce(
+    z1: Tensor,
+    z2: Tensor,
+    temperature: float | Tensor = 0.1,
+    *,
+    reduction: str = "mean",
+    precision: str = "auto",
+    backend: str = "auto",
+    workspace_bytes: int | None = None,
+    eps: float = 1e-12,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, LossStats]:
+    """One direction of InfoNCE on all columns: anchors z1 (M, d), candidates z2 (N, d).
+
+    Drop-in for the ``infoNCE`` of the DirectCLR release: rows are normalised here, logits are
+    z1 z2^T / temperature, the target of row i is column i. Other arguments, results and errors as
+    in :func:`fast_directclr_loss`.
+    """
+    return fast_directclr_loss(
+        z1,
+        z2,
+        None,
+        temperature,
+        symmetric=False,
+        reduction=reduction,
+        precision=precision,
+        backend=backend,
+        workspace_bytes=workspace_bytes,
+        eps=eps,
+        return_stats=return_stats,
+    )
+
+
+class DirectCLRLoss(nn.Module):
+    """:func:`fast_directclr_loss` as a module: ``DirectCLRLoss()(r1, r2)``.
+
+    Takes the function's arguments. ``learnable_temperature=True`` makes the temperature
+    exp(``log_temperature``), a 0-dim fp32 parameter that starts at ``temperature`` and stays
+    positive. ``columns`` become a buffer that moves with the module.
+    """
+
+    def __init__(
+        self,
+        dim: int | None = 360,
+        temperature: float = 0.1,
+        *,
+        columns: Tensor | Sequence[int] | None = None,
+        negatives: str = "cross",
+        symmetric: bool = True,
+        reduction: str = "mean",
+        group=None,
+        precision: str = "auto",
+        backend: str = "auto",
+        workspace_bytes: int | None = None,
+        eps: float = 1e-12,
+        return_stats: bool = False,
+        learnable_temperature: bool = False,
+    ) -> None:
+        super().__init__()
+        if not _is_number(temperature) or not 0.0 < temperature < math.inf:
+            raise ValueError(
+                f"temperature: expected a positive finite number, got {temperature!r} "
+                "(learnable_temperature=True makes it a parameter)"
+            )
+        self.dim = dim
+        self.options = {
+            "negatives": negatives,
+            "symmetric": symmetric,
+            "reduction": reduction,
+            "group": group,
+            "precision": precision,
+            "backend": backend,
+            "workspace_bytes": workspace_bytes,
+            "eps": eps,
+            "return_stats": return_stats,
+        }
+        if columns is not None:
+            columns = _index_tensor(columns).clone()
+            _check_index_values(columns, None)
+        self.register_buffer("columns", columns, persistent=False)
+        self.log_temperature = None
+        self._temperature = float(temperature)
+        if learnable_temperature:
+            self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+
+    @property
+    def temperature(self) -> float | Tensor:
+        """The temperature in force: a float, or a 0-dim tensor where it is learned."""
+        if self.log_temperature is None:
+            return self._temperature
+        return self.log_temperature.exp()
+
+    def forward(self, r1: Tensor, r2: Tensor) -> Tensor | tuple[Tensor, LossStats]:
+        """Loss of the two views (M, R) and (N, R)."""
+        return fast_directclr_loss(
+            r1, r2, self.dim, self.temperature, columns=self.columns, **self.options
+        )
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(module)``."""
+        taken = f"dim={self.dim}"
+        if self.columns is not None:
+            taken = f"columns={tuple(self.columns.shape)}"
+        learned = self.log_temperature is not None
+        value = self.log_temperature.detach().exp().item() if learned else self._temperature
+        return f"{taken}, temperature={value:.4g}, learnable_temperature={learned}"
+
+
+def _run(r1: Tensor, r2: Tensor, index: Tensor | None, temperature: Tensor | None, options):
+    """(loss, row_lse, col_lse, positive logits) by the registered op, eagerly, or the reference."""
+    if torch.compiler.is_compiling():
+        if options.backend != "reference" and options.negatives != "same":
+            loss, *saved = ops.loss_forward(r1, r2, index, temperature, True, *options)
+            saved = ops.Saved(*saved)
+            return (
+                loss,
+                saved.row_lse,
+                saved.col_lse,
+                _logits(saved.positives, temperature, options),
+            )
+        problem = ops.problem_of(options, r1, r2, index, temperature)
+        return reference.loss(problem, r1, r2, index, temperature)
+    problem = ops.problem_of(options, r1, r2, index, temperature)
+    name = choose(problem, options.backend)
+    if name == reference.NAME:
+        with ops.plain(problem):
+            result = reference.loss(problem, r1, r2, index, temperature)
+        note(name)
+        return result
+    options = options._replace(backend=name)
+    keep = torch.is_grad_enabled() and (
+        r1.requires_grad
+        or r2.requires_grad
+        or (temperature is not None and temperature.requires_grad)
+    )
+    loss, row_lse, col_lse, cosines = ops.Loss.apply(r1, r2, index, temperature, keep, options)
+    return loss, row_lse, col_lse, _logits(cosines, temperature, options)
+
+
+def _logits(cosines: Tensor, temperature: Tensor | None, options) -> Tensor:
+    if temperature is None:
+        return cosines.detach() / options.temperature
+    return cosines.detach() / temperature.detach().to(cosines)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, float | int) and not isinstance(value, bool)
+
+
+def _check_choice(name: str, value, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        expected = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{name}: expected one of {expected}, got {value!r}")
+
+
+def _check_views(r1: Tensor, r2: Tensor) -> None:
+    for name, r in (("r1", r1), ("r2", r2)):
+        if not isinstance(r, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(r).__name__}")
+        if type(r).__name__ == "DTensor":
+            raise TypeError(
+                f"{name}: expected a local tensor, got a DTensor; pass its local rows "
+                "(r.to_local() or r.full_tensor())"
+            )
+        if r.is_nested or r.layout != torch.strided:
+            kind = "nested" if r.is_nested else str(r.layout)
+            raise TypeError(f"{name}: expected a dense strided tensor, got a {kind} one")
+        if r.dtype not in DTYPES:
+            raise TypeError(
+                f"{name}: expected float16, bfloat16, float32 or float64, got {_name(r.dtype)}"
+            )
+        if r.dim() != 2:
+            raise ValueError(
+                f"{name}: expected 2 dimensions (rows, width), got shape {tuple(r.shape)}"
+            )
+    if r1.dtype != r2.dtype:
+        raise TypeError(f"r2: expected {_name(r1.dtype)} like r1, got {_name(r2.dtype)}")
+    if r1.device != r2.device:
+        raise ValueError(f"r2: expected device {r1.device} like r1, got {r2.device}")
+    if r1.shape[0] == 0 or r1.shape[1] == 0:
+        raise ValueError(f"r1: expected at least one row and column, got shape {tuple(r1.shape)}")
+    if r2.shape[1] != r1.shape[1]:
+        raise ValueError(f"r2: expected width {r1.shape[1]} like r1, got shape {tuple(r2.shape)}")
+    if r2.shape[0] < r1.shape[0]:
+        raise ValueError(
+            f"r2: expected at least {r1.shape[0]} rows, a positive for each row of r1, "
+            f"got {r2.shape[0]}"
+        )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_dim(dim, r1: Tensor) -> int:
+    width = r1.shape[1]
+    if dim is None:
+        return width
+    if not isinstance(dim, int) or isinstance(dim, bool):
+        raise TypeError(f"dim: expected an int or None, got {type(dim).__name__}")
+    if not 0 < dim <= width:
+        raise ValueError(f"dim: expected 1 to {width} (the width of r1) or None, got {dim}")
+    return dim
+
+
+def _check_temperature(temperature, r1: Tensor, negatives: str) -> tuple[float, Tensor | None]:
+    """(value, None) for a number, (1.0, tensor) for a tensor."""
+    if not isinstance(temperature, Tensor):
+        if not _is_number(temperature):
+            raise TypeError(
+                "temperature: expected a positive number or a 0-dim tensor, "
+                f"got {type(temperature).__name__}"
+            )
+        if not 0.0 < temperature < math.inf:
+            raise ValueError(f"temperature: expected a positive finite number, got {temperature}")
+        return float(temperature), None
+    if negatives == "same":
+        raise ValueError(
+            "temperature: expected a number with negatives='same', which does not use it, "
+            "got a tensor"
+        )
+    if temperature.dim() != 0 or not temperature.is_floating_point():
+        raise ValueError(
+            "temperature: expected a 0-dim floating-point tensor, got shape "
+            f"{tuple(temperature.shape)} of {_name(temperature.dtype)}"
+        )
+    if temperature.device != r1.device and temperature.device.type != "cpu":
+        raise ValueError(
+            f"temperature: expected device {r1.device} like r1, or cpu, got {temperature.device}"
+        )
+    return 1.0, temperature
+
+
+def _index_tensor(columns) -> Tensor:
+    try:
+        index = columns if isinstance(columns, Tensor) else torch.as_tensor(columns)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"columns: expected an int64 tensor or a list of ints: {error}") from None
+    if index.dtype != torch.int64:
+        raise TypeError(f"columns: expected int64, got {_name(index.dtype)}")
+    if index.dim() not in (1, 2) or index.numel() == 0:
+        raise ValueError(
+            f"columns: expected shape (d,) or (G, d), not empty, got {tuple(index.shape)}"
+        )
+    return index
+
+
+def _check_index_values(index: Tensor, width: int | None) -> None:
+    ordered = index.sort(-1).values
+    low, high = int(ordered[..., 0].min()), int(ordered[..., -1].max())
+    if low < 0 or (width is not None and high >= width):
+        last = "the width of r1" if width is None else width - 1
+        bad = low if low < 0 else high
+        raise ValueError(f"columns: expected indices from 0 to {last}, got {bad}")
+    repeated = ordered[..., 1:][ordered[..., 1:] == ordered[..., :-1]]
+    if repeated.numel():
+        raise ValueError(
+            f"columns: expected each column at most once in a group, got {int(repeated[0])} twice"
+        )
+
+
+def _check_columns(columns, r1: Tensor) -> tuple[Tensor | None, bool]:
+    """((G, d) index on the device of r1 or None, whether the caller gave groups)."""
+    if columns is None:
+        return None, False
+    index = _index_tensor(columns)
+    # Values are read only where that waits for no device and breaks no graph.
+    if index.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_index_values(index, r1.shape[1])
+    return index.reshape(-1, index.shape[-1]).to(r1.device), index.dim() == 2

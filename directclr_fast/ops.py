@@ -1,0 +1,322 @@
+"""One logical op per direction, registered with torch.library: schema, fake, autograd.
+
+``directclr_fast::loss_forward`` and ``directclr_fast::loss_backward`` are what compiled graphs
+hold. Eager calls run the same two bodies through :class:`Loss`, an ``autograd.Function``, which
+spares them the dispatcher and adds double backward. Backends are bodies under both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import dispatch, reference
+from .backends import stages
+from .backends.stages import Saved
+from .problem import Problem
+
+
+class Options(NamedTuple):
+    """What a call asks besides its tensors; both ops take these as their last arguments."""
+
+    temperature: float  # not read where a tensor temperature is given
+    dim: int  # not read where columns are given
+    negatives: str
+    symmetric: bool
+    reduction: str
+    row_offset: int
+    precision: str
+    backend: str
+    workspace_bytes: int  # -1: the backend's default
+    eps: float
+
+
+_OPTIONS = (
+    "float temperature_value, int dim, str negatives, bool symmetric, str reduction, "
+    "int row_offset, str precision, str backend, int workspace_bytes, float eps"
+)
+_SAVED = ", ".join(f"Tensor {name}" for name in Saved._fields)
+
+
+def build_problem(
+    options: Options,
+    rows: int,
+    candidates: int,
+    width: int,
+    dtype: torch.dtype,
+    device_type: str,
+    columns: Tensor | None,
+    temperature: Tensor | None,
+    keep: bool,
+) -> Problem:
+    """The record of one call. ``columns`` is (G, d) or None."""
+    return Problem(
+        rows=rows,
+        candidates=candidates,
+        width=width,
+        dim=options.dim if columns is None else columns.shape[1],
+        dtype=dtype,
+        device_type=device_type,
+        temperature=options.temperature if temperature is None else None,
+        gathered=columns is not None,
+        groups=1 if columns is None else columns.shape[0],
+        negatives=options.negatives,
+        symmetric=options.symmetric,
+        reduction=options.reduction,
+        row_offset=options.row_offset,
+        precision=options.precision,
+        eps=options.eps,
+        workspace_bytes=None if options.workspace_bytes < 0 else options.workspace_bytes,
+        keep=keep,
+    )
+
+
+def problem_of(
+    options: Options,
+    r1: Tensor,
+    r2: Tensor,
+    columns: Tensor | None,
+    temperature: Tensor | None,
+    keep: bool = True,
+) -> Problem:
+    """The record of a forward call on these tensors."""
+    return build_problem(
+        options,
+        r1.shape[0],
+        r2.shape[0],
+        r1.shape[1],
+        r1.dtype,
+        r1.device.type,
+        columns,
+        temperature,
+        keep,
+    )
+
+
+@contextlib.contextmanager
+def _full_precision():
+    """No TF32 or bf16 inside fp32 products, whatever torch's float32 matmul setting allows."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def plain(problem: Problem):
+    """A context without autocast and, for precision="highest", without reduced fp32 products.
+
+    "auto" leaves torch's own float32 matmul setting in force.
+    """
+    stack = contextlib.ExitStack()
+    kind = problem.device_type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        stack.enter_context(torch.autocast(kind, enabled=False))
+    if problem.precision == "highest" and torch.get_float32_matmul_precision() != "highest":
+        stack.enter_context(_full_precision())
+    return stack
+
+
+def _scale(problem: Problem, temperature: Tensor | None):
+    """1/temperature: a float where the host may know it, else a 0-dim tensor on the device."""
+    if temperature is None:
+        return 1.0 / problem.temperature
+    if temperature.device.type == "cpu":
+        value = float(temperature.detach())
+        if not 0.0 < value < float("inf"):
+            raise ValueError(f"temperature: expected a positive finite number, got {value}")
+        return 1.0 / value
+    return temperature.detach().to(problem.statistics_dtype).reciprocal()
+
+
+def forward_body(
+    r1: Tensor,
+    r2: Tensor,
+    columns: Tensor | None,
+    temperature: Tensor | None,
+    keep: bool,
+    options: Options,
+) -> tuple[Tensor, Saved]:
+    """Loss (scalar or (M,)) and what the backward pass needs."""
+    problem = problem_of(options, r1, r2, columns, temperature, keep)
+    name = dispatch.choose(problem, options.backend)
+    backend = dispatch.load(name)
+    with torch.no_grad(), plain(problem):
+        scale = _scale(problem, temperature)
+        result = stages.forward(backend.stages(), problem, r1, r2, columns, scale)
+    dispatch.note(name)
+    return result
+
+
+def backward_body(
+    dloss: Tensor,
+    saved: Saved,
+    columns: Tensor | None,
+    temperature: Tensor | None,
+    width: int,
+    dtype: torch.dtype,
+    need: tuple[bool, bool, bool],
+    options: Options,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dr1, dr2, dtemperature), None where not needed."""
+    rows, candidates = saved.z1.shape[1], saved.z2.shape[1]
+    problem = build_problem(
+        options, rows, candidates, width, dtype, dloss.device.type, columns, temperature, True
+    )
+    backend = dispatch.load(dispatch.choose(problem, options.backend))
+    with torch.no_grad(), plain(problem):
+        scale = _scale(problem, temperature)
+        dr1, dr2, dtemperature = stages.backward(
+            backend.stages(), problem, dloss, saved, columns, scale, need
+        )
+    if dtemperature is not None:
+        dtemperature = torch.as_tensor(dtemperature).to(temperature)
+    return dr1, dr2, dtemperature
+
+
+class Loss(torch.autograd.Function):
+    """The eager route: (loss, *statistics) with gradients for r1, r2 and a tensor temperature."""
+
+    @staticmethod
+    def forward(ctx, r1, r2, columns, temperature, keep, options):
+        loss, saved = forward_body(r1, r2, columns, temperature, keep, options)
+        if keep:
+            # The inputs are kept by reference only, for a backward pass with create_graph=True.
+            ctx.save_for_backward(r1, r2, columns, temperature, *saved)
+            ctx.options = options
+        statistics = (saved.row_lse, saved.col_lse, saved.positives)
+        ctx.mark_non_differentiable(*statistics)
+        ctx.set_materialize_grads(False)
+        return loss, *statistics
+
+    @staticmethod
+    def backward(ctx, dloss, *_):
+        if dloss is None:
+            return (None,) * 6
+        r1, r2, columns, temperature, *saved = ctx.saved_tensors
+        need = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
+        if torch.is_grad_enabled():
+            grads = _differentiable_gradients(
+                dloss, r1, r2, columns, temperature, need, ctx.options
+            )
+        else:
+            grads = backward_body(
+                dloss, Saved(*saved), columns, temperature, r1.shape[1], r1.dtype, need, ctx.options
+            )
+        return grads[0], grads[1], None, grads[2], None, None
+
+
+def _differentiable_gradients(dloss, r1, r2, columns, temperature, need, options):
+    """Gradients that carry a graph (create_graph=True): through the reference formula, in N^2."""
+    with torch.enable_grad():
+        problem = problem_of(options, r1, r2, columns, temperature)
+        # New nodes, so that loss(r, r) gets two gradients and not their sum twice.
+        inputs = [value.view_as(value) if n else value for value, n in zip((r1, r2), need[:2])]
+        inputs.append(temperature.view_as(temperature) if need[2] else temperature)
+        with plain(problem):
+            loss = reference.loss(problem, inputs[0], inputs[1], columns, inputs[2])[0]
+            wanted = [value for value, n in zip(inputs, need) if n]
+            grads = iter(torch.autograd.grad(loss, wanted, dloss, create_graph=True))
+    return [next(grads) if n else None for n in need]
+
+
+@torch.library.custom_op(
+    "directclr_fast::loss_forward",
+    mutates_args=(),
+    schema=(
+        "(Tensor r1, Tensor r2, Tensor? columns, Tensor? temperature, bool keep, "
+        f"{_OPTIONS}) -> ({', '.join(['Tensor'] * (1 + len(Saved._fields)))})"
+    ),
+)
+def loss_forward(r1, r2, columns, temperature, keep, *options):
+    loss, saved = forward_body(r1, r2, columns, temperature, keep, Options(*options))
+    return loss, *saved
+
+
+@loss_forward.register_fake
+def _(r1, r2, columns, temperature, keep, *options):
+    options = Options(*options)
+    problem = problem_of(options, r1, r2, columns, temperature, keep)
+    backend = dispatch.load(dispatch.choose(problem, options.backend)).stages()
+    groups, m, n = problem.groups, problem.rows, problem.candidates
+
+    def stat(*shape):
+        return r1.new_empty(shape, dtype=problem.statistics_dtype)
+
+    packed, dtype = backend.packed(problem)
+    columns_of = n if problem.symmetric else 0
+    saved = Saved(
+        z1=r1.new_empty((groups, m, packed), dtype=dtype),
+        z2=r1.new_empty((groups, n, packed), dtype=dtype),
+        rnorm1=stat(groups, m),
+        rnorm2=stat(groups, n),
+        positives=stat(groups, m),
+        row_lse=stat(groups, m),
+        col_lse=stat(groups, columns_of),
+        nll_row=stat(groups, m),
+        nll_col=stat(groups, m if problem.symmetric else 0),
+        kept=r1.new_empty((groups, *backend.kept_shape(problem)), dtype=dtype),
+    )
+    return stat(*((m,) if problem.reduction == "none" else ())), *saved
+
+
+@torch.library.custom_op(
+    "directclr_fast::loss_backward",
+    mutates_args=(),
+    schema=(
+        f"(Tensor dloss, {_SAVED}, Tensor? columns, Tensor? temperature, SymInt width, "
+        f"ScalarType dtype, bool need1, bool need2, bool need_temperature, {_OPTIONS}) "
+        "-> (Tensor, Tensor, Tensor)"
+    ),
+)
+def loss_backward(dloss, *args):
+    saved, rest = Saved(*args[: len(Saved._fields)]), args[len(Saved._fields) :]
+    columns, temperature, width, dtype, *need = rest[:7]
+    grads = backward_body(
+        dloss, saved, columns, temperature, width, dtype, tuple(need), Options(*rest[7:])
+    )
+    return tuple(dloss.new_empty(0) if grad is None else grad for grad in grads)
+
+
+@loss_backward.register_fake
+def _(dloss, *args):
+    saved, rest = Saved(*args[: len(Saved._fields)]), args[len(Saved._fields) :]
+    _, temperature, width, dtype, need1, need2, need_temperature = rest[:7]
+
+    def gradient(rows, need):
+        return dloss.new_empty((rows, width), dtype=dtype) if need else dloss.new_empty(0)
+
+    return (
+        gradient(saved.z1.shape[1], need1),
+        gradient(saved.z2.shape[1], need2),
+        torch.empty_like(temperature) if need_temperature else dloss.new_empty(0),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    r1, _, columns, temperature, _, *options = inputs
+    ctx.save_for_backward(columns, temperature, *output[1:])
+    ctx.width, ctx.dtype, ctx.options = r1.shape[1], r1.dtype, options
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dloss, *_):
+    rest = (None,) * (1 + len(Options._fields))
+    if dloss is None:
+        return None, None, None, None, *rest
+    columns, temperature, *saved = ctx.saved_tensors
+    need = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
+    grads = loss_backward(
+        dloss, *saved, columns, temperature, ctx.width, ctx.dtype, *need, *ctx.options
+    )
+    dr1, dr2, dtemperature = (grad if n else None for grad, n in zip(grads, need))
+    return dr1, dr2, None, dtemperature, *rest
+
+
+torch.library.register_autograd(
+    "directclr_fast::loss_forward", _backward, setup_context=_setup_context
+)

@@ -1,0 +1,1 @@
+"""The paper's experiments and measures: spectra of representations and embeddings."""

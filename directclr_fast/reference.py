@@ -1,0 +1,196 @@
+r"""The specification: the loss and its gradients in plain PyTorch, any dtype up to fp64.
+
+With x_v = r_v[:, columns], z = x / max(|x|, eps), a = 1/temperature and s_ij = z1_i . z2_j,
+
+.. code-block:: text
+
+    row_i = log sum_j exp(a s_ij)          over the candidates of anchor i of view 1
+    col_j = log sum_i exp(a s_ij)          over the candidates of anchor j of view 2
+    l_i   = (row_i + col_p(i)) / 2 - a s_ip(i)     symmetric;     row_i - a s_ip(i)   one direction
+
+where p(i) = row_offset + i is the positive of anchor i. Which candidates there are is
+``negatives``: "cross", the other view's rows (Jing et al., released trainer; CLIP); "both", the
+other rows of both views as well (NT-Xent, SimCLR); "same" is the paper's Eq. 2, without
+normalisation and temperature: logits -|z_i - z'_i|^2 / 2 for the positive and -|z_i - z_j|^2 / 2
+for the other rows j != i of the anchor's own view.
+
+Gradients for "cross" (upstream g_i per row; w_i = g_i / 2 symmetric, else g_i, and v_j the same
+for columns, zero where column j is nobody's positive or the loss has one direction):
+
+.. code-block:: text
+
+    G_ij = w_i exp(a s_ij - row_i) + v_j exp(a s_ij - col_j) - [j = p(i)] (w_i + v_j)
+    dz1  = a G z2           dz2 = a G^T z1          dloss/da = sum_ij G_ij s_ij
+    dx   = (dz - z (z . dz)) / |x|                  (dz / eps where |x| < eps, as F.normalize)
+
+"both" adds, with S11 = z1 z1^T, H1_ij = w_i exp(a s11_ij - row_i) for i != j, the terms
+dz1 += a (H1 + H1^T) z1 and sum_ij H1_ij s11_ij, and the same for view 2 with v and col.
+
+This module materialises S. It is what every backend is tested against, and what runs the options
+no fast backend has. :func:`loss` is made of differentiable operations (any order of derivative);
+:func:`gradients` is the closed form above, checked against it by ``gradcheck`` in the tests.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .problem import Problem
+
+NAME = "reference"
+
+
+def why_not(problem: Problem) -> list[str]:
+    """Reasons this backend cannot run ``problem``; empty when it can."""
+    if problem.precision not in ("auto", "highest"):
+        return [f"precision {problem.precision!r}: it computes in fp32 (fp64 for fp64 inputs)"]
+    return []
+
+
+def take_columns(r: Tensor, problem: Problem, columns: Tensor | None) -> Tensor:
+    """The sub-vectors (G, rows, d) of ``r`` (rows, width) in the statistics dtype."""
+    x = r[None, :, : problem.dim] if columns is None else r[:, columns].movedim(0, 1)
+    return x.to(problem.statistics_dtype)
+
+
+def _unit_rows(x: Tensor, eps: float) -> Tensor:
+    return torch.nn.functional.normalize(x, dim=-1, eps=eps)
+
+
+def _scale(problem: Problem, temperature: Tensor | None, like: Tensor) -> Tensor | float:
+    if temperature is None:
+        return 1.0 / problem.temperature
+    return 1.0 / temperature.to(device=like.device, dtype=like.dtype)
+
+
+def _negative_infinity_diagonal(s: Tensor) -> Tensor:
+    eye = torch.eye(s.shape[-2], s.shape[-1], dtype=torch.bool, device=s.device)
+    return s.masked_fill(eye, float("-inf"))
+
+
+def _cosine_logits(problem: Problem, x1: Tensor, x2: Tensor, a: Tensor | float):
+    """Logits of both directions: (G, M, candidates of view 1), (G, N, candidates of view 2)."""
+    z1, z2 = _unit_rows(x1, problem.eps), _unit_rows(x2, problem.eps)
+    s = a * (z1 @ z2.mT)
+    positives = torch.diagonal(s, problem.row_offset, -2, -1)
+    if problem.negatives == "cross":
+        return s, s.mT, positives
+    own1 = _negative_infinity_diagonal(a * (z1 @ z1.mT))
+    own2 = _negative_infinity_diagonal(a * (z2 @ z2.mT))
+    return torch.cat([s, own1], -1), torch.cat([s.mT, own2], -1), positives
+
+
+def _distance_logits(x1: Tensor, x2: Tensor):
+    """Logits of the paper's Eq. 2 for anchors of view 1 and of view 2."""
+    positives = -0.5 * (x1 - x2).square().sum(-1)
+
+    def of_view(x: Tensor) -> Tensor:
+        # -|x_i - x_j|^2 / 2 expanded, so that memory is N x N and not N x N x d. The positives
+        # keep the explicit difference: near pairs are where the expansion would cancel.
+        half = 0.5 * x.square().sum(-1)
+        others = x @ x.mT - half[..., :, None] - half[..., None, :]
+        return torch.cat([_negative_infinity_diagonal(others), positives[..., None]], -1)
+
+    return of_view(x1), of_view(x2), positives
+
+
+def loss(
+    problem: Problem,
+    r1: Tensor,
+    r2: Tensor,
+    columns: Tensor | None = None,
+    temperature: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss and statistics by the formula above, differentiable in r1, r2 and temperature.
+
+    Returns ``(loss, row_lse, col_lse, positives)``: the reduced loss (scalar, or (M,) for
+    reduction "none"), row_lse (G, M), col_lse (G, N) and the positive logits a s_ip(i) (G, M), in
+    fp64 for fp64 inputs and fp32 otherwise. col_lse is empty when ``symmetric`` is False.
+    """
+    x1, x2 = take_columns(r1, problem, columns), take_columns(r2, problem, columns)
+    if problem.negatives == "same":
+        logits1, logits2, positives = _distance_logits(x1, x2)
+    else:
+        a = _scale(problem, temperature, x1)
+        logits1, logits2, positives = _cosine_logits(problem, x1, x2, a)
+    row_lse = torch.logsumexp(logits1, -1)
+    per_row = row_lse - positives
+    col_lse = row_lse.new_empty((problem.groups, 0))
+    if problem.symmetric:
+        col_lse = torch.logsumexp(logits2, -1)
+        of_positives = col_lse[:, problem.row_offset : problem.row_offset + problem.rows]
+        per_row = 0.5 * (per_row + (of_positives - positives))
+    return reduce(problem, per_row.sum(0)), row_lse, col_lse, positives
+
+
+def reduce(problem: Problem, per_row: Tensor) -> Tensor:
+    """(M,) per-row losses to the reduction asked for."""
+    if problem.reduction == "mean":
+        return per_row.mean()
+    return per_row.sum() if problem.reduction == "sum" else per_row
+
+
+def row_weights(problem: Problem, dloss: Tensor) -> Tensor:
+    """The upstream gradient as one weight per row: (M,), the reduction's factor included."""
+    weights = dloss.expand(problem.rows)
+    return weights / problem.rows if problem.reduction == "mean" else weights
+
+
+def gradients(
+    problem: Problem,
+    r1: Tensor,
+    r2: Tensor,
+    dloss: Tensor,
+    columns: Tensor | None = None,
+    temperature: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dr1, dr2, dtemperature) by the closed form of the module's docstring.
+
+    For negatives "cross" and "both". ``dloss`` is the upstream gradient, scalar or (M,). The
+    returned gradients are (M, width), (N, width) and 0-dim, in the statistics dtype.
+    """
+    if problem.negatives == "same":
+        raise ValueError("negatives: expected 'cross' or 'both' in the closed form, got 'same'")
+    x1, x2 = take_columns(r1, problem, columns), take_columns(r2, problem, columns)
+    a = torch.as_tensor(_scale(problem, temperature, x1), dtype=x1.dtype, device=x1.device)
+    _, row_lse, col_lse, _ = loss(problem, r1, r2, columns, temperature)
+    z1, z2 = _unit_rows(x1, problem.eps), _unit_rows(x2, problem.eps)
+
+    own = slice(problem.row_offset, problem.row_offset + problem.rows)
+    w = row_weights(problem, dloss.to(x1.dtype)).expand(problem.groups, -1)
+    v = torch.zeros(problem.groups, problem.candidates, dtype=x1.dtype, device=x1.device)
+    if problem.symmetric:
+        w = 0.5 * w
+        v[:, own] = w
+    else:
+        col_lse = torch.zeros_like(v)
+
+    s = z1 @ z2.mT
+    g = w[..., None] * torch.exp(a * s - row_lse[..., None])
+    g += v[:, None, :] * torch.exp(a * s - col_lse[:, None, :])
+    torch.diagonal(g, problem.row_offset, -2, -1).sub_(w + v[:, own])
+    dz1, dz2, da = a * (g @ z2), a * (g.mT @ z1), (g * s).sum()
+    if problem.negatives == "both":
+        for z, dz, weight, lse in ((z1, dz1, w, row_lse), (z2, dz2, v, col_lse)):
+            s = z @ z.mT
+            h = weight[..., None] * torch.exp(a * s - lse[..., None])
+            torch.diagonal(h, 0, -2, -1).zero_()
+            dz += a * ((h + h.mT) @ z)
+            da += (h * s).sum()
+
+    def through_normalisation(x: Tensor, z: Tensor, dz: Tensor, rows: int) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        dot = torch.where(norm >= problem.eps, (z * dz).sum(-1, keepdim=True), 0.0)
+        dx = (dz - z * dot) / norm.clamp_min(problem.eps)
+        dr = torch.zeros(rows, problem.width, dtype=x.dtype, device=x.device)
+        if columns is None:
+            dr[:, : problem.dim] = dx[0]
+            return dr
+        for group, index in enumerate(columns.reshape(problem.groups, -1)):
+            dr.index_add_(1, index, dx[group])
+        return dr
+
+    dr1 = through_normalisation(x1, z1, dz1, problem.rows)
+    dr2 = through_normalisation(x2, z2, dz2, problem.candidates)
+    return dr1, dr2, -a * a * da

@@ -1,0 +1,1 @@
+"""The trainer: data, views, encoders, projectors, optimisers, checkpoints, loop and probe."""

@@ -1,0 +1,1 @@
+"""Triton kernels, one stage a file; loaded on first use by the triton backend."""
