@@ -135,7 +135,9 @@ def fast_directclr_loss(
     loss, *stats = _run(r1, r2, index, tensor, options)
     if not return_stats:
         return loss
-    stats = [value.detach() if grouped else value.detach()[0] for value in stats]
+    stats = [value.detach().to(loss.dtype) for value in stats]
+    if not grouped:
+        stats = [value[0] for value in stats]
     return loss, LossStats(stats[0], stats[1] if symmetric else None, stats[2])
 
 

@@ -130,7 +130,7 @@ def _scale(problem: Problem, temperature: Tensor | None):
         if not 0.0 < value < float("inf"):
             raise ValueError(f"temperature: expected a positive finite number, got {value}")
         return 1.0 / value
-    return temperature.detach().to(problem.statistics_dtype).reciprocal()
+    return temperature.detach().to(problem.compute_dtype).reciprocal()
 
 
 def forward_body(
@@ -247,13 +247,16 @@ def _(r1, r2, columns, temperature, keep, *options):
     def stat(*shape):
         return r1.new_empty(shape, dtype=problem.statistics_dtype)
 
+    def compute(*shape):
+        return r1.new_empty(shape, dtype=problem.compute_dtype)
+
     packed, dtype = backend.packed(problem)
     columns_of = n if problem.symmetric else 0
     saved = Saved(
         z1=r1.new_empty((groups, m, packed), dtype=dtype),
         z2=r1.new_empty((groups, n, packed), dtype=dtype),
-        rnorm1=stat(groups, m),
-        rnorm2=stat(groups, n),
+        rnorm1=compute(groups, m),
+        rnorm2=compute(groups, n),
         positives=stat(groups, m),
         row_lse=stat(groups, m),
         col_lse=stat(groups, columns_of),
@@ -261,7 +264,7 @@ def _(r1, r2, columns, temperature, keep, *options):
         nll_col=stat(groups, m if problem.symmetric else 0),
         kept=r1.new_empty((groups, *backend.kept_shape(problem)), dtype=dtype),
     )
-    return stat(*((m,) if problem.reduction == "none" else ())), *saved
+    return compute(*((m,) if problem.reduction == "none" else ())), *saved
 
 
 @torch.library.custom_op(

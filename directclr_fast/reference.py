@@ -49,9 +49,9 @@ def why_not(problem: Problem) -> list[str]:
 
 
 def take_columns(r: Tensor, problem: Problem, columns: Tensor | None) -> Tensor:
-    """The sub-vectors (G, rows, d) of ``r`` (rows, width) in the statistics dtype."""
+    """The sub-vectors (G, rows, d) of ``r`` (rows, width) in the compute dtype."""
     x = r[None, :, : problem.dim] if columns is None else r[:, columns].movedim(0, 1)
-    return x.to(problem.statistics_dtype)
+    return x.to(problem.compute_dtype)
 
 
 def _unit_rows(x: Tensor, eps: float) -> Tensor:
@@ -148,7 +148,7 @@ def gradients(
     """(dr1, dr2, dtemperature) by the closed form of the module's docstring.
 
     For negatives "cross" and "both". ``dloss`` is the upstream gradient, scalar or (M,). The
-    returned gradients are (M, width), (N, width) and 0-dim, in the statistics dtype.
+    returned gradients are (M, width), (N, width) and 0-dim, in the compute dtype.
     """
     if problem.negatives == "same":
         raise ValueError("negatives: expected 'cross' or 'both' in the closed form, got 'same'")

@@ -33,7 +33,8 @@ class Saved(NamedTuple):
     z1 (G, M, d), z2 (G, N, d) unit rows in the compute dtype (a backend may pad d);
     rnorm1 (G, M), rnorm2 (G, N) reciprocal norms; positives (G, M) cosines s_ip(i), unscaled;
     row_lse (G, M), col_lse (G, N); nll_row, nll_col (G, M); kept: E tiles, if the workspace
-    allowed. The column statistics are empty, (G, 0), for one direction.
+    allowed. positives, lse and nll are in the problem's statistics dtype. The column statistics
+    are empty, (G, 0), for one direction.
     """
 
     z1: Tensor
@@ -75,7 +76,7 @@ class Stages(Protocol):
         """Unit rows z and reciprocal norms of the columns taken from ``r`` (rows, width)."""
 
     def positives(self, problem: Problem, z1: Tensor, z2: Tensor) -> Tensor:
-        """s_ip(i), (M,)."""
+        """s_ip(i), (M,), in the statistics dtype."""
 
     def sums(self, problem: Problem, z1: Tensor, z2: Tensor, scale, kept: Tensor):
         """log sum of exp(a s) over all but the positives: (M,) by rows and (N,) by columns."""
@@ -145,7 +146,7 @@ def forward(
     per_row = saved.nll_row
     if problem.symmetric:
         per_row = 0.5 * (per_row + saved.nll_col)
-    return reduce(problem, per_row.sum(0)), saved
+    return reduce(problem, per_row.sum(0)).to(problem.compute_dtype), saved
 
 
 def backward(

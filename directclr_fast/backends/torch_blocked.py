@@ -40,7 +40,7 @@ def block_shape(problem: Problem) -> tuple[int, int]:
     """(BLOCK_M, BLOCK_N) for this call: two buffers of it fit the workspace."""
     workspace = problem.workspace_bytes
     workspace = DEFAULT_WORKSPACE_BYTES if workspace is None else workspace
-    itemsize = problem.statistics_dtype.itemsize
+    itemsize = problem.compute_dtype.itemsize
     rows, columns = min(BLOCK_M, problem.rows), min(BLOCK_N, problem.candidates)
     if problem.negatives == "both":
         rows = min(BLOCK_M, problem.candidates)
@@ -53,12 +53,12 @@ class TorchStages:
     """The stages, as :class:`directclr_fast.backends.stages.Stages` describes them."""
 
     def packed(self, problem: Problem) -> tuple[int, torch.dtype]:
-        return problem.dim, problem.statistics_dtype
+        return problem.dim, problem.compute_dtype
 
     def kept_shape(self, problem: Problem) -> tuple[int, ...]:
         workspace = problem.workspace_bytes
         workspace = DEFAULT_WORKSPACE_BYTES if workspace is None else workspace
-        size = problem.rows * problem.candidates * problem.statistics_dtype.itemsize
+        size = problem.rows * problem.candidates * problem.compute_dtype.itemsize
         size *= problem.groups
         known = problem.temperature is not None
         if problem.keep and known and size <= workspace:
@@ -69,21 +69,26 @@ class TorchStages:
     def normalize(self, problem: Problem, r: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
         x = r[:, : problem.dim] if index is None else r.index_select(1, index)
         # fp64 squares: rows of 1e19 do not overflow, rows of 1e-30 do not vanish.
-        wide = torch.float32 if r.device.type == "mps" else torch.float64
-        norm = torch.linalg.vector_norm(x, dim=1, dtype=wide)
-        rnorm = norm.clamp_min_(problem.eps).reciprocal_()
-        z = torch.empty(x.shape, dtype=problem.statistics_dtype, device=r.device)
-        torch.mul(x, rnorm.to(z.dtype)[:, None], out=z)
-        return z, rnorm.to(z.dtype)
+        norm = torch.linalg.vector_norm(x, dim=1, dtype=problem.statistics_dtype)
+        norm = norm.clamp_min_(problem.eps).to(problem.compute_dtype)
+        z = torch.empty(x.shape, dtype=problem.compute_dtype, device=r.device)
+        # Division, not a product with 1/norm: a row of one column is then exactly +-1.
+        return torch.div(x, norm[:, None], out=z), norm.reciprocal_()
 
     def positives(self, problem: Problem, z1: Tensor, z2: Tensor) -> Tensor:
         own = z2[problem.row_offset : problem.row_offset + problem.rows]
-        return torch.linalg.vecdot(z1, own)
+        wide = problem.statistics_dtype
+        return torch.cat(
+            [
+                torch.linalg.vecdot(a.to(wide), b.to(wide))
+                for a, b in zip(z1.split(BLOCK_M), own.split(BLOCK_M))
+            ]
+        )
 
     def sums(self, problem: Problem, z1: Tensor, z2: Tensor, scale, kept: Tensor):
         unshifted = _unshifted(problem, scale)
-        row = _Accumulator(problem.rows, z1, unshifted)
-        col = _Accumulator(problem.candidates, z1, unshifted) if problem.symmetric else None
+        row = _Accumulator(problem, z1, unshifted)
+        col = _Accumulator(problem, z2, unshifted) if problem.symmetric else None
         for rows, columns, s in _blocks(problem, z1, z2, scale, problem.row_offset, kept):
             if unshifted:
                 s.exp_()
@@ -94,7 +99,7 @@ class TorchStages:
 
     def self_sums(self, problem: Problem, z: Tensor, scale) -> Tensor:
         unshifted = _unshifted(problem, scale)
-        row = _Accumulator(z.shape[0], z, unshifted)
+        row = _Accumulator(problem, z, unshifted)
         for rows, columns, s in _blocks(problem, z, z, scale, 0, triangle=True):
             if unshifted:
                 s.exp_()
@@ -155,7 +160,7 @@ class TorchStages:
         index: Tensor | None,
     ) -> Tensor:
         dot = torch.linalg.vecdot(z, dz)
-        total = dot.sum() * scale
+        total = dot.sum(dtype=problem.statistics_dtype) * scale
         if dr is not None:
             # A row shorter than eps was divided by a constant: nothing to project out.
             dot.masked_fill_(rnorm >= 1.0 / problem.eps, 0.0)
@@ -168,13 +173,12 @@ class TorchStages:
 
 
 class _Accumulator:
-    """Sums of exp over blocks, in the log domain; blocks come as exp(s) or, shifted, as s."""
+    """Sums of exp by row of z, over blocks that come as exp(s) or, not ``unshifted``, as s."""
 
-    def __init__(self, size: int, like: Tensor, unshifted: bool) -> None:
+    def __init__(self, problem: Problem, z: Tensor, unshifted: bool) -> None:
         self.unshifted = unshifted
-        self.total = torch.full_like(like[:, 0], 0.0 if unshifted else float("-inf"))
-        if self.total.shape[0] != size:
-            self.total = self.total.new_full((size,), 0.0 if unshifted else float("-inf"))
+        empty = 0.0 if unshifted else float("-inf")
+        self.total = torch.full_like(z[:, 0], empty, dtype=problem.statistics_dtype)
 
     def add(self, where: slice, s: Tensor, dim: int) -> None:
         if self.unshifted:
@@ -193,15 +197,19 @@ class _Weigher:
     """
 
     def __init__(self, problem: Problem, scale, pair: Pair) -> None:
-        self.pair = pair
+        dtype = problem.compute_dtype
         self.unshifted = _unshifted(problem, scale)
         if self.unshifted:
-            self.of_row = pair.w * torch.exp(-pair.row_lse)
-            self.of_col = None if pair.v is None else pair.v * torch.exp(-pair.col_lse)
+            self.of_row = (pair.w * torch.exp(-pair.row_lse)).to(dtype)
+            if pair.v is not None:
+                self.of_col = (pair.v * torch.exp(-pair.col_lse)).to(dtype)
+        else:
+            pair = Pair(*(None if value is None else value.to(dtype) for value in pair))
+        self.pair = pair
         rows, columns = block_shape(problem)
         self.buffer = None
         if pair.v is not None:
-            self.buffer = pair.w.new_empty(rows * columns)
+            self.buffer = pair.w.new_empty(rows * columns, dtype=dtype)
 
     def __call__(self, rows: slice, columns: slice, s: Tensor, exponentiated: bool = False):
         pair = self.pair

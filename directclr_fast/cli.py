@@ -1,0 +1,308 @@
+"""``directclr-fast``: train, probe, spectrum, demo and doctor."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import warnings
+from pathlib import Path
+
+from . import __version__
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns 0, or 2 after printing what was wrong in one sentence."""
+    arguments = _parser().parse_args(argv)
+    warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
+    try:
+        return arguments.run(arguments) or 0
+    except KeyboardInterrupt:
+        print(
+            "directclr-fast: interrupted; --resume continues from the checkpoint", file=sys.stderr
+        )
+        return 130
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        if arguments.debug:
+            raise
+        print(f"directclr-fast: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="directclr-fast",
+        description="Fast, exact DirectCLR / InfoNCE: training, probes, spectra.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train", help="train an encoder: DirectCLR or another mode"
+    )
+    _add_train_arguments(train)
+    train.set_defaults(run=_train)
+
+    probe = commands.add_parser("probe", help="linear probe and kNN accuracy of a checkpoint")
+    probe.add_argument("checkpoint", help="checkpoint.pt or the folder that holds it")
+    probe.add_argument("--data", help="another set than the one trained on")
+    probe.add_argument("--data-root", help="folder of the torchvision sets")
+    probe.add_argument("--schedule", choices=("constant", "cosine", "both"), default="both")
+    probe.add_argument("--epochs", type=int, default=100)
+    probe.add_argument("--learning-rate", type=float, default=0.1)
+    probe.add_argument(
+        "--raw-features", action="store_true", help="do not centre and scale the features"
+    )
+    probe.add_argument("--k", type=int, default=200, help="neighbours (default 200)")
+    probe.add_argument("--temperature", type=float, default=0.07, help="of the kNN vote: 0.07, 0.1")
+    probe.add_argument("--baselines", action="store_true", help="also untrained encoder and pixels")
+    probe.add_argument("--device", default="auto")
+    probe.add_argument("--workers", type=int, default=0)
+    probe.add_argument("--out", help="JSON file (default: metrics.json beside the checkpoint)")
+    probe.set_defaults(run=_probe)
+
+    spectrum = commands.add_parser(
+        "spectrum", help="covariance spectra, collapsed dimensions"
+    )
+    spectrum.add_argument("checkpoint", help="checkpoint.pt or the folder that holds it")
+    spectrum.add_argument("--data", help="another set than the one trained on")
+    spectrum.add_argument("--data-root", help="folder of the torchvision sets")
+    spectrum.add_argument(
+        "--threshold", type=float, default=1e-8, help="collapsed below this share of the largest"
+    )
+    spectrum.add_argument("--device", default="auto")
+    spectrum.add_argument("--workers", type=int, default=0)
+    spectrum.add_argument("--out", help="folder (default: that of the checkpoint)")
+    spectrum.set_defaults(run=_spectrum)
+
+    demo = commands.add_parser("demo", help="train, probe and draw on handwritten digits")
+    demo.add_argument("--out", default="runs/demo")
+    demo.add_argument("--epochs", type=int, default=None)
+    demo.add_argument("--seed", type=int, default=0)
+    demo.set_defaults(run=_demo)
+
+    doctor = commands.add_parser("doctor", help="versions, devices, backends and why not")
+    doctor.add_argument("--json", action="store_true")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the settings in TrainConfig; names of the released trainer where it has them."""
+    add = parser.add_argument
+    add("--data", help="digits, cifar10, cifar100, stl10, folder:PATH, fake (default digits)")
+    add("--data-root", help="folder of the torchvision sets (default: data)")
+    add("--download", action="store_true", default=None, help="fetch a missing torchvision set")
+    add("--encoder", help="resnet18, resnet50, small")
+    add("--image-size", type=int, help="side of the crops, pixels")
+    add("--views", help="imagenet, small, affine")
+    add("--mode", help="baseline, directclr, single, simclr, group (default directclr)")
+    add("--dim", type=int, help="columns of r the loss reads (default 360 of 2048, in proportion)")
+    add("--temperature", type=float, help="default 0.1")
+    add("--negatives", help="cross or both (default cross)")
+    add("--loss", help="fast or reference (default fast)")
+    add("--optimizer", help="lars, sgd, adamw")
+    add("--batch-size", type=int)
+    add("--learning-rate", type=float, help="peak, not scaled by the batch size")
+    add("--weight-decay", type=float)
+    add("--epochs", type=int)
+    add("--warmup-epochs", type=int)
+    add("--amp", help="none, bf16, fp16 (default none)")
+    add("--compile", action="store_true", default=None, help="torch.compile the encoder")
+    add("--channels-last", action=argparse.BooleanOptionalAction, default=None)
+    add("--device", help="cpu, cuda, ... (default: cuda where there is one)")
+    add("--workers", type=int, help="processes that decode a folder's images")
+    add("--seed", type=int)
+    add("--max-steps", type=int, help="stop early; the schedule stays that of --epochs")
+    add("--save-every", type=int, help="steps between checkpoints (default: an epoch)")
+    add("--log-every", type=int, help="steps between log lines (default 1)")
+    add("--checkpoint-dir", help="folder of the runs (default runs)")
+    add("--name", help="folder of this run (default directclr)")
+    add("--resume", action="store_true", help="continue from the run's checkpoint")
+    add("--overwrite", action="store_true", help="start anew where a checkpoint is")
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from .train.config import TrainConfig
+    from .train.loop import Trainer
+
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    given = {k: v for k, v in vars(arguments).items() if k in names and v is not None}
+    trainer = Trainer(TrainConfig(**given), resume=arguments.resume, overwrite=arguments.overwrite)
+    result = trainer.run()
+    print(f"done: step {result['step']}, loss backend {result['backend']}, {result['folder']}")
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _beside(checkpoint: str) -> Path:
+    path = Path(checkpoint)
+    return path if path.is_dir() else path.parent
+
+
+def _probe(arguments: argparse.Namespace) -> None:
+    from .train import probe
+    from .train.loop import load_model
+
+    device = _device(arguments.device)
+    config, model, state = load_model(arguments.checkpoint, device)
+    rows = {"trained": model.encoder}
+    if arguments.baselines:
+        rows |= _baselines(config, state, device)
+    schedules = probe.SCHEDULES if arguments.schedule == "both" else (arguments.schedule,)
+    result = {
+        "checkpoint": str(arguments.checkpoint),
+        "step": state["step"],
+        "data": arguments.data or config.data,
+        "k": arguments.k,
+        "temperature": arguments.temperature,
+        "epochs": arguments.epochs,
+        "features": "raw" if arguments.raw_features else "centred, divided by their rms",
+        "accuracy": {},
+    }
+    for name, encoder in rows.items():
+        features = probe.load_features(
+            encoder,
+            config,
+            spec=arguments.data,
+            root=arguments.data_root,
+            device=device,
+            workers=arguments.workers,
+        )
+        parts = {name: features}
+        if name == "trained" and model.objective.dim is not None:
+            parts["trained, sub-vector"] = features.columns(model.objective.sub_vector)
+        for part, values in parts.items():
+            row = {
+                f"linear, {schedule} rate": probe.linear_probe(
+                    values,
+                    schedule,
+                    scaled=not arguments.raw_features,
+                    epochs=arguments.epochs,
+                    learning_rate=arguments.learning_rate,
+                    device=device,
+                )
+                for schedule in schedules
+            }
+            row["knn"] = probe.knn(
+                values, k=arguments.k, temperature=arguments.temperature, device=device
+            )
+            result["accuracy"][part] = row
+            print(f"{part}: " + ", ".join(f"{k} {100 * v:.2f} %" for k, v in row.items()))
+    out = Path(arguments.out or _beside(arguments.checkpoint) / "metrics.json")
+    out.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"written to {out}")
+
+
+def _baselines(config, state: dict, device: str) -> dict:
+    """The encoder with the weights the run started from, and None for raw pixels."""
+    import torch
+
+    from .train.loop import Model
+
+    torch.manual_seed(config.seed)
+    untrained = Model(config, state["channels"], state["classes"]).encoder
+    return {"untrained encoder": untrained.eval().to(device), "raw pixels": None}
+
+
+def _spectrum(arguments: argparse.Namespace) -> None:
+    from .paper import spectrum
+    from .train import probe
+    from .train.loop import load_model
+
+    device = _device(arguments.device)
+    config, model, _ = load_model(arguments.checkpoint, device)
+    features = probe.load_features(
+        model.encoder,
+        config,
+        spec=arguments.data,
+        root=arguments.data_root,
+        device=device,
+        workers=arguments.workers,
+    )
+    spectra = spectrum.of_model(model, features.test, arguments.threshold)
+    out = Path(arguments.out) if arguments.out else _beside(arguments.checkpoint)
+    out.mkdir(parents=True, exist_ok=True)
+    spectrum.save(spectra, out / "spectrum.json")
+    spectrum.plot(spectra, out / "spectrum.png", f"{config.mode} on {config.data}")
+    _print_spectra(spectra)
+    print(f"written to {out / 'spectrum.json'} and {out / 'spectrum.png'}")
+
+
+def _print_spectra(spectra: dict[str, dict]) -> None:
+    for name, values in spectra.items():
+        print(
+            f"{name}: {values['collapsed']} of {values['dimensions']} dimensions collapsed "
+            f"(eigenvalue below {values['threshold']:g} of the largest), "
+            f"effective rank {values['effective_rank']:.1f}"
+        )
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from . import plots
+    from .paper import spectrum
+    from .train import probe
+    from .train.config import TrainConfig
+    from .train.loop import Trainer
+
+    out = Path(arguments.out)
+    config = TrainConfig(
+        data="digits",
+        checkpoint_dir=str(out.parent),
+        name=out.name,
+        seed=arguments.seed,
+        epochs=arguments.epochs,
+    )
+    trainer = Trainer(config, overwrite=True)
+    config = trainer.config
+    result = trainer.run()
+    model = trainer.model.eval()
+
+    state = {"channels": trainer.channels, "classes": trainer.classes}
+    device = config.device
+    rows = {"trained encoder": model.encoder} | _baselines(config, state, device)
+    accuracy = {}
+    features = None
+    for name, encoder in rows.items():
+        found = probe.load_features(encoder, config, device=device)
+        features = found if features is None else features
+        accuracy[name] = probe.scores(found, device=device)
+    spectra = spectrum.of_model(model, features.test)
+
+    title = f"{config.mode}, dim {model.objective.dim} of {model.width}, {config.data}"
+    spectrum.plot(spectra, out / "spectrum.png", title)
+    plots.curves(out / "log.jsonl", out / "curves.png", title)
+    metrics = {
+        "accuracy": accuracy,
+        "spectra": spectra,
+        "images_per_second": result["images_per_second"],
+        "loss_backend": result["backend"],
+        "final_loss": result["loss"],
+        "steps": result["step"],
+    }
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+
+    print(f"\n{'held-out accuracy':<20}{'linear probe':>14}{'kNN (k=200)':>14}")
+    for name, values in accuracy.items():
+        print(f"{name:<20}{100 * values['linear']:>12.1f} %{100 * values['knn']:>12.1f} %")
+    print()
+    _print_spectra(spectra)
+    print(
+        f"{result['images_per_second']:.0f} images per second, loss backend {result['backend']}\n"
+        f"config.json, log.jsonl, checkpoint.pt, metrics.json, curves.png, spectrum.png in {out}"
+    )
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from . import doctor
+
+    found = doctor.report()
+    print(json.dumps(found, indent=2) if arguments.json else doctor.text(found))

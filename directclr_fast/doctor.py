@@ -1,0 +1,105 @@
+"""``directclr-fast doctor``: what is installed, what each backend says, and why it is not used."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+
+from . import __version__, dispatch
+from .problem import Problem
+
+_PACKAGES = ("torch", "triton", "numpy", "torchvision", "scikit-learn", "matplotlib", "tqdm")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> list[dict]:
+    import torch
+
+    found = [{"device": "cpu", "name": platform.processor() or platform.machine()}]
+    found[0]["cores"] = os.cpu_count()
+    found[0]["threads"] = torch.get_num_threads()
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            found.append(
+                {
+                    "device": f"cuda:{index}",
+                    "name": properties.name,
+                    "capability": f"{properties.major}.{properties.minor}",
+                    "memory_gib": round(properties.total_memory / 2**30, 1),
+                }
+            )
+    return found
+
+
+def _problem(device_type: str, precision: str = "auto") -> Problem:
+    """The paper's loss at batch 4096: what the backends are asked about."""
+    import torch
+
+    return Problem(
+        rows=4096,
+        candidates=4096,
+        width=2048,
+        dim=360,
+        dtype=torch.float32,
+        device_type=device_type,
+        temperature=0.1,
+        precision=precision,
+        keep=True,
+    )
+
+
+def report() -> dict:
+    """Versions, devices and backends as plain values; opens no CUDA context on a CPU machine."""
+    devices = _devices()
+    kinds = sorted({entry["device"].partition(":")[0] for entry in devices})
+    backends = {}
+    for name in dispatch.PRIORITY:
+        module = dispatch.load(name)
+        backends[name] = {
+            "what": (module.__doc__ or "").strip().splitlines()[0],
+            "why_not": {kind: module.why_not(_problem(kind)) for kind in kinds},
+        }
+        if hasattr(module, "details"):
+            backends[name]["details"] = module.details()
+    return {
+        "directclr_fast": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "devices": devices,
+        "backends": backends,
+        "chosen": {kind: dispatch.choose(_problem(kind)) for kind in kinds},
+    }
+
+
+def text(report: dict) -> str:
+    """The report as lines to read."""
+    lines = [
+        f"directclr-fast {report['directclr_fast']}, Python {report['python']}, "
+        f"{report['platform']}",
+        "packages: "
+        + ", ".join(f"{name} {version or '-'}" for name, version in report["packages"].items()),
+        "devices:",
+    ]
+    for entry in report["devices"]:
+        rest = ", ".join(f"{key} {value}" for key, value in entry.items() if key != "device")
+        lines.append(f"  {entry['device']}: {rest}")
+    lines.append("backends, fastest first:")
+    for name, entry in report["backends"].items():
+        lines.append(f"  {name}: {entry['what']}")
+        for key, value in entry.get("details", {}).items():
+            lines.append(f"      {key}: {value}")
+        for kind, reasons in entry["why_not"].items():
+            lines.append(f"      on {kind}: {'; '.join(reasons) or 'available'}")
+    for kind, name in report["chosen"].items():
+        lines.append(f"the paper's loss (4096 rows, 360 of 2048 columns, fp32) on {kind}: {name}")
+    return "\n".join(lines)

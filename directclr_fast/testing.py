@@ -1,0 +1,159 @@
+"""Inputs, error measures and the one tolerance rule that tests and benchmarks share."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+KINDS = ("unrelated", "views", "converged", "clustered", "duplicate", "antipodal")
+
+
+def make_views(
+    rows: int,
+    width: int,
+    *,
+    kind: str = "views",
+    candidates: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Two views (rows, width) and (candidates, width), drawn in fp64 and rounded to ``dtype``.
+
+    ``kind``: "unrelated" Gaussian rows; "views", two noisy copies of each point; "converged", copies
+    so near that the positive takes most of the probability; "clustered" rows around few centres;
+    "duplicate", every row the same; "antipodal", view 2 is minus view 1.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
+    candidates = rows if candidates is None else candidates
+    most = max(rows, candidates)
+    generator = torch.Generator().manual_seed(seed)
+
+    def gaussian(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    base = gaussian(most, width)
+    if kind == "clustered":
+        base = gaussian(8, width)[torch.arange(most) % 8] + 0.3 * base
+    if kind == "duplicate":
+        base = base[:1].expand(most, width)
+    noise = {"unrelated": 0.0, "converged": 0.05, "duplicate": 0.0}.get(kind, 0.7)
+    r1 = base[:rows] + noise * gaussian(rows, width)
+    r2 = base[:candidates] + noise * gaussian(candidates, width)
+    if kind == "unrelated":
+        r2 = gaussian(candidates, width)
+    if kind == "antipodal":
+        r1, r2 = base[:rows], -base[:candidates]
+    scale = torch.exp(gaussian(most, 1))  # rows of different lengths
+    r1, r2 = r1 * scale[:rows], r2 * scale[:candidates]
+    return r1.to(device, dtype), r2.to(device, dtype)
+
+
+def eager_loss(
+    r1: Tensor,
+    r2: Tensor,
+    dim: int | None = 360,
+    temperature: float | Tensor = 0.1,
+    *,
+    columns: Tensor | None = None,
+    negatives: str = "cross",
+    symmetric: bool = True,
+    reduction: str = "mean",
+    eps: float = 1e-12,
+) -> Tensor:
+    """What people write in plain PyTorch, in the inputs' own dtype: the yardstick for errors.
+
+    ``normalize``, a product, ``cross_entropy`` against the index, both directions; NT-Xent for
+    negatives "both". Written apart from ``directclr_fast.reference``.
+    """
+    if columns is not None and columns.dim() == 2:
+        return sum(
+            eager_loss(
+                r1, r2, None, temperature, columns=group, negatives=negatives,
+                symmetric=symmetric, reduction=reduction, eps=eps,
+            )
+            for group in columns
+        )  # fmt: skip
+
+    def unit(r: Tensor) -> Tensor:
+        return F.normalize(r[:, :dim] if columns is None else r[:, columns], dim=1, eps=eps)
+
+    z1, z2 = unit(r1), unit(r2)
+    target = torch.arange(len(z1), device=z1.device)
+    if negatives == "both":
+        n = len(z1)
+        z = torch.cat([z1, z2])
+        logits = (z @ z.T) / temperature
+        logits = logits.masked_fill(
+            torch.eye(2 * n, dtype=torch.bool, device=z.device), float("-inf")
+        )
+        both = F.cross_entropy(logits, torch.cat([target + n, target]), reduction="none")
+        per_row = (both[:n] + both[n:]) / 2 if symmetric else both[:n]
+    else:
+        logits = (z1 @ z2.T) / temperature
+        per_row = F.cross_entropy(logits, target, reduction="none")
+        if symmetric:
+            other = F.cross_entropy(logits.T[: len(z1)], target, reduction="none")
+            per_row = (per_row + other) / 2
+    if reduction == "none":
+        return per_row
+    return per_row.mean() if reduction == "mean" else per_row.sum()
+
+
+class Result(NamedTuple):
+    """Loss and gradients of one call, detached; dtemperature is None for a plain number."""
+
+    loss: Tensor
+    dr1: Tensor
+    dr2: Tensor
+    dtemperature: Tensor | None
+
+
+def evaluate(
+    function, r1: Tensor, r2: Tensor, *args, temperature=0.1, upstream: Tensor | None = None, **kw
+) -> Result:
+    """Calls ``function(r1, r2, *args, temperature=..., **kw)`` and takes every gradient.
+
+    ``upstream`` is the gradient given to the loss (ones where None); a tensor temperature gets its
+    gradient too.
+    """
+    r1, r2 = r1.detach().requires_grad_(), r2.detach().requires_grad_()
+    inputs = [r1, r2]
+    if isinstance(temperature, Tensor):
+        temperature = temperature.detach().requires_grad_()
+        inputs.append(temperature)
+    loss = function(r1, r2, *args, temperature=temperature, **kw)
+    upstream = torch.ones_like(loss) if upstream is None else upstream.to(loss)
+    grads = torch.autograd.grad(loss, inputs, upstream)
+    return Result(loss.detach(), grads[0], grads[1], grads[2] if len(grads) == 3 else None)
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    """|value - truth| / |truth| (Frobenius), in fp64; equal non-finite entries count as equal."""
+    value, truth = value.detach().cpu().double(), truth.detach().cpu().double()
+    if value.shape != truth.shape:
+        raise ValueError(f"value: expected shape {tuple(truth.shape)}, got {tuple(value.shape)}")
+    same = (value == truth) | (value.isnan() & truth.isnan())
+    difference = torch.where(same, 0.0, value - truth)
+    size = torch.where(truth.isfinite(), truth, 0.0).norm()
+    return float(difference.norm() / size) if size > 0 else float(difference.norm())
+
+
+# Below this an error is rounding that no implementation is blamed for: a few units in the last
+# place of the statistics, and of a gradient rounded to the input dtype.
+FLOOR = {
+    torch.float64: 4e-15,
+    torch.float32: 1e-6,
+    torch.float16: 1e-3,
+    torch.bfloat16: 8e-3,
+}
+FACTOR = 2.0
+
+
+def bound(eager_error: float, dtype: torch.dtype) -> float:
+    """The largest error allowed: twice that of eager PyTorch in the same dtype, plus the floor."""
+    return FACTOR * eager_error + FLOOR[dtype]

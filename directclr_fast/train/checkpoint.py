@@ -1,0 +1,139 @@
+"""Checkpoints that are whole or not there: written aside, synced, renamed, the last one kept.
+
+A checkpoint is one ``torch.save`` file of plain containers and tensors, so it loads with
+``weights_only=True``. Reading checks the CRC of every record in it; one that is unreadable is
+passed over for the previous one, and that is said.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import warnings
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+FORMAT = 1
+PREVIOUS = ".previous"
+
+
+class CheckpointError(RuntimeError):
+    """No readable checkpoint where one was expected."""
+
+
+def previous(path: Path) -> Path:
+    """Where the checkpoint before ``path`` is kept."""
+    return path.with_name(path.stem + PREVIOUS + path.suffix)
+
+
+def save(path: str | os.PathLike, state: dict) -> None:
+    """Writes ``state`` to ``path`` so that at every moment a whole checkpoint is on the disk.
+
+    The new file is written beside the old one and synced before anything is renamed; the old one
+    becomes ``<stem>.previous<suffix>``. A failure (full disk, read-only folder) raises OSError and
+    leaves both as they were.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            torch.save({"format": FORMAT, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            # A second name for the old file first: `path` itself is never missing.
+            spare = temporary.with_suffix(".old")
+            spare.unlink(missing_ok=True)
+            try:
+                os.link(path, spare)
+            except OSError:  # a file system without hard links
+                os.replace(path, previous(path))
+            else:
+                os.replace(spare, previous(path))
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OSError(
+            f"checkpoint: could not write {path} ({error}); older ones are kept"
+        ) from error
+
+
+def load(path: str | os.PathLike, map_location: str | torch.device = "cpu") -> dict:
+    """The state saved at ``path``, or at the previous checkpoint where that one is damaged.
+
+    ``path`` may be the file or the folder that holds ``checkpoint.pt``. Raises
+    :class:`CheckpointError` naming every file tried and what was wrong with it.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "checkpoint.pt"
+    problems = []
+    for candidate in (path, previous(path)):
+        try:
+            state = _read(candidate, map_location)
+        except FileNotFoundError:
+            problems.append(f"{candidate} does not exist")
+            continue
+        except Exception as error:  # a damaged archive raises nearly anything
+            problems.append(f"{candidate} is unreadable ({str(error).splitlines()[0]})")
+            continue
+        if problems:
+            warnings.warn(
+                f"checkpoint: {problems[0]}; using the previous one, {candidate}", stacklevel=2
+            )
+        return state
+    raise CheckpointError(f"checkpoint: expected one at {path}, got none: {'; '.join(problems)}")
+
+
+def _read(path: Path, map_location) -> dict:
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"checksum of {damaged} does not match")
+    state = torch.load(path, map_location=map_location, weights_only=True)
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+        raise ValueError(f"expected checkpoint format {FORMAT}, got {found}")
+    return state
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes the renames themselves durable, where the system lets a folder be synced."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def rng_state(views: torch.Generator) -> dict:
+    """State of every random generator a run draws from, ``views`` being that of the views."""
+    version, internal, gauss = random.getstate()
+    name, keys, *rest = np.random.get_state()
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "views": views.get_state(),
+    }
+
+
+def set_rng_state(state: dict, views: torch.Generator) -> None:
+    """Puts every generator back to where :func:`rng_state` found it."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):
+        torch.cuda.set_rng_state_all([value.cpu() for value in state["cuda"]])
+    views.set_state(state["views"].cpu())

@@ -1,0 +1,158 @@
+"""What a training run is: every setting, its default for each data set, and its checks."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .data import SETS
+from .encoders import ENCODERS
+from .objective import MODES
+from .optim import OPTIMIZERS
+
+LOSSES = ("fast", "reference")
+AMP = ("none", "bf16", "fp16")
+
+# The released ImageNet recipe (docs/design.md section 8), and what stands in for it on small sets.
+_RELEASED = {
+    "encoder": "resnet50",
+    "image_size": 224,
+    "views": "imagenet",
+    "optimizer": "lars",
+    "batch_size": 4096,
+    "learning_rate": 4.8,
+    "weight_decay": 1e-6,
+    "epochs": 100,
+    "warmup_epochs": 10,
+}
+_SMALL = {
+    **_RELEASED,
+    "encoder": "resnet18",
+    "image_size": 32,
+    "views": "small",
+    "optimizer": "sgd",
+    "batch_size": 512,
+    "learning_rate": 0.5,
+    "weight_decay": 1e-4,
+    "epochs": 200,
+}
+RECIPES = {
+    "folder": _RELEASED,
+    "cifar10": _SMALL,
+    "cifar100": _SMALL,
+    "stl10": {**_SMALL, "image_size": 64},
+    "digits": {
+        **_SMALL,
+        "encoder": "small",
+        "image_size": 8,
+        "views": "affine",
+        "optimizer": "adamw",
+        "batch_size": 256,
+        "learning_rate": 2e-3,
+        "epochs": 60,
+        "warmup_epochs": 3,
+    },
+    "fake": {**_SMALL, "encoder": "small", "batch_size": 128, "epochs": 2, "warmup_epochs": 0},
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of one run. None stands for the default of the data set's recipe (RECIPES)."""
+
+    data: str = "digits"
+    data_root: str | None = None  # folder of the torchvision sets
+    download: bool = False
+    encoder: str | None = None
+    image_size: int | None = None  # side of the crops, pixels
+    views: str | None = None
+    mode: str = "directclr"
+    dim: int | None = None  # None: the paper's share, 360 of 2048
+    temperature: float = 0.1
+    negatives: str = "cross"
+    loss: str = "fast"
+    optimizer: str | None = None
+    batch_size: int | None = None
+    learning_rate: float | None = None  # peak; not scaled by the batch size
+    weight_decay: float | None = None
+    epochs: int | None = None
+    warmup_epochs: int | None = None
+    amp: str = "none"
+    compile: bool = False
+    channels_last: bool = True
+    device: str = "auto"
+    workers: int = 0
+    seed: int = 0
+    max_steps: int | None = None  # stop after this many steps; the schedule stays that of `epochs`
+    save_every: int | None = None  # steps between checkpoints; None: once an epoch
+    log_every: int = 1
+    checkpoint_dir: str = "runs"
+    name: str = "directclr"
+
+    # What may differ between a checkpoint and the run that resumes it.
+    FREE = (
+        "data_root", "download", "device", "workers", "max_steps", "save_every", "log_every",
+        "checkpoint_dir", "name", "compile", "loss",
+    )  # fmt: skip
+
+    def resolve(self) -> TrainConfig:
+        """The same settings with every default filled in and checked.
+
+        Raises ValueError: setting, expected, got.
+        """
+        kind = self.data.partition(":")[0]
+        if kind not in RECIPES:
+            raise ValueError(f"data: expected one of {', '.join(SETS)}, got {self.data!r}")
+        filled = {k: v for k, v in RECIPES[kind].items() if getattr(self, k) is None}
+        device = self.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        config = dataclasses.replace(self, device=device, **filled)
+        config._check()
+        return config
+
+    def _check(self) -> None:
+        choices = {
+            "encoder": ENCODERS,
+            "mode": MODES,
+            "optimizer": OPTIMIZERS,
+            "loss": LOSSES,
+            "amp": AMP,
+        }
+        for name, allowed in choices.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+        at_least = {
+            "batch_size": 1, "epochs": 1, "warmup_epochs": 0, "image_size": 1, "workers": 0,
+            "log_every": 1, "dim": 1, "max_steps": 1, "save_every": 1,
+        }  # fmt: skip
+        for name, low in at_least.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ValueError(f"{name}: expected at least {low}, got {value}")
+        for name in ("learning_rate", "weight_decay"):
+            if not getattr(self, name) >= 0.0:
+                raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
+        if not self.temperature > 0.0:
+            raise ValueError(f"temperature: expected a positive number, got {self.temperature}")
+        if "/" in self.name or "\\" in self.name or self.name in ("", ".", ".."):
+            raise ValueError(f"name: expected the name of one folder, got {self.name!r}")
+        if self.amp == "fp16" and not self.device.startswith("cuda"):
+            raise ValueError(f"amp: expected 'none' or 'bf16' on {self.device}, got 'fp16'")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values by name, as config.json and the checkpoint hold them."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        """The settings of :meth:`to_dict`; ValueError for a name this version does not know."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"config: expected settings of this version, got {unknown[0]!r}")
+        return cls(**values)

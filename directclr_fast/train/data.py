@@ -1,0 +1,413 @@
+"""Images as uint8 batches: the sets, the order in which they are drawn, and the loader.
+
+| spec | images | where from |
+|---|---|---|
+| digits | 1,297 + 500 grey 8x8 | scikit-learn's handwritten digits, no download |
+| cifar10, cifar100 | 50,000 + 10,000 RGB 32x32 | torchvision, in `root` |
+| stl10 | 105,000 (5,000 of them labelled) + 8,000 RGB 96x96 | torchvision, in `root` |
+| folder:PATH | PATH/train/<class>/*, PATH/val/<class>/* or PATH/<class>/* | decoded by workers |
+| fake | random classes under noise, `fake:n=1024,classes=10,size=32,channels=3` | the seed |
+
+Nothing here augments: the views are made of whole batches on the device (views.py). An unlabelled
+image has label -1, as the training part of stl10 has beyond its labelled 5,000.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+SETS = ("digits", "cifar10", "cifar100", "stl10", "folder:PATH", "fake")
+SUFFIXES = {f".{s}" for s in "jpg jpeg png webp bmp gif tif tiff ppm pgm".split()}
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A set held in memory: images uint8 (n, C, H, W), labels int64 (n,), -1 where unknown."""
+
+    images: Tensor = field(repr=False)
+    labels: Tensor = field(repr=False)
+    num_classes: int
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of every image."""
+        return tuple(self.images.shape[1:])
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 (B, C, H, W) and int64 (B,) of int64 indices (B,), on this set's device."""
+        indices = torch.as_tensor(indices, device=self.images.device)
+        return self.images[indices], self.labels[indices]
+
+    def to(self, device: torch.device | str) -> ImageSet:
+        """The same set on a device: its batches are made there, without a copy from the host."""
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+    def __getitems__(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return (*self.batch(indices), indices)
+
+
+@dataclass(frozen=True)
+class FolderSet:
+    """Files decoded when asked for: `size` pixels square, RGB. Otherwise as ImageSet.
+
+    The short side is resized to `size` and the centre cut out. `paths` are bytes in one array, not
+    a list of objects, so that worker processes share its memory.
+    """
+
+    paths: np.ndarray = field(repr=False)
+    labels: Tensor = field(repr=False)
+    num_classes: int
+    name: str
+    size: int
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of every image."""
+        return 3, self.size, self.size
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 (B, 3, size, size) and int64 (B,). OSError names the file that cannot be read."""
+        indices = torch.as_tensor(indices)
+        images = [decode(os.fsdecode(self.paths[i]), self.size) for i in indices.tolist()]
+        return torch.stack(images), self.labels[indices]
+
+    def __getitems__(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor] | str:
+        # An exception leaves a worker buried in that worker's traceback; Batches raises the text.
+        try:
+            return (*self.batch(indices), indices)
+        except OSError as error:
+            return str(error)
+
+
+def decode(path: str | Path, size: int) -> Tensor:
+    """A picture file as uint8 (3, size, size) RGB: short side resized to `size`, centre cut out.
+
+    Grey, palette, CMYK and 16-bit files become RGB; transparency is dropped. OSError if it cannot
+    be read.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            image.draft("RGB", (size, size))  # JPEG decodes straight to the nearest larger eighth
+            if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion would clip at 255
+                image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+            image = image.convert("RGB")
+        w, h = image.size
+        short = min(w, h)
+        left, top = (w - short) / 2, (h - short) / 2
+        box = (left, top, left + short, top + short)
+        image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    except Exception as error:  # Pillow raises nearly anything on a damaged file
+        raise OSError(f"image: expected a readable picture, got {path} ({error})") from error
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def load(
+    spec: str,
+    *,
+    root: str | Path | None = None,
+    download: bool = False,
+    train: bool,
+    image_size: int | None = None,
+    seed: int = 0,
+) -> ImageSet | FolderSet:
+    """The training part (train=True) or the held-out part of the set that `spec` names.
+
+    root: folder of the torchvision sets, "data" if None; fetched into only if `download`.
+    image_size: side of the training crop in pixels. folder: stores 8/7 of it, so that 224 is cut
+    from 256 (224 if None); fake makes images of it; the others keep their own size.
+    seed: of fake; the split of the others never changes. PATH/<class>/* without train and val
+    folders is split by name: of each class, the 2nd, 12th, 22nd ... file is held out.
+
+    ValueError for an unknown spec, FileNotFoundError for missing or empty folders, ImportError for
+    a missing package, OSError for a failed download.
+    """
+    kind, _, rest = spec.partition(":")
+    if spec == "digits":
+        return _digits(train)
+    if spec in ("cifar10", "cifar100", "stl10"):
+        return _torchvision(spec, Path("data" if root is None else root), download, train)
+    if kind == "folder" and rest:
+        return _folder(Path(rest).expanduser(), train, round((image_size or 224) * 8 / 7))
+    if kind == "fake":
+        return _fake(spec, rest, train, image_size, seed)
+    raise ValueError(f"data: expected one of {', '.join(SETS)}, got {spec!r}")
+
+
+def _missing(spec: str, package: str, error: ImportError) -> ImportError:
+    hint = "install it with: pip install 'directclr-fast[train]'"
+    return ImportError(f"data {spec}: expected {package}, got {error}; {hint}")
+
+
+def _digits(train: bool) -> ImageSet:
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError as error:
+        raise _missing("digits", "scikit-learn", error) from error
+    images, labels = load_digits(return_X_y=True)
+    parts = train_test_split(np.arange(len(labels)), test_size=500, stratify=labels, random_state=0)
+    part = np.sort(parts[0] if train else parts[1])
+    images = np.rint(images[part] * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
+    return ImageSet(torch.from_numpy(images), torch.from_numpy(labels[part]).long(), 10, "digits")
+
+
+def _torchvision(spec: str, root: Path, download: bool, train: bool) -> ImageSet:
+    try:
+        from torchvision import datasets
+    except ImportError as error:
+        raise _missing(spec, "torchvision", error) from error
+    if not download and not root.is_dir():
+        raise FileNotFoundError(f"data: expected the folder of {spec}, got no folder {root}")
+    try:
+        if spec == "stl10":
+            split = "train+unlabeled" if train else "test"
+            source = datasets.STL10(root, split=split, download=download)
+            images, labels, classes = source.data, source.labels, 10
+        else:
+            source = getattr(datasets, spec.upper())(root, train=train, download=download)
+            images, labels = source.data.transpose(0, 3, 1, 2), source.targets
+            classes = len(source.classes)
+    except (RuntimeError, OSError) as error:
+        if download:
+            raise OSError(f"data: expected to download {spec} to {root}, got {error}") from error
+        raise FileNotFoundError(
+            f"data: expected the files of {spec} in {root} (or leave to download them), "
+            "got none or damaged ones"
+        ) from error
+    images = torch.from_numpy(np.ascontiguousarray(images))
+    return ImageSet(images, torch.as_tensor(np.asarray(labels), dtype=torch.int64), classes, spec)
+
+
+def _subfolders(path: Path) -> list[str]:
+    return sorted(e.name for e in os.scandir(path) if e.is_dir() and not e.name.startswith("."))
+
+
+def _files(path: Path) -> list[str]:
+    """Every picture under path, sorted; sub-folders included, as ImageFolder does."""
+    return sorted(
+        os.path.join(folder, name)
+        for folder, _, names in os.walk(path, followlinks=True)
+        for name in names
+        if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")
+    )
+
+
+def _folder(root: Path, train: bool, size: int) -> FolderSet:
+    if not root.is_dir():
+        raise FileNotFoundError(f"data: expected a folder of images, got no folder {root}")
+    split = (root / "train").is_dir()
+    base = root / "train" if split else root
+    here = root / "val" if split and not train else base
+    if not here.is_dir():
+        raise FileNotFoundError(f"data: expected the validation folder beside train, got no {here}")
+    classes = _subfolders(base)
+    if not classes:
+        raise FileNotFoundError(f"data: expected a folder for each class in {base}, got none")
+    if strangers := sorted(set(_subfolders(here)) - set(classes)):
+        raise ValueError(f"data: expected the classes of {base} in {here}, got {strangers[0]!r}")
+    paths, labels = [], []
+    for label, name in enumerate(classes):
+        files = _files(here / name)
+        if not split:
+            files = [f for k, f in enumerate(files) if (k % 10 == 1) != train]
+        paths += map(os.fsencode, files)
+        labels += [label] * len(files)
+    if not paths:
+        part = "training" if train else "validation"
+        raise FileNotFoundError(f"data: expected {part} images in the classes of {here}, got none")
+    return FolderSet(np.array(paths), torch.tensor(labels), len(classes), f"folder:{root}", size)
+
+
+def _fake(spec: str, rest: str, train: bool, image_size: int | None, seed: int) -> ImageSet:
+    option = {"n": 1024, "classes": 10, "size": image_size or 32, "channels": 3}
+    for word in filter(None, rest.split(",")):
+        key, _, value = word.partition("=")
+        if key not in option or not value.isdecimal() or int(value) < 1:
+            expected = f"fake:key=number with keys {', '.join(option)}"
+            raise ValueError(f"data: expected {expected}, got {spec!r}")
+        option[key] = int(value)
+    n, classes, size, channels = option.values()
+    common = torch.Generator().manual_seed(seed)  # the classes look alike in both parts
+    coarse = torch.rand(classes, channels, 3, 3, generator=common)
+    smooth = F.interpolate(coarse, (size, size), mode="bilinear", align_corners=True)
+    own = torch.Generator().manual_seed(_mix(seed, int(train)))
+    labels = torch.randint(classes, (n,), generator=own)
+    images = torch.randint(128, (n, channels, size, size), generator=own, dtype=torch.uint8)
+    images += (smooth * 127).to(torch.uint8)[labels]
+    return ImageSet(images, labels, classes, "fake")
+
+
+# ---------------------------------------------------------------- order and loader
+
+
+def _mix(*numbers: int) -> int:
+    """One 64-bit seed from several whole numbers; (1, 2) and (2, 1) give unrelated ones."""
+    words = [number % 2**64 for number in numbers]  # SeedSequence takes no negative ones
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
+
+
+class EpochSampler:
+    """Shuffled batches of indices; the order is a function of (seed, epoch) alone.
+
+    n, batch_size: images of the set and of a batch, the latter over all ranks together. Rank r of W
+    takes the r-th of W contiguous parts of every batch, so that W ranks together see what one
+    process would.
+    drop_last: leave out the images that do not fill the last batch; they change with the epoch.
+    `what` names the images in the error: ValueError if a batch holds more than the set, or cannot
+    be shared evenly by the ranks.
+
+    Iterating gives the epoch's batches, int64 (batch_size / W,), from `position` to its end and
+    moves nothing, so that workers may read ahead: whoever trains moves `position`, and calls
+    `next_epoch` at the end (see Batches).
+    """
+
+    def __init__(
+        self,
+        n: int,
+        batch_size: int,
+        seed: int = 0,
+        drop_last: bool = True,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        what: str = "images",
+    ):
+        if batch_size < 1:
+            raise ValueError(f"batch size: expected at least 1, got {batch_size}")
+        if batch_size > n:
+            raise ValueError(f"batch size: expected at most {n} (the {what}), got {batch_size}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank: expected 0 to {world_size - 1}, got {rank}")
+        if batch_size % world_size or (not drop_last and (n % batch_size) % world_size):
+            last = "" if drop_last else f" and a last one of {n % batch_size}"
+            raise ValueError(
+                f"batch size: expected a multiple of the {world_size} ranks, got {batch_size}{last}"
+            )
+        self.n, self.batch_size, self.seed, self.drop_last = n, batch_size, seed, drop_last
+        self.rank, self.world_size = rank, world_size
+        self.epoch = self.position = 0
+
+    def __len__(self) -> int:
+        """Batches in a whole epoch."""
+        return self.n // self.batch_size if self.drop_last else -(-self.n // self.batch_size)
+
+    def order(self, epoch: int) -> Tensor:
+        """The permutation of an epoch, int64 (n,), the same on every rank."""
+        generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
+        return torch.randperm(self.n, generator=generator)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        batches = self.order(self.epoch).split(self.batch_size)[: len(self)]
+        for batch in batches[self.position :]:
+            yield batch.tensor_split(self.world_size)[self.rank]
+
+    def next_epoch(self) -> None:
+        """To the first batch of the next epoch."""
+        self.epoch, self.position = self.epoch + 1, 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the sampler stands, and what the order depends on."""
+        keys = ("epoch", "position", "n", "batch_size", "seed")
+        return {key: getattr(self, key) for key in keys}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """To the place that was saved. ValueError if the order there was another one."""
+        for key in ("n", "batch_size", "seed"):
+            if state[key] != getattr(self, key):
+                expected = f"{state[key]} as in the checkpoint"
+                raise ValueError(f"{key}: expected {expected}, got {getattr(self, key)}")
+        self.epoch, self.position = state["epoch"], state["position"]
+
+
+def _as_is(batch):
+    return batch
+
+
+def _loader(
+    dataset: ImageSet | FolderSet, batches: Iterable[Tensor], device: torch.device, workers: int
+) -> DataLoader:
+    workers = workers if isinstance(dataset, FolderSet) else 0
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=_as_is,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=device.type == "cuda" and not dataset.labels.is_cuda,
+        generator=torch.Generator(),  # the loader draws a seed even where nobody uses it
+    )
+
+
+def _read(loader: DataLoader, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    for batch in loader:
+        if isinstance(batch, str):
+            raise OSError(batch)
+        images, labels, indices = batch
+        images = images.to(device, non_blocking=True)
+        yield images, labels.to(device, non_blocking=True), indices
+
+
+def in_order(
+    dataset: ImageSet | FolderSet,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+    num_workers: int = 0,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The whole set once, in its own order, in batches as Batches gives them; for evaluation."""
+    device = torch.device(device)
+    batches = torch.arange(len(dataset)).split(batch_size)
+    return _read(_loader(dataset, batches, device, num_workers), device)
+
+
+class Batches:
+    """The rest of the current epoch as (images uint8 (B, C, H, W), labels (B,), indices (B,)).
+
+    Images and labels are on `device`, indices on the host. The sampler's position counts the
+    batches handed out: saved while batch k is being trained on, after its optimiser step, a resumed
+    run continues with batch k + 1. The epoch ends when the loop does, so a state saved at the last
+    batch resumes at the end of its epoch.
+
+    num_workers: processes that decode a FolderSet; a set in memory uses none. On CUDA batches are
+    pinned and copied asynchronously; `dataset.to(device)` saves the copy. The global random state
+    is left alone.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageSet | FolderSet,
+        sampler: EpochSampler,
+        device: torch.device | str = "cpu",
+        num_workers: int = 0,
+    ):
+        if sampler.n != len(dataset):
+            raise ValueError(f"sampler: expected {len(dataset)} images, got {sampler.n}")
+        self.sampler, self.device = sampler, torch.device(device)
+        self.loader = _loader(dataset, sampler, self.device, num_workers)
+
+    def __len__(self) -> int:
+        """Batches in a whole epoch."""
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for batch in _read(self.loader, self.device):
+            self.sampler.position += 1
+            yield batch
+        self.sampler.next_epoch()

@@ -1,0 +1,26 @@
+"""Shared fixtures: fresh memory is NaN in every test, so that output nobody wrote shows."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+@pytest.fixture(autouse=True)
+def uninitialised_memory_is_nan():
+    """torch.empty returns NaN (and the largest integers) while a test runs."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """A folder for the runs of one test."""
+    return tmp_path / "runs"

@@ -1,0 +1,265 @@
+"""The blocked backends against the reference in fp64, and against eager PyTorch in each dtype."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+import torch
+
+from directclr_fast import fast_directclr_loss
+from directclr_fast.dispatch import PRIORITY
+from directclr_fast.testing import KINDS, bound, eager_loss, evaluate, make_views, relative_error
+
+BACKENDS = [name for name in PRIORITY if name != "reference"]
+TEMPERATURES = (0.001, 0.01, 0.05, 0.1, 0.5, 1.0, 10.0)
+# One row, primes, one below, at and above the tile edges, and ragged pairs.
+ROWS = (1, 2, 3, 5, 7, 16, 31, 63, 64, 65, 97)
+DIMS = (1, 2, 3, 8, 15, 16, 17, 33)
+CHUNKS = 20
+CASES_PER_CHUNK = 110
+
+
+def generated_case(seed: int) -> dict:
+    """One call drawn from every option; the same seed gives the same case on every machine."""
+    draw = random.Random(seed)
+    rows = draw.choice(ROWS)
+    negatives = draw.choice(("cross", "cross", "both"))
+    extra = draw.choice((0, 0, 1, 9)) if negatives == "cross" else 0
+    dim = draw.choice(DIMS)
+    groups = draw.choice((0, 0, 0, 1, 3))
+    return {
+        "rows": rows,
+        "candidates": rows + extra,
+        "width": dim + draw.choice((0, 1, 13)),
+        "dim": dim,
+        "groups": groups,
+        "kind": draw.choice(KINDS),
+        "layout": draw.choice(("plain", "transposed", "offset", "strided", "expanded")),
+        "temperature": draw.choice(TEMPERATURES),
+        "tensor_temperature": draw.random() < 0.3,
+        "negatives": negatives,
+        "symmetric": draw.random() < 0.7,
+        "reduction": draw.choice(("mean", "sum", "none")),
+        "workspace": draw.choice((None, 0, 2 * 8 * 24 * 20, 2**24)),
+        "seed": seed,
+    }
+
+
+def lay_out(r: torch.Tensor, layout: str) -> torch.Tensor:
+    """The same values with other strides; "expanded" makes all rows one row in memory."""
+    if layout == "transposed":
+        return r.T.contiguous().T
+    if layout == "offset":
+        return torch.cat([r[:1], r])[1:]
+    if layout == "strided":
+        return r.repeat_interleave(2, 1)[:, ::2]
+    return r[:1].expand_as(r) if layout == "expanded" else r
+
+
+def arguments_of(case: dict, dtype: torch.dtype):
+    """(views, options) of a generated case."""
+    r1, r2 = make_views(
+        case["rows"],
+        case["width"],
+        candidates=case["candidates"],
+        kind=case["kind"],
+        seed=case["seed"],
+    )
+    r1, r2 = lay_out(r1, case["layout"]).to(dtype), lay_out(r2, case["layout"]).to(dtype)
+    temperature = case["temperature"]
+    if case["tensor_temperature"]:
+        temperature = torch.tensor(temperature, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(case["seed"])
+    options = {
+        "temperature": temperature,
+        "negatives": case["negatives"],
+        "symmetric": case["symmetric"],
+        "reduction": case["reduction"],
+    }
+    if case["groups"]:
+        options["columns"] = torch.stack(
+            [
+                torch.randperm(case["width"], generator=generator)[: case["dim"]]
+                for _ in range(case["groups"])
+            ]
+        )
+        options["dim"] = None
+    else:
+        options["dim"] = case["dim"]
+    upstream = torch.randn(
+        case["rows"] if case["reduction"] == "none" else (), generator=generator
+    ).double()
+    return r1, r2, upstream, options
+
+
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+@pytest.mark.parametrize("backend", ["torch"])
+def test_generated_cases_match_the_reference_in_fp64(backend, chunk):
+    for seed in range(chunk * CASES_PER_CHUNK, (chunk + 1) * CASES_PER_CHUNK):
+        case = generated_case(seed)
+        r1, r2, upstream, options = arguments_of(case, torch.float64)
+        ours = evaluate(
+            fast_directclr_loss,
+            r1,
+            r2,
+            upstream=upstream,
+            backend=backend,
+            workspace_bytes=case["workspace"],
+            **options,
+        )
+        truth = evaluate(
+            fast_directclr_loss, r1, r2, upstream=upstream, backend="reference", **options
+        )
+        eager = evaluate(eager_loss, r1, r2, upstream=upstream, **options)
+        slack = conditioning(case, r1, r2, upstream)
+        for name, got, want, plain in zip(ours._fields, ours, truth, eager):
+            if want is None:
+                continue
+            allowed = bound(relative_error(plain, want), torch.float64) * float(want.norm())
+            error = float((got - want).norm())
+            assert error <= allowed + slack[name], (error, allowed, name, case)
+
+
+def conditioning(case: dict, r1, r2, upstream) -> dict[str, float]:
+    """Rounding that every method is left with: that of a s, some ulps of a = 1/temperature.
+
+    It moves the loss by its own size, a gradient by a (and 1/|x|) times it, and the gradient of the
+    temperature, a^2 sum G s, by a^2 times it.
+    """
+    a = 1 / case["temperature"]
+    total = float(upstream.abs().sum()) * max(1, case["groups"])
+    total *= case["rows"] if case["reduction"] == "sum" else 1
+    ulps = 8 * torch.finfo(torch.float64).eps * max(a, 1) * total
+    if case["groups"]:
+        shortest = min(float(r.abs().min()) for r in (r1, r2))
+    else:
+        shortest = min(float(r[:, : case["dim"]].norm(dim=1).min()) for r in (r1, r2))
+    dr = ulps * a / max(shortest, 1e-12)
+    return {"loss": ulps, "dr1": dr, "dr2": dr, "dtemperature": ulps * a * a}
+
+
+EXACT_SHAPES = [
+    pytest.param(1, 4, 3, id="one-row"),
+    pytest.param(2, 17, 17, id="two-rows"),
+    pytest.param(127, 64, 1, id="one-column"),
+    pytest.param(129, 700, 360, id="slice-of-a-width-above-a-tile"),
+    pytest.param(257, 130, 127, id="primes"),
+    pytest.param(521, 400, 360, id="several-blocks"),
+]
+
+
+@pytest.mark.parametrize("kind", ["unrelated", "views", "converged", "clustered"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows,width,dim", EXACT_SHAPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_error_is_at_most_twice_that_of_eager(backend, rows, width, dim, dtype, kind):
+    r1, r2 = make_views(rows, width, kind=kind, dtype=dtype)
+    for negatives, temperature in itertools.product(("cross", "both"), (0.1, 0.02)):
+        options = {"dim": dim, "temperature": temperature, "negatives": negatives}
+        upstream = torch.tensor(0.75)
+        truth = evaluate(eager_loss, r1.double(), r2.double(), upstream=upstream, **options)
+        eager = evaluate(eager_loss, r1, r2, upstream=upstream, **options)
+        ours = evaluate(
+            fast_directclr_loss, r1, r2, upstream=upstream, backend=backend, **options
+        )
+        assert ours.dr1.dtype == dtype and ours.dr2.dtype == dtype
+        assert ours.loss.dtype == torch.float32
+        for name, got, want, plain in zip(ours._fields[:3], ours, truth, eager):
+            # One row and near-perfect positives leave gradients that are all rounding.
+            allowed = bound(relative_error(plain, want), dtype)
+            absolute = float((got.double() - want).norm())
+            assert relative_error(got, want) <= allowed or absolute < 1e-12, (name, options)
+
+
+def loss_without_cancellation(r1, r2, temperature):
+    """The symmetric loss as log1p of the other candidates' share, whose gradient needs no p - 1."""
+    z1, z2 = (torch.nn.functional.normalize(r, dim=1) for r in (r1, r2))
+    s = z1 @ z2.T / temperature
+    positives = s.diagonal()
+    others = s.masked_fill(torch.eye(len(s), dtype=torch.bool), float("-inf"))
+    rows = torch.log1p(torch.exp(others - positives[:, None]).sum(1))
+    columns = torch.log1p(torch.exp(others - positives[None, :]).sum(0))
+    return ((rows + columns) / 2).mean()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("temperature", [0.1, 0.05, 0.02])
+def test_a_converged_pair_keeps_its_relative_accuracy(backend, temperature):
+    """With 1 - p_ii from 1e-2 to 1e-18: eager fp32 and even fp64 lose it to cancellation."""
+    r1, r2 = make_views(96, 64, kind="converged", dtype=torch.float32)
+    truth = evaluate(
+        loss_without_cancellation, r1.double(), r2.double(), temperature=temperature
+    )
+    ours = evaluate(fast_directclr_loss, r1, r2, None, temperature=temperature, backend=backend)
+    assert 0 < float(truth.loss) < 0.05
+    # What is left is the rounding of a s_ij in fp32.
+    allowed = 4e-7 / temperature
+    assert relative_error(ours.loss, truth.loss) < allowed
+    assert relative_error(ours.dr1, truth.dr1) < allowed
+    assert relative_error(ours.dr2, truth.dr2) < allowed
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_hard_rows_stay_finite_and_right(backend, temperature):
+    r1, r2 = make_views(40, 24, kind="unrelated", dtype=torch.float32)
+    r1[3], r2[5] = 0.0, 0.0  # zero rows follow F.normalize
+    r1[7] *= 1e19  # squares overflow fp32
+    r2[9] *= 1e-25  # squares vanish in fp32; shorter than eps
+    r1[11] = -r2[11]
+    r1[12] = r1[13]
+    options = {"dim": 20, "temperature": temperature}
+    truth = evaluate(fast_directclr_loss, r1.double(), r2.double(), backend="reference", **options)
+    ours = evaluate(fast_directclr_loss, r1, r2, backend=backend, **options)
+    assert relative_error(ours.loss, truth.loss) < 1e-5
+    for got, want in ((ours.dr1, truth.dr1), (ours.dr2, truth.dr2)):
+        assert torch.isfinite(got).all()
+        for row in range(40):  # by row: lengths differ by 40 orders of magnitude
+            scale = float(want[row].norm())
+            assert relative_error(got[row], want[row]) < 1e-4 / min(temperature, 1) or scale < 1e-30
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
+def test_nan_and_inf_reach_the_loss(backend, bad):
+    r1, r2 = make_views(9, 8, dtype=torch.float32)
+    r1[4, 2] = bad
+    result = evaluate(fast_directclr_loss, r1, r2, 6, backend=backend)
+    assert not torch.isfinite(result.loss)
+    r1[4, 2], r1[4, 7] = 0.0, bad  # outside the sub-vector it is nobody's business
+    assert torch.isfinite(evaluate(fast_directclr_loss, r1, r2, 6, backend=backend).loss)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("workspace", [None, 0, 2**30])
+def test_repeat_runs_are_bitwise_equal(backend, workspace):
+    r1, r2 = make_views(700, 80, dtype=torch.float32)
+    runs = [
+        evaluate(
+            fast_directclr_loss,
+            r1,
+            r2,
+            60,
+            temperature=torch.tensor(0.1),
+            backend=backend,
+            workspace_bytes=workspace,
+        )
+        for _ in range(3)
+    ]
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], run))
+
+
+def test_highest_precision_ignores_the_process_setting():
+    r1, r2 = make_views(256, 128, dtype=torch.float32)
+    truth = evaluate(eager_loss, r1.double(), r2.double(), None)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        ours = evaluate(fast_directclr_loss, r1, r2, None, precision="highest", backend="torch")
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert relative_error(ours.dr1, truth.dr1) < 2e-6

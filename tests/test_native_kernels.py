@@ -1,0 +1,508 @@
+"""The C++ stages against numpy in fp64, every instruction-set body forced in turn.
+
+The bound is the project's: at most twice the error that PyTorch's eager fp32 makes on the same input,
+with a floor of a few ulps for the cases where eager happens to be exact.
+"""
+
+import math
+import os
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+try:
+    from directclr_fast import _cpu
+except ImportError as error:
+    pytest.skip(f"the compiled CPU kernels are not there: {error}", allow_module_level=True)
+
+EPS = 1e-12
+ULP = 2.0**-23
+DTYPES = {torch.float32: _cpu.FLOAT32, torch.float16: _cpu.FLOAT16, torch.bfloat16: _cpu.BFLOAT16}
+
+
+@pytest.fixture(params=_cpu.available_isas())
+def isa(request):
+    _cpu.force_isa(request.param)
+    yield request.param
+    _cpu.force_isa("")
+
+
+@pytest.fixture
+def widest():
+    _cpu.force_isa("")
+
+
+def filled(*shape, dtype=torch.float32):
+    """NaN, so that what is not written shows."""
+    return torch.full(shape, math.nan, dtype=dtype)
+
+
+def view(x, cols=None):
+    """x: (rows, d), or the full (rows, width) with an int64 column list."""
+    address = 0 if cols is None else cols.data_ptr()
+    return (x.data_ptr(), DTYPES[x.dtype], x.stride(0), x.stride(1), address)
+
+
+class Native:
+    """One pair of views through the two drivers; every array kept for inspection."""
+
+    def __init__(self, x1, x2, temperature=0.1, offset=0, cols=None, bf16=False, keep=0.0,
+                 threads=2, symmetric=True):
+        self.x1, self.x2, self.cols = x1, x2, cols
+        self.m, self.n = x1.shape[0], x2.shape[0]
+        self.d = x1.shape[1] if cols is None else len(cols)
+        self.offset, self.scale, self.bf16, self.threads = offset, 1 / temperature, bf16, threads
+        pitch = _cpu.pitch(self.d)
+        self.z1, self.z2 = filled(self.m, pitch), filled(self.n, pitch)
+        self.rnorm1, self.rnorm2 = filled(self.m), filled(self.n)
+        self.pos, self.row_lse, self.col_lse = filled(self.m), filled(self.m), filled(self.n)
+        self.nll_row, self.nll_col = filled(self.m), filled(self.m)
+        self.bytes = int(_cpu.workspace_bytes(self.m, self.n) * keep)
+        self.workspace = filled(self.bytes // 4 + 1)
+        _cpu.forward(
+            x1=view(x1, cols), x2=view(x2, cols), m=self.m, n=self.n, d=self.d, row_offset=offset,
+            eps=EPS, scale=self.scale, bf16=bf16, z1=self.z1.data_ptr(), z2=self.z2.data_ptr(),
+            rnorm1=self.rnorm1.data_ptr(), rnorm2=self.rnorm2.data_ptr(), pos=self.pos.data_ptr(),
+            row_lse=self.row_lse.data_ptr(),
+            col_lse=self.col_lse.data_ptr() if symmetric else 0,
+            nll_row=self.nll_row.data_ptr(), nll_col=self.nll_col.data_ptr() if symmetric else 0,
+            workspace=self.workspace.data_ptr() if self.bytes else 0, workspace_bytes=self.bytes,
+            threads=threads,
+        )
+
+    def losses(self):
+        return self.nll_row.double(), self.nll_col.double()
+
+    def backward(self, wr, wc, need1=True, need2=True, dtype=None):
+        """wr: (m), wc: (n) or None. Returns the gradients of x1 and x2 and the row dots' sums."""
+        pitch = _cpu.pitch(self.d)
+        self.dz1, self.dz2 = filled(self.m, pitch), filled(self.n, pitch)
+        grads, specs = [], []
+        for x in (self.x1, self.x2):
+            g = filled(x.shape[0], x.shape[1], dtype=dtype or x.dtype)
+            address = 0 if self.cols is None else self.cols.data_ptr()
+            grads.append(g)
+            specs.append((g.data_ptr(), DTYPES[g.dtype], *g.stride(), address, g.shape[1], True))
+        self.dots = _cpu.backward(
+            z1=self.z1.data_ptr(), z2=self.z2.data_ptr(), rnorm1=self.rnorm1.data_ptr(),
+            rnorm2=self.rnorm2.data_ptr(), m=self.m, n=self.n, d=self.d, row_offset=self.offset,
+            eps=EPS, scale=self.scale, bf16=self.bf16, row_weight=wr.data_ptr(),
+            col_weight=0 if wc is None else wc.data_ptr(), row_lse=self.row_lse.data_ptr(),
+            col_lse=0 if wc is None else self.col_lse.data_ptr(),
+            nll_row=self.nll_row.data_ptr(), nll_col=0 if wc is None else self.nll_col.data_ptr(),
+            dz1=self.dz1.data_ptr() if need1 else 0, dz2=self.dz2.data_ptr() if need2 else 0,
+            grad1=specs[0] if need1 else None, grad2=specs[1] if need2 else None,
+            workspace=self.workspace.data_ptr() if self.bytes else 0, workspace_bytes=self.bytes,
+            threads=self.threads,
+        )
+        return grads
+
+
+def plain(x1, x2, wr, wc, temperature=0.1, offset=0, dtype=torch.float64):
+    """The same in plain PyTorch: per-row losses, gradients of x1 and x2, temperature gradient."""
+    x1, x2 = (x.to(dtype).detach().clone().requires_grad_() for x in (x1, x2))
+    scale = torch.tensor(1 / temperature, dtype=dtype, requires_grad=True)
+    z1, z2 = (torch.nn.functional.normalize(x, eps=EPS) for x in (x1, x2))
+    s = scale * (z1 @ z2.T)
+    rows = torch.arange(len(x1))
+    if dtype == torch.float64:
+        # softplus of what the others add to the positive: p - 1 would cancel even in fp64.
+        pos = s[rows, rows + offset]
+        rest = s.masked_fill(torch.arange(len(x2)) == rows[:, None] + offset, -math.inf)
+        nll_row = torch.logaddexp(torch.zeros_like(pos), torch.logsumexp(rest, 1) - pos)
+        nll_col = torch.logaddexp(
+            torch.zeros_like(pos), torch.logsumexp(rest[:, rows + offset], 0) - pos
+        )
+        if len(x2) == 1:
+            nll_row = nll_col = 0 * pos
+    else:
+        nll_row = -torch.log_softmax(s, 1)[rows, rows + offset]
+        nll_col = -torch.log_softmax(s, 0)[rows, rows + offset]
+    # Columns without a positive have a gradient too: that of wc_j times their log-sum-exp.
+    without = torch.ones(len(x2), dtype=dtype)
+    without[rows + offset] = 0
+    total = (wr.to(dtype) * nll_row).sum()
+    if wc is not None:
+        total = total + (wc.to(dtype)[rows + offset] * nll_col).sum()
+        total = total + (wc.to(dtype) * without * torch.logsumexp(s, 0)).sum()
+    g1, g2, ga = torch.autograd.grad(total, (x1, x2, scale))
+    return nll_row.detach(), nll_col.detach(), g1, g2, ga
+
+
+def error(x, truth):
+    truth = truth.double()
+    return float((x.double() - truth).norm() / truth.norm().clamp_min(1e-300))
+
+
+def views(m, n, d, offset=0, noise=0.5, seed=0):
+    """Two views of the same points, the rest unrelated."""
+    generator = torch.Generator().manual_seed(seed * 1000003 + m * 1009 + n * 31 + d)
+    x2 = torch.randn(n, d, generator=generator)
+    x1 = x2[offset : offset + m] + noise * torch.randn(m, d, generator=generator)
+    return x1, x2
+
+
+def weights(m, n, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.rand(m, generator=generator) + 0.5) / m, (torch.rand(n, generator=generator)) / n
+
+
+def compare(x1, x2, temperature=0.1, offset=0, floor=8 * ULP, **options):
+    """Losses and gradients within twice eager's error."""
+    wr, wc = weights(len(x1), len(x2))
+    native = Native(x1, x2, temperature, offset, **options)
+    g1, g2 = native.backward(wr, wc)
+    truth = plain(x1, x2, wr, wc, temperature, offset)
+    eager = plain(x1, x2, wr, wc, temperature, offset, torch.float32)
+    got = (*native.losses(), g1, g2)
+    scale = max(1.0, 1 / temperature)
+    for name, x, t, e in zip(("nll_row", "nll_col", "grad1", "grad2"), got, truth, eager):
+        assert torch.isfinite(x).all(), name
+        # s is rounded, so a s and with it a loss is off by about a ulp times a. Gradients that
+        # fp32 cannot hold may vanish.
+        tiny = 1e-30 if "grad" in name else 0.5 * ULP * scale * math.sqrt(len(t))
+        allowed = max(2 * float((e.double() - t).norm()), floor * max(1, 0.1 * scale) * float(t.norm()))
+        off = float((x.double() - t).norm())
+        assert off <= allowed + tiny, f"{name}: error {off:.2e}, allowed {allowed:.2e} + {tiny:.2e}"
+    return native
+
+
+ROWS = [1, 2, 3, 7, 63, 64, 65, 127, 129]
+WIDTHS = [1, 3, 16, 17, 127, 128, 129, 360]
+
+
+@pytest.mark.parametrize("d", WIDTHS)
+@pytest.mark.parametrize("n", ROWS)
+def test_square(isa, n, d):
+    compare(*views(n, n, d))
+
+
+@pytest.mark.parametrize("n, d", [(1000, 360), (1000, 17), (129, 2048), (400, 1100)])
+def test_large(isa, n, d):
+    compare(*views(n, n, d))
+    for keep in (0.4, 1.0):
+        compare(*views(n, n, d), keep=keep)
+
+
+@pytest.mark.parametrize("m, n, offset", [(1, 5, 4), (3, 700, 100), (64, 129, 65), (100, 417, 0)])
+@pytest.mark.parametrize("temperature", [0.1, 0.005])
+def test_block_row(isa, m, n, offset, temperature):
+    compare(*views(m, n, 40, offset), offset=offset, temperature=temperature)
+
+
+@pytest.mark.parametrize(
+    "temperature", [0.001, 0.003, 0.007, 0.01, 0.0125, 0.013, 0.02, 0.05, 0.1, 0.5, 1.0, 10.0]
+)
+@pytest.mark.parametrize("noise", [0.0, 0.5, 20.0])
+def test_temperatures(isa, temperature, noise):
+    compare(*views(130, 130, 64, noise=noise), temperature=temperature)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_problems(isa, seed):
+    rng = np.random.default_rng(seed)
+    for _ in range(4):
+        m = int(rng.integers(1, 80))
+        n = m + int(rng.integers(0, 60)) * int(rng.integers(0, 2))
+        d = int(rng.integers(1, 140))
+        offset = int(rng.integers(0, n - m + 1))
+        temperature = float(10 ** rng.uniform(-2.5, 1))
+        compare(*views(m, n, d, offset, seed=seed), temperature, offset, keep=rng.uniform(0, 1.2),
+                threads=int(rng.integers(1, 5)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_reading_and_writing(isa, dtype):
+    """Slices, steps, transposes, odd addresses and gathered columns give what a copy gives."""
+    generator = torch.Generator().manual_seed(3)
+    base = torch.randn(2, 50, 96, generator=generator).to(dtype)
+    wr, wc = weights(50, 50)
+    cols = torch.tensor([5, 90, 3, 44, 45, 46, 0, 95, 17])
+    odd = torch.empty(50 * 96 + 1, dtype=dtype)[1:].view(50, 96)
+    odd.copy_(base[0])
+    cases = {
+        "slice": (base[0][:, :37], base[1][:, :37], None),
+        "step": (base[0][:, ::3], base[1][:, ::3], None),
+        "transposed": (base[0].T.contiguous().T, base[1].T.contiguous().T, None),
+        "odd address": (odd, base[1], None),
+        "gathered": (base[0], base[1], cols),
+        "expanded": (base[0][:1].expand(50, 96), base[1], None),
+    }
+    for name, (x1, x2, c) in cases.items():
+        p1, p2 = (x if c is None else x[:, c] for x in (x1, x2))
+        reference = Native(p1.float().contiguous(), p2.float().contiguous())
+        expected = reference.backward(wr, wc)
+        native = Native(x1, x2, cols=c)
+        got = native.backward(wr, wc)
+        assert torch.equal(native.z1, reference.z1), name
+        for g, e in zip(got, expected):
+            if c is not None:
+                full = torch.zeros(50, 96)
+                full[:, c] = e
+                e = full
+            assert torch.equal(g, e.to(dtype)), name
+
+
+def test_full_width_gradient(isa):
+    """The gradient of a slice lands in the whole matrix, zeros elsewhere."""
+    x1, x2 = views(30, 30, 20)
+    wr, wc = weights(30, 30)
+    native = Native(x1, x2)
+    expected = native.backward(wr, wc)[0]
+    full = filled(30, 64)
+    _cpu.finish(
+        z=native.z1.data_ptr(), dz=native.dz1.data_ptr(), rnorm=native.rnorm1.data_ptr(), rows=30,
+        d=20, eps=EPS, grad=(full.data_ptr(), _cpu.FLOAT32, 64, 1, 0, 64, True), threads=2,
+    )
+    assert torch.equal(full[:, :20], expected) and (full[:, 20:] == 0).all()
+
+
+def test_one_side_and_one_direction(isa):
+    x1, x2 = views(140, 140, 50)
+    wr, wc = weights(140, 140)
+    both = Native(x1, x2).backward(wr, wc)
+    first = Native(x1, x2).backward(wr, wc, need2=False)
+    second = Native(x1, x2).backward(wr, wc, need1=False)
+    assert torch.equal(both[0], first[0]) and torch.equal(both[1], second[1])
+    native = Native(x1, x2, symmetric=False)
+    assert torch.isnan(native.col_lse).all()
+    truth = plain(x1, x2, wr, None)
+    eager = plain(x1, x2, wr, None, dtype=torch.float32)
+    for g, t, e in zip(native.backward(wr, None), truth[2:4], eager[2:4]):
+        assert error(g, t) <= max(2 * error(e, t), 8 * ULP)
+
+
+def test_temperature_gradient(isa):
+    x1, x2 = views(100, 100, 30)
+    wr, wc = weights(100, 100)
+    native = Native(x1, x2)
+    native.backward(wr, wc)
+    truth = float(plain(x1, x2, wr, wc)[4])
+    for dots in native.dots:
+        assert dots / native.scale == pytest.approx(truth, rel=1e-5)
+
+
+def test_hard_rows(isa):
+    """Duplicates, zeros, opposites, huge and tiny rows, alone and beside ordinary ones."""
+    x1, x2 = views(70, 70, 24)
+    x1[3] = x1[4]
+    x2[9] = x2[10]
+    x1[11] = x2[11]
+    x1[12] = -x2[12]
+    x1[20] *= 1e19
+    x2[21] *= 1e19
+    x1[22] *= 3e-20
+    for temperature in (0.1, 0.01):
+        compare(x1, x2, temperature)
+    zero1, zero2 = x1.clone(), x2.clone()
+    zero1[5], zero2[6] = 0, 0
+    zero1[30] = 1e-40  # below eps: scaled by 1 / eps, as F.normalize does
+    wr, wc = weights(70, 70)
+    native = Native(zero1, zero2)
+    g1, g2 = native.backward(wr, wc)
+    truth = plain(zero1, zero2, wr, wc)
+    for x, t in zip((*native.losses(), g1, g2), truth):
+        # Clamped rows have gradients of 1 / eps: compare row by row.
+        t = t.reshape(70, -1)
+        x = x.reshape(70, -1).double()
+        assert ((x - t).norm(dim=1) <= 2e-5 * t.norm(dim=1) + 1e-12).all()
+    for rows in (torch.ones(33, 8), torch.zeros(33, 8)):
+        losses = Native(rows, rows.clone()).losses()
+        assert torch.allclose(losses[0], torch.full((33,), math.log(33), dtype=torch.float64))
+    opposite = torch.ones(1, 8)
+    for temperature in (0.001, 0.1, 10.0):
+        native = Native(opposite, -opposite, temperature)
+        assert native.nll_row[0] == 0 and native.nll_col[0] == 0
+        assert all((g == 0).all() for g in native.backward(*weights(1, 1)))
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.005])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_nan_and_inf(isa, bad, temperature):
+    """They reach every loss they touch in plain PyTorch, and nothing else."""
+    x1, x2 = views(100, 100, 40)
+    x1[17, 3] = bad
+    wr, wc = weights(100, 100)
+    native = Native(x1, x2, temperature)
+    expected = plain(x1, x2, wr, wc, temperature, dtype=torch.float32)
+    assert torch.equal(torch.isnan(native.nll_row), torch.isnan(expected[0]))
+    assert torch.equal(torch.isnan(native.nll_col), torch.isnan(expected[1]))
+    native.backward(wr, wc)
+
+
+def test_exp2(isa):
+    """Relative error over the whole range, with and without a split scale."""
+    x = np.concatenate([np.linspace(-125.9, 127.4, 400001), np.random.default_rng(0).normal(size=99999)])
+    x = x.astype(np.float32)
+    y = np.empty_like(x)
+    _cpu.exp2(x.ctypes.data, 1.0, 0.0, y.ctypes.data, len(x))
+    assert np.abs(y / np.exp2(x.astype(np.float64)) - 1).max() < 1.5e-7
+    s = np.linspace(-1, 1, 300001).astype(np.float32)
+    y = np.empty_like(s)
+    for a in (0.1, 1.0, 10.0, 77.0):
+        scale = a * math.log2(math.e)
+        hi = float(np.float32(scale))
+        _cpu.exp2(s.ctypes.data, hi, scale - hi, y.ctypes.data, len(s))
+        # Without a fused multiply-add the reduction rounds once at the size of a s.
+        bound = 1.5e-7 if isa != "portable" else 1.5e-7 + a * 1.5 * ULP
+        assert np.abs(y / np.exp(a * s.astype(np.float64)) - 1).max() < bound
+    edge = np.array([-1e6, -150.0, -127.0, 0.0, math.nan], np.float32)
+    y = np.empty_like(edge)
+    _cpu.exp2(edge.ctypes.data, 1.0, 0.0, y.ctypes.data, len(edge))
+    assert y[0] == 0 and y[1] <= 2.0**-126 and y[3] == 1 and np.isnan(y[4])
+
+
+def self_pair(z, d, scale, threads, wr=None, lse=None, acc=None, dz=None, upper=True):
+    m, p = len(z), z.data_ptr()
+    common = dict(z1=p, z2=p, m=m, n=m, d=d, row_offset=0, scale=scale, upper=upper, bf16=False,
+                  workspace=0, workspace_bytes=0, threads=threads)
+    if acc is not None:
+        s, r = acc[0].data_ptr(), acc[1].data_ptr()
+        _cpu.sums(**common, row_sum=s, row_ref=r, col_sum=s if upper else 0,
+                  col_ref=r if upper else 0)
+    if dz is not None:
+        w, l = wr.data_ptr(), lse.data_ptr()
+        _cpu.products(**common, row_weight=w, col_weight=w, row_lse=l, col_lse=l, nll_row=0,
+                      nll_col=0, dz1=dz.data_ptr(), dz2=dz.data_ptr())
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.004])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("m", [1, 2, 50, 333, 700])
+def test_self_pair(isa, m, threads, temperature):
+    """One view against itself without its diagonal: sums and dz += a (G + G') z."""
+    d, scale = 24, 1 / temperature
+    z = filled(m, _cpu.pitch(d))
+    x = views(m, m, d)[0]
+    rnorm = filled(m)
+    _cpu.normalize(x=view(x), rows=m, d=d, eps=EPS, z=z.data_ptr(), rnorm=rnorm.data_ptr(), threads=1)
+    acc = torch.zeros(2, m, dtype=torch.float64)
+    self_pair(z, d, scale, threads, acc=acc)
+    z64 = z[:, :d].double()
+    s = scale * (z64 @ z64.T)
+    s.fill_diagonal_(-math.inf)
+    truth = torch.logsumexp(s, 1)
+    log = (torch.log2(acc[0]) + acc[1]) * math.log(2)
+    tolerance = 4 * ULP * max(scale, 1)
+    assert torch.allclose(log, truth, rtol=0, atol=tolerance)
+    full = torch.zeros(2, m, dtype=torch.float64)
+    self_pair(z, d, scale, threads, acc=full, upper=False)
+    assert torch.allclose((torch.log2(full[0]) + full[1]) * math.log(2), truth, rtol=0, atol=tolerance)
+    wr = weights(m, m)[0]
+    dz = torch.zeros_like(z)
+    lse = torch.where(torch.isfinite(truth), truth, 0.0).float()
+    self_pair(z, d, scale, threads, wr=wr, lse=lse, dz=dz)
+    g = wr.double()[:, None] * torch.exp(s - lse.double()[:, None])
+    expected = scale * ((g + g.T) @ z64)
+    assert (dz[:, :d] - expected).norm() <= tolerance * 2 * expected.norm()
+
+
+def test_stages_equal_driver(isa):
+    m, n, d, offset, scale = 90, 210, 33, 60, 10.0
+    x1, x2 = views(m, n, d, offset)
+    driver = Native(x1, x2, 0.1, offset, threads=1)
+    acc_r, acc_c = (torch.zeros(2, k, dtype=torch.float64) for k in (m, n))
+    _cpu.sums(
+        z1=driver.z1.data_ptr(), z2=driver.z2.data_ptr(), m=m, n=n, d=d, row_offset=offset,
+        scale=scale, upper=False, bf16=False, workspace=0, workspace_bytes=0,
+        row_sum=acc_r[0].data_ptr(), row_ref=acc_r[1].data_ptr(), col_sum=acc_c[0].data_ptr(),
+        col_ref=acc_c[1].data_ptr(), threads=1,
+    )
+    pos, lse, nll = filled(m), filled(m), filled(m)
+    _cpu.positives(z1=driver.z1.data_ptr(), z2=driver.z2.data_ptr(), m=m, d=d, row_offset=offset,
+                   pos=pos.data_ptr(), threads=1)
+    _cpu.finalize(sum=acc_r[0].data_ptr(), ref=acc_r[1].data_ptr(), pos=pos.data_ptr(), count=m,
+                  scale=scale, lse=lse.data_ptr(), nll=nll.data_ptr())
+    assert torch.equal(pos, driver.pos) and torch.equal(lse, driver.row_lse)
+    assert torch.equal(nll, driver.nll_row)
+    lse = filled(n)
+    _cpu.finalize(sum=acc_c[0].data_ptr(), ref=acc_c[1].data_ptr(), pos=0, count=n, scale=scale,
+                  lse=lse.data_ptr(), nll=0)
+    without = torch.ones(n, dtype=torch.bool)
+    without[offset : offset + m] = False
+    assert torch.equal(lse[without], driver.col_lse[without])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_repeats_are_bitwise_equal(isa, threads):
+    x1, x2 = views(700, 700, 64)
+    wr, wc = weights(700, 700)
+    runs = []
+    for _ in range(3):
+        native = Native(x1, x2, threads=threads)
+        runs.append((native.nll_row, native.nll_col, *native.backward(wr, wc)))
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other))
+    one = Native(x1, x2, threads=1)
+    for a, b in zip(runs[0], (one.nll_row, one.nll_col, *one.backward(wr, wc))):
+        assert error(a, b) < 8 * ULP
+
+
+@pytest.mark.skipif("avx512_bf16" not in _cpu.available_isas(), reason="no bf16 dot product here")
+@pytest.mark.parametrize("n, d", [(3, 5), (64, 17), (300, 360), (500, 128), (200, 1100)])
+def test_bf16(widest, n, d):
+    """Unit vectors and weights of 8 bits, positives exact: at most twice eager under autocast."""
+    for noise in (0.1, 1.0):
+        x1, x2 = views(n, n, d, noise=noise)
+        wr, wc = weights(n, n)
+        native = Native(x1, x2, bf16=True)
+        truth = plain(x1, x2, wr, wc)
+        with torch.autocast("cpu", torch.bfloat16):
+            eager = plain(x1, x2, wr, wc, dtype=torch.float32)
+        got = (*native.losses(), *native.backward(wr, wc))
+        for x, t, e in zip(got, truth, eager):
+            assert float((x - t).norm()) <= 2 * float((e - t).norm())
+        kept = Native(x1, x2, bf16=True, keep=1.0)
+        for a, b in zip(native.backward(wr, wc), kept.backward(wr, wc)):
+            assert torch.equal(a, b)
+
+
+def test_kept_tiles_change_nothing(isa):
+    x1, x2 = views(500, 500, 72)
+    wr, wc = weights(500, 500)
+    expected = Native(x1, x2).backward(wr, wc)
+    for keep in (0.1, 0.5, 1.0, 2.0):
+        for a, b in zip(expected, Native(x1, x2, keep=keep).backward(wr, wc)):
+            assert torch.equal(a, b)
+
+
+def test_forked_child(widest):
+    x1, x2 = views(600, 600, 64)
+    wr, wc = weights(600, 600)
+    expected = Native(x1, x2).backward(wr, wc)[0]
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)  # its OpenMP pool does not survive a fork; ours must
+        same = torch.equal(expected, Native(x1, x2).backward(wr, wc)[0])
+        os._exit(0 if same else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_many_python_threads(widest):
+    x1, x2 = views(600, 600, 64)
+    wr, wc = weights(600, 600)
+    expected = Native(x1, x2).backward(wr, wc)[0]
+    wrong = []
+
+    def work():
+        for _ in range(3):
+            if not torch.equal(expected, Native(x1, x2).backward(wr, wc)[0]):
+                wrong.append(1)
+
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for w in workers:
+        w.start()
+    for w in workers:
+        w.join()
+    assert not wrong
+
+
+def test_scratch_stays_small(widest):
+    """The drivers' own memory at N = 32768: within 64 MiB."""
+    assert _cpu.scratch_bytes(32768, 32768, 360, 2) < 64 * 2**20
+    with pytest.raises(ValueError, match="expected one of"):
+        _cpu.force_isa("none such")
