@@ -63,4 +63,5 @@ class Problem:
         sums times upstream gradients down to 1e-8 before anything turns denormal.
         """
         limit = 600.0 if self.compute_dtype == torch.float64 else 60.0
-        return scale + math.log(2 * max(self.rows, self.candidates)) <= limit
+        # log(2 N) + scale <= limit, written so that a traced N is compared and not specialised.
+        return 2 * max(self.rows, self.candidates) <= math.exp(limit - scale)

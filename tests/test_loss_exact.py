@@ -222,6 +222,20 @@ def test_hard_rows_stay_finite_and_right(backend, temperature):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("negatives", ["cross", "both"])
+def test_rows_shorter_than_eps_are_divided_by_it(backend, negatives):
+    """Their gradient has no projection, as that of F.normalize; a large eps makes it matter."""
+    r1, r2 = make_views(20, 12, dtype=torch.float32)
+    r1[4] *= 0.4 / r1[4].norm()
+    r2[7] *= 0.2 / r2[7].norm()
+    options = {"dim": None, "negatives": negatives, "eps": 0.5}
+    truth = evaluate(eager_loss, r1.double(), r2.double(), **options)
+    ours = evaluate(fast_directclr_loss, r1, r2, backend=backend, **options)
+    for got, want in zip(ours[:3], truth):
+        assert relative_error(got, want) < 2e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
 def test_nan_and_inf_reach_the_loss(backend, bad):
     r1, r2 = make_views(9, 8, dtype=torch.float32)

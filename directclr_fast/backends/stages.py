@@ -130,7 +130,8 @@ def forward(
                 rest_col = torch.logaddexp(rest_col, stages.self_sums(problem, z2, scale))
         logits = cosines * scale
         nll_row, row_lse = _with_positive(rest_row, logits)
-        nll_col = col_lse = cosines.new_empty(0)
+        # Two tensors: outputs of the registered op must not share memory.
+        nll_col, col_lse = cosines.new_empty(0), cosines.new_empty(0)
         if problem.symmetric:
             own = _own(problem)
             nll_col, own_lse = _with_positive(rest_col[own], logits)

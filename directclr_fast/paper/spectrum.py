@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..train.checkpoint import replacing
+
 # In units of the largest eigenvalue. fp32 features leave rounding noise near 1e-14 of it, live
 # directions of a trained network stay above 1e-5 or so; anything between tells the same count.
 THRESHOLD = 1e-8
@@ -28,20 +30,29 @@ def covariance_spectrum(features: Tensor) -> Tensor:
         raise ValueError(
             f"features: expected shape (n, R) with n >= 2, got {tuple(features.shape)}"
         )
+    if not features.isfinite().all():
+        raise ValueError("features: expected finite numbers, got nan or inf")
     x = features.detach().to("cpu", torch.float64)
-    x = x - x.mean(0)
-    values = torch.linalg.svdvals(x).square() / (len(x) - 1)
+    # Equal rows leave the rounding of their mean, which is nothing and not a direction.
+    noise = 2 * torch.finfo(x.dtype).eps * torch.linalg.norm(x)
+    values = torch.linalg.svdvals(x - x.mean(0))
+    values = torch.where(values > noise, values, 0).square() / (len(x) - 1)
     return torch.nn.functional.pad(values, (0, x.shape[1] - len(values)))
 
 
 def effective_rank(spectrum: Tensor) -> float:
-    """exp of the entropy of the normalised eigenvalues: R for a flat spectrum, 1 for a line."""
+    """exp of the entropy of the normalised eigenvalues: R for a flat spectrum, 1 for a line, 0
+    for a point."""
+    if not spectrum[0] > 0:
+        return 0.0
     p = spectrum / spectrum.sum()
     return torch.exp(-torch.special.xlogy(p, p).sum()).item()
 
 
 def collapsed(spectrum: Tensor, threshold: float = THRESHOLD) -> int:
-    """Number of eigenvalues below ``threshold`` times the largest."""
+    """Number of eigenvalues at or below ``threshold`` (0 to 1) times the largest."""
+    if not 0.0 <= threshold < 1.0:
+        raise ValueError(f"threshold: expected 0 <= threshold < 1, got {threshold}")
     return int((spectrum <= threshold * spectrum[0]).sum())
 
 
@@ -78,7 +89,8 @@ def of_model(model, representation: Tensor, threshold: float = THRESHOLD) -> dic
 
 def save(spectra: dict[str, dict], path: str | Path) -> None:
     """``spectra`` of :func:`of_model` as JSON."""
-    Path(path).write_text(json.dumps(spectra, indent=1) + "\n")
+    with replacing(path) as file:
+        file.write(json.dumps(spectra, indent=1) + "\n")
 
 
 def plot(spectra: dict[str, dict], path: str | Path, title: str = "") -> None:
@@ -88,7 +100,7 @@ def plot(spectra: dict[str, dict], path: str | Path, title: str = "") -> None:
     with figure(path, title) as axes:
         for name, values in spectra.items():
             spectrum = torch.tensor(values["spectrum"], dtype=torch.float64)
-            floor = spectrum[0] * 1e-18
+            floor = max(spectrum[0] * 1e-18, 1e-300)
             dead, total = values["collapsed"], values["dimensions"]
             axes.plot(
                 range(1, total + 1),

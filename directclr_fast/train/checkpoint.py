@@ -10,9 +10,14 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import shutil
+import tempfile
 import warnings
 import zipfile
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -33,36 +38,60 @@ def previous(path: Path) -> Path:
 def save(path: str | os.PathLike, state: dict) -> None:
     """Writes ``state`` to ``path`` so that at every moment a whole checkpoint is on the disk.
 
-    The new file is written beside the old one and synced before anything is renamed; the old one
-    becomes ``<stem>.previous<suffix>``. A failure (full disk, read-only folder) raises OSError and
-    leaves both as they were.
+    The new file is written and synced beside the old one, takes its name, and only then the old
+    one becomes ``<stem>.previous<suffix>``: a damaged ``path`` never displaces a whole previous one
+    before a whole new one stands. A failure (full disk, read-only folder) raises OSError, leaves a
+    whole checkpoint and no other file.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    spare = path.with_name(f".{path.name}.old")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        spare.unlink(missing_ok=True)
+        with replacing(path, "wb") as file:
             torch.save({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if path.exists():
-            # A second name for the old file first: `path` itself is never missing.
-            spare = temporary.with_suffix(".old")
-            spare.unlink(missing_ok=True)
-            try:
-                os.link(path, spare)
-            except OSError:  # a file system without hard links
-                os.replace(path, previous(path))
-            else:
-                os.replace(spare, previous(path))
-        os.replace(temporary, path)
+            if path.exists():
+                try:
+                    os.link(path, spare)
+                except OSError:  # a file system without hard links
+                    shutil.copyfile(path, spare)
+        if spare.exists():
+            os.replace(spare, previous(path))
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
+            spare.unlink(missing_ok=True)
+        # torch.save hides a failed write behind an error about its own position in the file.
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise OSError(f"checkpoint: could not write {path} ({cause})") from error
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
+    """A file that takes the name ``path`` when its block ends, whole and synced, or never."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise OSError(
-            f"checkpoint: could not write {path} ({error}); older ones are kept"
-        ) from error
+        raise
+
+
+def writable(name: str, folder: str | os.PathLike) -> Path:
+    """``folder``, created where missing; OSError naming the setting ``name`` if not writable."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise OSError(f"{name}: expected a folder to write to, got {folder} ({error})") from error
 
 
 def load(path: str | os.PathLike, map_location: str | torch.device = "cpu") -> dict:
@@ -82,7 +111,8 @@ def load(path: str | os.PathLike, map_location: str | torch.device = "cpu") -> d
             problems.append(f"{candidate} does not exist")
             continue
         except Exception as error:  # a damaged archive raises nearly anything
-            problems.append(f"{candidate} is unreadable ({str(error).splitlines()[0]})")
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            problems.append(f"{candidate} is unreadable ({reason})")
             continue
         if problems:
             warnings.warn(
@@ -122,7 +152,8 @@ def rng_state(views: torch.Generator) -> dict:
         "python": [version, list(internal), gauss],
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        # Where CUDA was not used, asking would open a context on every device.
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
         "views": views.get_state(),
     }
 
@@ -136,4 +167,12 @@ def set_rng_state(state: dict, views: torch.Generator) -> None:
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):
         torch.cuda.set_rng_state_all([value.cpu() for value in state["cuda"]])
-    views.set_state(state["views"].cpu())
+    saved = state["views"].cpu()
+    if len(saved) == len(views.get_state()):
+        views.set_state(saved)
+        return
+    warnings.warn(
+        "device: another kind than before, so other views than there follow", stacklevel=2
+    )
+    # Neither the views from the start again, nor any that were seen.
+    views.manual_seed(zlib.crc32(saved.numpy().tobytes()))

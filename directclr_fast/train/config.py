@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ..problem import NEGATIVES
 from .data import SETS
 from .encoders import ENCODERS
 from .objective import MODES
 from .optim import OPTIMIZERS
+from .views import PRESETS
 
 LOSSES = ("fast", "reference")
 AMP = ("none", "bf16", "fp16")
@@ -59,6 +63,18 @@ RECIPES = {
 }
 
 
+def resolve_device(name: str) -> str:
+    """``name``, "auto" being CUDA where there is one. ValueError for one that cannot be used."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device: expected one of this machine, got {name!r} ({reason})") from None
+    return name
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Settings of one run. None stands for the default of the data set's recipe (RECIPES)."""
@@ -103,21 +119,26 @@ class TrainConfig:
 
         Raises ValueError: setting, expected, got.
         """
-        kind = self.data.partition(":")[0]
+        spec = self.data
+        kind = spec.partition(":")[0]
+        if kind not in RECIPES and os.path.isdir(spec):  # the released trainer takes a bare path
+            spec, kind = f"folder:{spec}", "folder"
         if kind not in RECIPES:
-            raise ValueError(f"data: expected one of {', '.join(SETS)}, got {self.data!r}")
+            raise ValueError(f"data: expected one of {', '.join(SETS)}, got {spec!r}")
         filled = {k: v for k, v in RECIPES[kind].items() if getattr(self, k) is None}
-        device = self.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        config = dataclasses.replace(self, device=device, **filled)
+        if self.epochs is not None and "warmup_epochs" in filled:
+            # A run shorter than the recipe's must not end before it is warm.
+            filled["warmup_epochs"] = min(filled["warmup_epochs"], self.epochs // 2)
+        config = dataclasses.replace(self, data=spec, device=resolve_device(self.device), **filled)
         config._check()
         return config
 
     def _check(self) -> None:
         choices = {
             "encoder": ENCODERS,
+            "views": PRESETS,
             "mode": MODES,
+            "negatives": NEGATIVES,
             "optimizer": OPTIMIZERS,
             "loss": LOSSES,
             "amp": AMP,
@@ -127,18 +148,27 @@ class TrainConfig:
             if value not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
         at_least = {
-            "batch_size": 1, "epochs": 1, "warmup_epochs": 0, "image_size": 1, "workers": 0,
-            "log_every": 1, "dim": 1, "max_steps": 1, "save_every": 1,
+            "batch_size": 2, "epochs": 1, "warmup_epochs": 0, "image_size": 2, "workers": 0,
+            "log_every": 1, "dim": 1, "max_steps": 1, "save_every": 1, "seed": 0,
         }  # fmt: skip
         for name, low in at_least.items():
             value = getattr(self, name)
             if value is not None and value < low:
                 raise ValueError(f"{name}: expected at least {low}, got {value}")
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(
+                f"warmup_epochs: expected at most {self.epochs} (epochs), got {self.warmup_epochs}"
+            )
+        if self.seed >= 2**63 - 1:  # seed + 1 is that of the views
+            raise ValueError(f"seed: expected less than 2**63 - 1, got {self.seed}")
         for name in ("learning_rate", "weight_decay"):
-            if not getattr(self, name) >= 0.0:
-                raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
-        if not self.temperature > 0.0:
-            raise ValueError(f"temperature: expected a positive number, got {self.temperature}")
+            value = getattr(self, name)
+            if not 0.0 <= value < math.inf:
+                raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+        if not 0.0 < self.temperature < math.inf:
+            raise ValueError(
+                f"temperature: expected a positive finite number, got {self.temperature}"
+            )
         if "/" in self.name or "\\" in self.name or self.name in ("", ".", ".."):
             raise ValueError(f"name: expected the name of one folder, got {self.name!r}")
         if self.amp == "fp16" and not self.device.startswith("cuda"):

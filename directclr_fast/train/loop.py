@@ -9,14 +9,17 @@ CPU is bitwise the run that was not interrupted.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import nn
@@ -29,29 +32,37 @@ from .objective import Objective
 from .optim import build_optimizer, learning_rate
 
 
+READ_EVERY = 0.25  # seconds between reads of losses from the device: each waits for its queue
+
+
 class TrainingDiverged(RuntimeError):
-    """The loss became NaN or infinite; the last good checkpoint is kept."""
+    """The loss or a weight became NaN or infinite; the last good checkpoint is kept."""
 
 
 class Model(nn.Module):
-    """Encoder, mode and online head of a run; ``width`` R, the encoder's representation size."""
+    """Encoder, mode and online head of a run; ``width`` R, the encoder's representation size.
+
+    The weights are a function of the settings alone, and the caller's random state is left as is.
+    """
 
     def __init__(self, config: TrainConfig, channels: int, classes: int) -> None:
         super().__init__()
-        self.encoder = encoders.build(
-            config.encoder, channels=channels, image_size=config.image_size
-        )
-        self.width = self.encoder.width
-        self.objective = Objective(
-            config.mode,
-            self.width,
-            dim=config.dim,
-            temperature=config.temperature,
-            negatives=config.negatives,
-            backend="reference" if config.loss == "reference" else "auto",
-            seed=config.seed,
-        )
-        self.head = nn.Linear(self.width, classes)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(config.seed)
+            self.encoder = encoders.build(
+                config.encoder, channels=channels, image_size=config.image_size
+            )
+            self.width = self.encoder.width
+            self.objective = Objective(
+                config.mode,
+                self.width,
+                dim=config.dim,
+                temperature=config.temperature,
+                negatives=config.negatives,
+                backend="reference" if config.loss == "reference" else "auto",
+                seed=config.seed,
+            )
+            self.head = nn.Linear(self.width, classes)
 
 
 def load_model(path: str | os.PathLike, device: str = "cpu") -> tuple[TrainConfig, Model, dict]:
@@ -67,8 +78,9 @@ class Trainer:
     """One run: ``Trainer(config).run()``. Files go to ``checkpoint_dir/name``.
 
     ``config.json`` (every setting), ``log.jsonl`` (a header line, then a line a step or every
-    ``log_every`` steps) and ``checkpoint.pt``. ``resume`` continues from the folder's checkpoint;
-    without it a folder that holds one is refused unless ``overwrite``.
+    ``log_every`` steps) and ``checkpoint.pt``. ``resume`` continues from the folder's checkpoint,
+    where there is one; without it a folder that holds one is refused unless ``overwrite``. Nothing
+    there is changed before ``run``.
     """
 
     def __init__(
@@ -119,10 +131,9 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         self.step = 0
         self.finite = torch.ones((), dtype=torch.bool, device=self.device)
-        self.log_bytes = 0
+        self.log_bytes = None  # of the log that belong to `step`; None: a new run
         if state is not None:
             self._restore(state)
-        self._open_files(new=state is None)
 
     # ------------------------------------------------------------------------ the run
 
@@ -134,34 +145,38 @@ class Trainer:
     def run(self, on_step: Callable[[dict], None] | None = None) -> dict:
         """Trains to the end and returns the last log line with totals.
 
-        ``on_step`` is called with each log line. Raises :class:`TrainingDiverged` where the loss
-        stopped being finite; the last good checkpoint is kept.
+        ``on_step`` is called with each log line, some steps after its own. Raises
+        :class:`TrainingDiverged` where the loss or a weight stopped being finite; the last good
+        checkpoint is kept.
         """
         last = self.total_steps
         if self.config.max_steps is not None:
             last = min(last, self.config.max_steps)
         save_every = self.config.save_every or len(self.sampler)
-        record = {"step": self.step}
-        self._clock = None
-        with self._bar(last) as bar:
+        self.record, self.waiting, self.read_at = {"step": self.step}, [], 0.0
+        self.clock = None
+        with self._files() as self.log, self._bar(last) as bar:
+            show = (bar,) if on_step is None else (bar, on_step)
             self.model.train()
             while self.step < last:
                 for images, labels, _ in self.batches:
                     values = self._train_step(images, labels)
                     self.step += 1
                     self._tick(len(images))
-                    if self.step % self.config.log_every == 0 or self.step == last:
-                        record = self._log(values)
-                        bar(record)
-                        if on_step is not None:
-                            on_step(record)
-                    if self.step % save_every == 0 or self.step == last:
-                        self.save()
-                    if self.step == last:
+                    end = self.step == last
+                    if self.step % self.config.log_every == 0 or end:
+                        self.waiting.append((self.step, *values))
+                    saving = self.step % save_every == 0 or end
+                    if saving or time.perf_counter() - self.read_at > READ_EVERY:
+                        self._write_log(show)
+                    if saving:
+                        self._save()
+                    if end:
                         break
-        return {**record, "backend": last_backend(), "folder": str(self.folder)}
+        return {**self.record, "backend": last_backend(), "folder": str(self.folder)}
 
-    def _train_step(self, images, labels) -> dict[str, torch.Tensor]:
+    def _train_step(self, images, labels) -> tuple[float, torch.Tensor, torch.Tensor]:
+        """One update; learning rate, loss and online accuracy, the latter two on the device."""
         config = self.config
         rate = learning_rate(
             self.step,
@@ -192,19 +207,17 @@ class Trainer:
         self.scaler.update()
         self.finite &= torch.isfinite(loss.detach())
         accuracy = (scores.detach().argmax(1) == labels).sum() / known
-        return {"loss": loss.detach(), "accuracy": accuracy, "learning_rate": rate}
+        return rate, loss.detach(), accuracy
 
     # ------------------------------------------------------------------------ checkpoints
 
-    def save(self) -> None:
-        """Writes the checkpoint, unless the loss has stopped being finite."""
-        if not bool(self.finite):
-            raise TrainingDiverged(
-                f"loss: expected a finite number, got nan or inf by step {self.step}; "
-                f"the last good checkpoint is {self.path}"
-            )
-        self.log.flush()
+    def _save(self) -> None:
+        # A finite loss may still have sent the weights off with its gradient.
+        values = [v for v in self.model.state_dict().values() if v.is_floating_point()]
+        if not torch.stack([self.finite, *(v.isfinite().all() for v in values)]).all():
+            raise self._diverged()
         os.fsync(self.log.fileno())
+        self.log_bytes = self.log.tell()
         checkpoint.save(
             self.path,
             {
@@ -217,21 +230,20 @@ class Trainer:
                 "scaler": self.scaler.state_dict(),
                 "sampler": self.sampler.state_dict(),
                 "rng": checkpoint.rng_state(self.view_generator),
-                "log_bytes": self.log.tell(),
+                "log_bytes": self.log_bytes,
             },
+        )
+
+    def _diverged(self) -> TrainingDiverged:
+        kept = f"the last good checkpoint is {self.path}"
+        return TrainingDiverged(
+            f"loss: expected finite numbers, got nan or inf by step {self.step}; "
+            + (kept if self.path.exists() else "there is no checkpoint yet")
         )
 
     def _start_from(self, resume: bool, overwrite: bool) -> dict | None:
         """The checkpoint to continue from, None to start anew."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            probe = self.folder / f".writable.{os.getpid()}"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise OSError(
-                f"checkpoint_dir: expected a folder to write to, got {self.folder} ({error})"
-            ) from error
+        checkpoint.writable("checkpoint_dir", self.folder)
         older = checkpoint.previous(self.path)
         there = self.path.exists() or older.exists()
         if resume and there:
@@ -243,8 +255,10 @@ class Trainer:
                 f"name: expected a folder without a checkpoint, got {self.folder}; "
                 "give --resume to continue it, --overwrite to start anew, or another --name"
             )
-        self.path.unlink(missing_ok=True)
-        older.unlink(missing_ok=True)
+        if resume:
+            warnings.warn(
+                f"resume: no checkpoint in {self.folder} yet, starting anew", stacklevel=3
+            )
         return None
 
     def _check_same(self, saved: dict) -> None:
@@ -266,52 +280,62 @@ class Trainer:
 
     # ------------------------------------------------------------------------ what is shown
 
-    def _open_files(self, new: bool) -> None:
-        text = json.dumps(self.config.to_dict(), indent=2)
-        (self.folder / "config.json").write_text(text + "\n")
-        self.log = open(self.folder / "log.jsonl", "w" if new else "r+", encoding="utf-8")
-        if new:
-            header = {
-                "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-                "directclr_fast": __version__,
-                "torch": torch.__version__,
-                "device": str(self.device),
-                "threads": torch.get_num_threads(),
-                "parameters": sum(p.numel() for p in self.model.parameters()),
-                "steps": self.total_steps,
-            }
-            self.log.write(json.dumps(header) + "\n")
-            self.log.flush()
-        else:
+    @contextlib.contextmanager
+    def _files(self) -> Iterator[IO]:
+        """Writes config.json and opens the log where `step` left it."""
+        with checkpoint.replacing(self.folder / "config.json") as file:
+            file.write(json.dumps(self.config.to_dict(), indent=2) + "\n")
+        log = self.folder / "log.jsonl"
+        if self.log_bytes is None:  # only here, with all of the settings checked, are old ones lost
+            for path in (self.path, checkpoint.previous(self.path), log):
+                path.unlink(missing_ok=True)
+        with open(log, "a", encoding="utf-8") as file:
             # What was logged after the checkpoint will be logged again.
-            self.log.seek(self.log_bytes)
-            self.log.truncate()
+            file.truncate(min(self.log_bytes or 0, file.tell()))
+            if file.tell() == 0:
+                header = {
+                    "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+                    "directclr_fast": __version__,
+                    "torch": torch.__version__,
+                    "device": str(self.device),
+                    "threads": torch.get_num_threads(),
+                    "parameters": sum(p.numel() for p in self.model.parameters()),
+                    "steps": self.total_steps,
+                }
+                file.write(json.dumps(header) + "\n")
+            yield file
 
     def _tick(self, images: int) -> None:
-        """Images and seconds since the first step of this process, which is left out (warm-up)."""
-        now = time.perf_counter()
-        if self._clock is None:
-            self._clock, self._images = now, 0
+        """Counts images from the first step of this process on, which is left out (warm-up)."""
+        if self.clock is None:
+            self.clock, self.images = time.perf_counter(), 0
         else:
-            self._images += images
-        self._seconds = now - self._clock
+            self.images += images
 
-    def _log(self, values: dict) -> dict:
-        record = {
-            "step": self.step,
-            "epoch": round(self.step / len(self.sampler), 4),
-            **{k: float(v) for k, v in values.items()},
-        }
-        record["images_per_second"] = (
-            round(self._images / self._seconds, 1) if self._images else None
-        )
-        finite = {
-            k: v if v is None or not isinstance(v, float) or math.isfinite(v) else repr(v)
-            for k, v in record.items()
-        }
-        self.log.write(json.dumps(finite) + "\n")
+    def _write_log(self, show: Sequence[Callable[[dict], None]]) -> None:
+        """A line for each step that waits for one, and the same to each of ``show``."""
+        if not self.waiting:
+            return
+        steps, rates, *values = zip(*self.waiting)
+        losses, accuracies = torch.stack([torch.stack(v).float() for v in values]).tolist()
+        self.waiting, self.read_at = [], time.perf_counter()
+        speed = round(self.images / (self.read_at - self.clock), 1) if self.images else None
+        for step, rate, loss, accuracy in zip(steps, rates, losses, accuracies):
+            self.record = {
+                "step": step,
+                "epoch": round(step / len(self.sampler), 4),
+                "loss": loss if math.isfinite(loss) else repr(loss),  # JSON has no nan
+                "accuracy": accuracy,
+                "learning_rate": rate,
+                "images_per_second": speed,
+            }
+            self.log.write(json.dumps(self.record) + "\n")
+            self.record["loss"] = loss
+            for call in show:
+                call(self.record)
         self.log.flush()
-        return record
+        if not all(map(math.isfinite, losses)):
+            raise self._diverged()
 
     def _bar(self, last: int):
         return _Progress(self.progress, self.step, last, self._banner())
@@ -335,9 +359,10 @@ class _Progress:
             return
         print(banner, flush=True)
         if sys.stderr.isatty() and shutil.get_terminal_size().columns >= 40:
-            from tqdm import tqdm
+            with contextlib.suppress(ImportError):
+                from tqdm import tqdm
 
-            self.bar = tqdm(total=last, initial=start, unit="step", dynamic_ncols=True)
+                self.bar = tqdm(total=last, initial=start, unit="step", dynamic_ncols=True)
         self.next = start
 
     def __enter__(self) -> _Progress:

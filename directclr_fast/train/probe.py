@@ -48,14 +48,36 @@ def encode(
 ) -> tuple[Tensor, Tensor]:
     """Features (n, R) and labels (n,) of a whole set without augmentation, in the set's order.
 
-    ``encoder`` in eval mode; None gives the normalised pixels themselves, flattened.
+    ``encoder`` is run in eval mode; None gives the normalised pixels themselves, flattened.
     """
+    encoder = nn.Flatten() if encoder is None else encoder
+    training = encoder.training
+    encoder.eval()
     features, labels = [], []
     for batch, label, _ in data.in_order(images, batch_size, device, workers):
-        x = views.plain(batch, image_size)
-        features.append((x.flatten(1) if encoder is None else encoder(x)).float().cpu())
+        features.append(encoder(views.plain(batch, image_size)).float().cpu())
         labels.append(label.cpu())
+    encoder.train(training)
     return torch.cat(features), torch.cat(labels)
+
+
+def check(
+    *, epochs: int = 1, learning_rate: float = 0.1, k: int = 1, temperature: float = 0.07
+) -> None:
+    """ValueError naming the first setting out of range; for callers whose features cost hours."""
+    for name, value in (("epochs", epochs), ("k", k)):
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    for name, value in (("learning_rate", learning_rate), ("temperature", temperature)):
+        if not 0.0 < value < math.inf:
+            raise ValueError(f"{name}: expected a positive finite number, got {value}")
+
+
+def _labelled(features: Features, device: str | torch.device) -> tuple[Tensor, Tensor]:
+    known = features.train_labels >= 0
+    if not known.any():
+        raise ValueError("features: expected labelled training samples, got none")
+    return features.train[known].to(device), features.train_labels[known].to(device)
 
 
 def linear_probe(
@@ -79,11 +101,10 @@ def linear_probe(
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {schedule!r}")
+    check(epochs=epochs, learning_rate=learning_rate)
     if scaled:
         features = _scaled(features)
-    known = features.train_labels >= 0
-    x = features.train[known].to(device)
-    y = features.train_labels[known].to(device)
+    x, y = _labelled(features, device)
     generator = torch.Generator().manual_seed(seed)
     bound = 1.0 / math.sqrt(x.shape[1])
     weight = torch.empty(features.classes, x.shape[1]).uniform_(-bound, bound, generator=generator)
@@ -112,9 +133,7 @@ def linear_probe(
 def _scaled(features: Features) -> Features:
     mean = features.train.mean(0)
     rms = (features.train - mean).square().mean().sqrt().clamp_min(1e-30)
-    return features._replace(
-        train=(features.train - mean) / rms, test=(features.test - mean) / rms
-    )
+    return features._replace(train=(features.train - mean) / rms, test=(features.test - mean) / rms)
 
 
 @torch.no_grad()
@@ -131,13 +150,9 @@ def knn(
     Neighbours by cosine similarity s, each voting for its class with weight exp(s / temperature).
     k is at most the number of labelled training samples.
     """
-    if k < 1 or not temperature > 0.0:
-        raise ValueError(
-            f"k, temperature: expected k >= 1 and a positive temperature, got {k}, {temperature}"
-        )
-    known = features.train_labels >= 0
-    bank = nn.functional.normalize(features.train[known], dim=1).to(device)
-    labels = features.train_labels[known].to(device)
+    check(k=k, temperature=temperature)
+    bank, labels = _labelled(features, device)
+    bank = nn.functional.normalize(bank, dim=1)
     k = min(k, len(bank))
     scores = []
     for queries in nn.functional.normalize(features.test, dim=1).split(block):
@@ -150,7 +165,8 @@ def knn(
 
 
 def _accuracy(scores: Tensor, labels: Tensor) -> float:
-    return (scores.argmax(1) == labels).float().mean().item()
+    known = labels >= 0
+    return (scores.argmax(1) == labels)[known].float().mean().item()
 
 
 def load_features(
@@ -159,12 +175,14 @@ def load_features(
     *,
     spec: str | None = None,
     root: str | None = None,
+    channels: int | None = None,
     device: str | torch.device = "cpu",
     workers: int = 0,
 ) -> Features:
     """Features of both parts of the set a run was trained on, or of the set ``spec``.
 
-    ``config`` is the run's :class:`~directclr_fast.train.config.TrainConfig`.
+    ``config`` is the run's :class:`~directclr_fast.train.config.TrainConfig`; ``channels`` those
+    the encoder takes, ValueError where the images have others.
     """
     spec = config.data if spec is None else spec
     parts = []
@@ -177,6 +195,11 @@ def load_features(
             image_size=config.image_size,
             seed=config.seed,
         )
+        if channels not in (None, images.shape[0]):
+            raise ValueError(
+                f"data: expected images of {channels} channels, as the encoder was trained on, "
+                f"got {images.shape[0]} in {spec}"
+            )
         classes = images.num_classes
         parts += encode(encoder, images, config.image_size, device, workers=workers)
     return Features(*parts, classes)

@@ -1,0 +1,66 @@
+"""Which backend runs, why not another, and what doctor says of it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from directclr_fast import dispatch, doctor
+from directclr_fast.problem import NEGATIVES, PRECISIONS, Problem
+
+
+def problem(**changes) -> Problem:
+    given = {
+        "rows": 64,
+        "candidates": 64,
+        "width": 32,
+        "dim": 16,
+        "dtype": torch.float32,
+        "device_type": "cpu",
+        "temperature": 0.1,
+    }
+    return Problem(**(given | changes))
+
+
+def test_every_backend_of_the_table_loads_and_answers():
+    for name in dispatch.PRIORITY:
+        module = dispatch.load(name)
+        assert module.NAME == name
+        for negatives in NEGATIVES:
+            for precision in PRECISIONS:
+                reasons = module.why_not(problem(negatives=negatives, precision=precision))
+                assert all(isinstance(reason, str) and reason for reason in reasons)
+
+
+def test_automatic_choice_takes_the_first_that_can():
+    assert dispatch.choose(problem()) == dispatch.PRIORITY[0]
+    assert dispatch.choose(problem(dtype=torch.float64)) == "torch"
+    assert dispatch.choose(problem(negatives="same")) == "reference"
+
+
+def test_refusals_carry_the_call_and_every_reason():
+    with pytest.raises(NotImplementedError) as caught:
+        dispatch.choose(problem(precision="fp8"))
+    text = str(caught.value)
+    assert "64 x 64 rows, 16 of 32 columns, float32 on cpu" in text
+    assert all(f"{name}: " in text for name in dispatch.PRIORITY)
+
+
+def test_unshifted_exponentials_are_used_only_where_they_fit():
+    """exp(1/temperature) times N, and the reciprocal, must stay normal fp32 numbers."""
+    assert problem(rows=2**20, candidates=2**20).unshifted_is_safe(1 / 0.1)
+    assert not problem().unshifted_is_safe(1 / 0.01)
+    assert problem(dtype=torch.float64).unshifted_is_safe(1 / 0.01)
+
+
+def test_doctor_reports_versions_devices_and_reasons():
+    report = doctor.report()
+    json.dumps(report)
+    assert report["packages"]["torch"] == torch.__version__.split("+")[0]
+    assert report["devices"][0]["device"] == "cpu"
+    assert set(report["backends"]) == set(dispatch.PRIORITY)
+    assert report["chosen"]["cpu"] == dispatch.PRIORITY[0]
+    text = doctor.text(report)
+    assert "on cpu: available" in text and "fp32) on cpu: " in text

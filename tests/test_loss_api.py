@@ -1,0 +1,250 @@
+"""The public loss as a citizen of PyTorch: autograd, autocast, modes, and what bad input is told."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+import directclr_fast
+from directclr_fast import DirectCLRLoss, fast_directclr_loss, info_nce, last_backend
+from directclr_fast.dispatch import PRIORITY
+from directclr_fast.testing import eager_loss, evaluate, make_views, relative_error
+
+BACKENDS = list(PRIORITY)
+
+
+@pytest.fixture
+def views():
+    return make_views(24, 32, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_same_tensor_twice(backend, views):
+    r = views[0].clone().requires_grad_()
+    (ours,) = torch.autograd.grad(fast_directclr_loss(r, r, 20, backend=backend), r)
+    wide = views[0].double().requires_grad_()
+    (truth,) = torch.autograd.grad(eager_loss(wide, wide, 20), wide)
+    assert relative_error(ours, truth) < 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("negatives", ["cross", "both"])
+def test_one_side_without_gradient(backend, side, negatives, views):
+    options = {"dim": 20, "negatives": negatives, "backend": backend}
+    both = evaluate(fast_directclr_loss, *views, temperature=torch.tensor(0.1), **options)
+    inputs = [r.clone() for r in views]
+    inputs[side].requires_grad_()
+    t = torch.tensor(0.1, requires_grad=True)
+    loss = fast_directclr_loss(*inputs, temperature=t, **options)
+    alone, dt = torch.autograd.grad(loss, [inputs[side], t], retain_graph=True)
+    (again,) = torch.autograd.grad(loss, inputs[side])
+    assert relative_error(alone, both[1 + side]) < 1e-6
+    assert relative_error(dt, both.dtemperature) < 1e-5
+    assert torch.equal(alone, again)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_the_temperature_wants_a_gradient(backend, views):
+    for negatives in ("cross", "both"):
+        t = torch.tensor(0.1, requires_grad=True)
+        loss = fast_directclr_loss(*views, 20, t, negatives=negatives, backend=backend)
+        (ours,) = torch.autograd.grad(loss, t)
+        truth = evaluate(
+            eager_loss,
+            *(r.double() for r in views),
+            20,
+            temperature=torch.tensor(0.1).double(),
+            negatives=negatives,
+        )
+        assert relative_error(ours, truth.dtemperature) < 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_upstream_gradient_and_retain_graph(backend, views):
+    r1, r2 = (r.clone().requires_grad_() for r in views)
+    loss = fast_directclr_loss(r1, r2, 20, backend=backend)
+    (first,) = torch.autograd.grad(loss, r1, retain_graph=True)
+    (scaled,) = torch.autograd.grad(-3.5 * loss, r1, retain_graph=True)
+    assert relative_error(scaled, -3.5 * first) < 1e-6
+    loss.backward()
+    torch.testing.assert_close(r1.grad, first, rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("negatives", ["cross", "both"])
+def test_double_backward(backend, negatives):
+    r1, r2 = (r.requires_grad_() for r in make_views(5, 7, dtype=torch.float64))
+    t = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+
+    def function(a, b, t):
+        return fast_directclr_loss(a, b, 4, t, negatives=negatives, backend=backend)
+
+    assert torch.autograd.gradcheck(function, (r1, r2, t))
+    assert torch.autograd.gradgradcheck(function, (r1, r2, t))
+    assert torch.autograd.gradgradcheck(lambda a, t: function(a, a, t), (r1, t))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_gradients_nothing_is_recorded(backend, views):
+    r1, r2 = (r.clone().requires_grad_() for r in views)
+    want = fast_directclr_loss(r1, r2, 20, backend=backend).item()
+    with torch.no_grad():
+        loss = fast_directclr_loss(r1, r2, 20, backend=backend)
+        assert not loss.requires_grad and float(loss) == pytest.approx(want, rel=1e-6)
+    with torch.inference_mode():
+        assert float(fast_directclr_loss(r1, r2, 20, backend=backend)) == pytest.approx(want)
+    assert not fast_directclr_loss(*views, 20, backend=backend).requires_grad
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_changes_nothing_inside(backend, views):
+    plain = evaluate(fast_directclr_loss, *views, 20, backend=backend)
+    r1, r2 = (r.clone().requires_grad_() for r in views)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = fast_directclr_loss(r1, r2, 20, backend=backend)
+        if backend != "reference":  # whose backward pass is autograd's own operations
+            (inside,) = torch.autograd.grad(loss, r1, retain_graph=True)
+            assert torch.equal(plain.dr1, inside)
+    assert torch.equal(plain.loss, loss)
+    assert torch.equal(plain.dr1, torch.autograd.grad(loss, r1)[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_dtypes_in_and_out(backend, dtype):
+    r1, r2 = make_views(16, 32, dtype=dtype)
+    result = evaluate(fast_directclr_loss, r1, r2, 20, backend=backend)
+    assert result.loss.dtype == torch.float32 and result.dr1.dtype == dtype
+    truth = evaluate(eager_loss, r1.double(), r2.double(), 20)
+    assert relative_error(result.loss, truth.loss) < 1e-6
+
+
+def test_gradients_do_not_depend_on_how_columns_are_named(views):
+    by_dim = evaluate(fast_directclr_loss, *views, 20)
+    by_index = evaluate(fast_directclr_loss, *views, columns=list(range(20)))
+    for a, b in zip(by_dim[:3], by_index):
+        assert relative_error(a, b) < 1e-6
+    one_group = evaluate(fast_directclr_loss, *views, columns=torch.arange(20)[None])
+    assert torch.equal(by_index.dr1, one_group.dr1)
+
+
+def test_last_backend_tells_what_ran(views):
+    fast_directclr_loss(*views, 20, backend="reference")
+    assert last_backend() == "reference"
+    fast_directclr_loss(*views, 20)
+    assert last_backend() == PRIORITY[0]
+
+
+def test_module_shows_its_settings():
+    assert "dim=360, temperature=0.1" in repr(DirectCLRLoss())
+    assert "learnable_temperature=True" in repr(DirectCLRLoss(learnable_temperature=True))
+
+
+def call(**changes):
+    """A correct call with some arguments replaced."""
+    r = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+    arguments = {"r1": r, "r2": r.clone(), "dim": 12} | changes
+    return fast_directclr_loss(**arguments)
+
+
+R = torch.ones(8, 16)
+BAD = [
+    ("r1-list", {"r1": [[1.0]]}, TypeError, "r1: expected a torch.Tensor, got list"),
+    ("r1-rank", {"r1": R[0]}, ValueError, "r1: expected 2 dimensions .* got shape \\(16,\\)"),
+    ("r2-rank", {"r2": R[None]}, ValueError, "r2: expected 2 dimensions"),
+    ("r1-int", {"r1": R.int()}, TypeError, "r1: expected float16, .* got int32"),
+    ("r2-dtype", {"r2": R.half()}, TypeError, "r2: expected float32 like r1, got float16"),
+    ("r2-device", {"r2": R.to("meta")}, ValueError, "r2: expected device cpu like r1, got meta"),
+    ("r2-width", {"r2": R[:, :9]}, ValueError, "r2: expected width 16 like r1, got .*\\(8, 9\\)"),
+    ("r2-short", {"r2": R[:5]}, ValueError, "r2: expected at least 8 rows.*got 5"),
+    ("empty", {"r1": R[:0], "r2": R[:0]}, ValueError, "r1: expected at least one row.*\\(0, 16\\)"),
+    ("sparse", {"r1": R.to_sparse()}, TypeError, "r1: expected a dense strided tensor"),
+    ("dim-large", {"dim": 17}, ValueError, "dim: expected 1 to 16 .*got 17"),
+    ("dim-zero", {"dim": 0}, ValueError, "dim: expected 1 to 16 .*got 0"),
+    ("dim-default", {"dim": 360}, ValueError, "dim: expected 1 to 16 .*got 360"),
+    ("dim-float", {"dim": 3.0}, TypeError, "dim: expected an int or None, got float"),
+    ("t-zero", {"temperature": 0.0}, ValueError, "temperature: expected a positive.*got 0.0"),
+    ("t-negative", {"temperature": -1}, ValueError, "temperature: expected a positive.*got -1"),
+    ("t-nan", {"temperature": float("nan")}, ValueError, "temperature: .*got nan"),
+    ("t-inf", {"temperature": float("inf")}, ValueError, "temperature: .*got inf"),
+    ("t-text", {"temperature": "0.1"}, TypeError, "temperature: expected .*got str"),
+    ("t-vector", {"temperature": torch.ones(2)}, ValueError, "temperature: expected a 0-dim"),
+    ("t-int", {"temperature": torch.tensor(1)}, ValueError, "temperature: expected a 0-dim"),
+    ("t-tensor", {"temperature": torch.tensor(-0.1)}, ValueError, "temperature: .*got -0.1"),
+    ("negatives", {"negatives": "all"}, ValueError, "negatives: expected one of.*got 'all'"),
+    ("reduction", {"reduction": "avg"}, ValueError, "reduction: expected one of.*got 'avg'"),
+    ("precision", {"precision": "fp32"}, ValueError, "precision: expected one of.*got 'fp32'"),
+    ("backend", {"backend": "fpga"}, ValueError, "backend: expected one of.*got 'fpga'"),
+    ("symmetric", {"symmetric": 1}, TypeError, "symmetric: expected True or False, got 1"),
+    ("eps", {"eps": 0.0}, ValueError, "eps: expected a positive finite number, got 0.0"),
+    ("workspace", {"workspace_bytes": -1}, ValueError, "workspace_bytes: expected .*got -1"),
+    ("group", {"group": "all"}, ValueError, "group: expected None.*got 'all'"),
+    ("group-type", {"group": 3}, TypeError, "group: expected None.*got int"),
+    ("group-init", {"group": "world"}, ValueError, "group: .*initialised"),
+    ("columns-range", {"columns": [0, 16]}, ValueError, "columns: .* 0 to 15, got 16"),
+    ("columns-low", {"columns": [-1, 3]}, ValueError, "columns: .* 0 to 15, got -1"),
+    ("columns-twice", {"columns": [3, 1, 3]}, ValueError, "columns: .*got 3 twice"),
+    ("columns-float", {"columns": [0.5]}, TypeError, "columns: expected int64, got float32"),
+    ("columns-empty", {"columns": []}, (TypeError, ValueError), "columns: expected"),
+    ("columns-rank", {"columns": torch.zeros(1, 1, 1).long()}, ValueError, "columns: .*shape"),
+    ("columns-text", {"columns": "abc"}, TypeError, "columns: expected"),
+    (
+        "both-uneven",
+        {"negatives": "both", "r1": R[:5]},
+        ValueError,
+        "r2: expected 5 rows like r1 with negatives='both', got 8",
+    ),
+    (
+        "same-temperature",
+        {"negatives": "same", "temperature": torch.tensor(0.1)},
+        ValueError,
+        "temperature: expected a number with negatives='same'",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    "changes,error,message", [case[1:] for case in BAD], ids=[case[0] for case in BAD]
+)
+def test_bad_input_gets_a_sentence(changes, error, message):
+    with pytest.raises(error) as caught:
+        call(**changes)
+    text = str(caught.value)
+    assert re.search(message, text), text
+    assert "\n" not in text and len(text) < 250
+
+
+def test_dtensor_is_named():
+    class DTensor(torch.Tensor):
+        """Stands for torch.distributed.tensor.DTensor, which is slow to import."""
+
+    with pytest.raises(TypeError, match="r1: expected a local tensor, got a DTensor"):
+        call(r1=R.as_subclass(DTensor))
+
+
+def test_a_backend_without_the_option_says_so(views):
+    with pytest.raises(NotImplementedError, match="'torch' cannot run.*reference backend only"):
+        fast_directclr_loss(*views, 20, negatives="same", backend="torch")
+    with pytest.raises(NotImplementedError, match="no backend can run.*torch: precision 'fp8'"):
+        fast_directclr_loss(*views, 20, precision="fp8")
+
+
+def test_module_rejects_what_the_function_rejects():
+    with pytest.raises(ValueError, match="temperature: expected a positive"):
+        DirectCLRLoss(temperature=0.0)
+    with pytest.raises(ValueError, match="columns: .*got 3 twice"):
+        DirectCLRLoss(columns=[3, 3])
+
+
+def test_info_nce_takes_no_slice():
+    z = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(info_nce(z, z), fast_directclr_loss(z, z, None, symmetric=False))
+
+
+def test_version_is_a_string():
+    assert re.fullmatch(r"\d+\.\d+\.\d+", directclr_fast.__version__)

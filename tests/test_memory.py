@@ -1,0 +1,63 @@
+"""Peak memory of the blocked backends: linear in N, measured in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from directclr_fast.dispatch import PRIORITY
+
+BACKENDS = [name for name in PRIORITY if name != "reference"]
+
+# Peak resident memory above what stands before the call: inputs exist, threads and libraries are
+# warm. VmHWM is reset through clear_refs where the system allows it (Linux).
+CHILD = """
+import json, sys, torch
+from directclr_fast import fast_directclr_loss
+
+def status(key):
+    for line in open("/proc/self/status"):
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+
+n, backend = int(sys.argv[1]), sys.argv[2]
+generator = torch.Generator().manual_seed(0)
+r1 = torch.randn(n, 360, generator=generator).requires_grad_()
+r2 = torch.randn(n, 360, generator=generator).requires_grad_()
+fast_directclr_loss(r1[:64], r2[:64], backend=backend).backward()
+r1.grad = r2.grad = None
+open("/proc/self/clear_refs", "w").write("5")
+before = status("VmRSS")
+fast_directclr_loss(r1, r2, backend=backend).backward()
+print(json.dumps(status("VmHWM") - before))
+"""
+
+
+def peak_bytes(rows: int, backend: str) -> int:
+    result = subprocess.run(
+        [sys.executable, "-c", CHILD, str(rows), backend],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    if "clear_refs" in result.stderr:
+        pytest.skip("this system does not let a process reset its peak memory")
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_peak_memory_grows_with_the_rows_and_not_with_their_square(backend):
+    """z, dz and the gradients are 6 N d floats; with them and the workspace 16,384 rows take 200
+    MiB, where one N x N matrix of fp32 alone is 1,024 MiB."""
+    row = 360 * 4
+    workspace = 64 * 2**20
+    peaks = {n: peak_bytes(n, backend) for n in (8192, 16384)}
+    for rows, peak in peaks.items():
+        assert peak <= 6 * rows * row + workspace + 32 * 2**20, peaks
+    growth = peaks[16384] - peaks[8192]
+    assert growth <= 8192 * 6 * row + 48 * 2**20, peaks

@@ -1,0 +1,91 @@
+"""What an installation promises: a light import, the layout, and links that lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(code: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    ).stdout.strip()
+
+
+def test_import_loads_neither_torch_nor_triton():
+    loaded = run(
+        "import sys, directclr_fast; print([m for m in ('torch', 'triton', 'numpy') "
+        "if m in sys.modules])"
+    )
+    assert loaded == "[]"
+
+
+def test_loss_loads_no_triton_and_no_trainer_and_opens_no_cuda_context():
+    loaded = run(
+        "import sys, torch; before = set(sys.modules); from directclr_fast import DirectCLRLoss; "
+        "new = set(sys.modules) - before; print(torch.cuda.is_initialized(), "
+        "[m for m in new if m.startswith(('triton', 'torchvision', 'directclr_fast.train'))])"
+    )
+    assert loaded == "False []"
+
+
+def test_public_names():
+    import directclr_fast
+
+    for name in directclr_fast.__all__:
+        assert getattr(directclr_fast, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'no_such_name'"):
+        _ = directclr_fast.no_such_name
+
+
+def test_kernels_are_installed_under_the_package():
+    import directclr_fast.kernels
+
+    assert Path(directclr_fast.kernels.__file__).name == "__init__.py"
+
+
+def test_every_folder_of_python_code_is_a_listed_package():
+    listed = re.findall(r'^\s+"(directclr_fast[.\w]*)",$', (ROOT / "setup.py").read_text(), re.M)
+    folders = {
+        str(path.parent.relative_to(ROOT)).replace("/", ".")
+        for base in ("directclr_fast", "kernels")
+        for path in (ROOT / base).rglob("*.py")
+    }
+    assert {re.sub(r"^kernels", "directclr_fast.kernels", name) for name in folders} == set(listed)
+
+
+def test_extras_and_python_versions_are_as_documented():
+    text = (ROOT / "pyproject.toml").read_text()
+    for extra in ("train", "plot", "test", "bench", "all"):
+        assert re.search(rf"^{extra} = \[", text, re.M), extra
+    assert '"torch>=2.11"' in text and "torch<" not in text
+    assert 'requires-python = ">=3.10"' in text
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/design.md", "bench/README.md"])
+def test_links_resolve(name):
+    page = ROOT / name
+    for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+        if not link.startswith(("http://", "https://")):
+            assert (page.parent / link).exists(), link
+
+
+def test_no_module_imports_upwards():
+    """cli > paper > train > loss > distributed > ops > dispatch > backends > kernels, problem."""
+    floors = ["cli", "demo", "doctor", "paper", "train", "loss", "distributed", "ops", "dispatch"]
+    floors += ["backends", "kernels", "reference", "plots", "problem"]
+    for path in (ROOT / "directclr_fast").rglob("*.py"):
+        place = path.relative_to(ROOT / "directclr_fast").with_suffix("").parts
+        if place[0] not in floors or place[0] == "paper":
+            continue
+        for dots, target in re.findall(r"^\s*from (\.+)([\w.]*) import", path.read_text(), re.M):
+            if len(dots) == len(place) and target:
+                other = target.split(".")[0]
+                if other in floors:
+                    assert floors.index(other) >= floors.index(place[0]), (path.name, other)
