@@ -8,6 +8,7 @@ import json
 import sys
 import warnings
 from pathlib import Path
+from typing import NoReturn
 
 from . import __version__
 
@@ -15,23 +16,31 @@ from . import __version__
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns 0, or 2 after printing what was wrong in one sentence."""
     arguments = _parser().parse_args(argv)
-    warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
-    try:
-        return arguments.run(arguments) or 0
-    except KeyboardInterrupt:
-        print(
-            "directclr-fast: interrupted; --resume continues from the checkpoint", file=sys.stderr
-        )
-        return 130
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        if arguments.debug:
-            raise
-        print(f"directclr-fast: error: {error}", file=sys.stderr)
-        return 2
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
+        try:
+            arguments.run(arguments)
+            return 0
+        except KeyboardInterrupt:
+            print("directclr-fast: interrupted", file=sys.stderr)
+            return 130
+        except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+            if arguments.debug:
+                raise
+            # Errors of torch may span lines.
+            print(f"directclr-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what was wrong in one sentence, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"directclr-fast: error: {message}\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="directclr-fast",
         description="Fast, exact DirectCLR / InfoNCE: training, probes, spectra.",
     )
@@ -39,9 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    train = commands.add_parser(
-        "train", help="train an encoder: DirectCLR or another mode"
-    )
+    train = commands.add_parser("train", help="train an encoder: DirectCLR or another mode")
     _add_train_arguments(train)
     train.set_defaults(run=_train)
 
@@ -60,12 +67,10 @@ def _parser() -> argparse.ArgumentParser:
     probe.add_argument("--baselines", action="store_true", help="also untrained encoder and pixels")
     probe.add_argument("--device", default="auto")
     probe.add_argument("--workers", type=int, default=0)
-    probe.add_argument("--out", help="JSON file (default: metrics.json beside the checkpoint)")
+    probe.add_argument("--out", help="folder (default: that of the checkpoint)")
     probe.set_defaults(run=_probe)
 
-    spectrum = commands.add_parser(
-        "spectrum", help="covariance spectra, collapsed dimensions"
-    )
+    spectrum = commands.add_parser("spectrum", help="covariance spectra, collapsed dimensions")
     spectrum.add_argument("checkpoint", help="checkpoint.pt or the folder that holds it")
     spectrum.add_argument("--data", help="another set than the one trained on")
     spectrum.add_argument("--data-root", help="folder of the torchvision sets")
@@ -78,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     spectrum.set_defaults(run=_spectrum)
 
     demo = commands.add_parser("demo", help="train, probe and draw on handwritten digits")
-    demo.add_argument("--out", default="runs/demo")
+    demo.add_argument("--out", default="runs/demo", help="folder, an older demo is overwritten")
     demo.add_argument("--epochs", type=int, default=None)
     demo.add_argument("--seed", type=int, default=0)
     demo.set_defaults(run=_demo)
@@ -120,8 +125,9 @@ def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
     add("--log-every", type=int, help="steps between log lines (default 1)")
     add("--checkpoint-dir", help="folder of the runs (default runs)")
     add("--name", help="folder of this run (default directclr)")
-    add("--resume", action="store_true", help="continue from the run's checkpoint")
-    add("--overwrite", action="store_true", help="start anew where a checkpoint is")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--resume", action="store_true", help="continue from the run's checkpoint")
+    start.add_argument("--overwrite", action="store_true", help="start anew where a checkpoint is")
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -132,28 +138,36 @@ def _train(arguments: argparse.Namespace) -> None:
     given = {k: v for k, v in vars(arguments).items() if k in names and v is not None}
     trainer = Trainer(TrainConfig(**given), resume=arguments.resume, overwrite=arguments.overwrite)
     result = trainer.run()
-    print(f"done: step {result['step']}, loss backend {result['backend']}, {result['folder']}")
+    backend = result["backend"] or "not needed"  # a finished run that is resumed takes no step
+    print(f"done: step {result['step']}, loss backend {backend}, {result['folder']}")
 
 
-def _device(name: str) -> str:
-    import torch
+def _out(arguments: argparse.Namespace) -> Path:
+    """The folder to write to, asked before anything long is done."""
+    from .train.checkpoint import writable
 
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    path = Path(arguments.checkpoint)
+    return writable("out", arguments.out or (path if path.is_dir() else path.parent))
 
 
-def _beside(checkpoint: str) -> Path:
-    path = Path(checkpoint)
-    return path if path.is_dir() else path.parent
+def _write_json(path: Path, values: dict) -> None:
+    from .train.checkpoint import replacing
+
+    with replacing(path) as file:
+        file.write(json.dumps(values, indent=2) + "\n")
 
 
 def _probe(arguments: argparse.Namespace) -> None:
     from .train import probe
+    from .train.config import resolve_device
     from .train.loop import load_model
 
-    device = _device(arguments.device)
+    linear = {"epochs": arguments.epochs, "learning_rate": arguments.learning_rate}
+    vote = {"k": arguments.k, "temperature": arguments.temperature}
+    probe.check(**linear, **vote)
+    device = resolve_device(arguments.device)
     config, model, state = load_model(arguments.checkpoint, device)
+    out = _out(arguments) / "probe.json"
     rows = {"trained": model.encoder}
     if arguments.baselines:
         rows |= _baselines(config, state, device)
@@ -162,9 +176,8 @@ def _probe(arguments: argparse.Namespace) -> None:
         "checkpoint": str(arguments.checkpoint),
         "step": state["step"],
         "data": arguments.data or config.data,
-        "k": arguments.k,
-        "temperature": arguments.temperature,
-        "epochs": arguments.epochs,
+        **linear,
+        **vote,
         "features": "raw" if arguments.raw_features else "centred, divided by their rms",
         "accuracy": {},
     }
@@ -174,6 +187,7 @@ def _probe(arguments: argparse.Namespace) -> None:
             config,
             spec=arguments.data,
             root=arguments.data_root,
+            channels=state["channels"],
             device=device,
             workers=arguments.workers,
         )
@@ -186,29 +200,22 @@ def _probe(arguments: argparse.Namespace) -> None:
                     values,
                     schedule,
                     scaled=not arguments.raw_features,
-                    epochs=arguments.epochs,
-                    learning_rate=arguments.learning_rate,
                     device=device,
+                    **linear,
                 )
                 for schedule in schedules
             }
-            row["knn"] = probe.knn(
-                values, k=arguments.k, temperature=arguments.temperature, device=device
-            )
+            row["knn"] = probe.knn(values, device=device, **vote)
             result["accuracy"][part] = row
             print(f"{part}: " + ", ".join(f"{k} {100 * v:.2f} %" for k, v in row.items()))
-    out = Path(arguments.out or _beside(arguments.checkpoint) / "metrics.json")
-    out.write_text(json.dumps(result, indent=2) + "\n")
+    _write_json(out, result)
     print(f"written to {out}")
 
 
 def _baselines(config, state: dict, device: str) -> dict:
     """The encoder with the weights the run started from, and None for raw pixels."""
-    import torch
-
     from .train.loop import Model
 
-    torch.manual_seed(config.seed)
     untrained = Model(config, state["channels"], state["classes"]).encoder
     return {"untrained encoder": untrained.eval().to(device), "raw pixels": None}
 
@@ -216,21 +223,23 @@ def _baselines(config, state: dict, device: str) -> dict:
 def _spectrum(arguments: argparse.Namespace) -> None:
     from .paper import spectrum
     from .train import probe
+    from .train.config import resolve_device
     from .train.loop import load_model
 
-    device = _device(arguments.device)
-    config, model, _ = load_model(arguments.checkpoint, device)
+    spectrum.check(arguments.threshold)
+    device = resolve_device(arguments.device)
+    config, model, state = load_model(arguments.checkpoint, device)
+    out = _out(arguments)
     features = probe.load_features(
         model.encoder,
         config,
         spec=arguments.data,
         root=arguments.data_root,
+        channels=state["channels"],
         device=device,
         workers=arguments.workers,
     )
     spectra = spectrum.of_model(model, features.test, arguments.threshold)
-    out = Path(arguments.out) if arguments.out else _beside(arguments.checkpoint)
-    out.mkdir(parents=True, exist_ok=True)
     spectrum.save(spectra, out / "spectrum.json")
     spectrum.plot(spectra, out / "spectrum.png", f"{config.mode} on {config.data}")
     _print_spectra(spectra)
@@ -239,9 +248,11 @@ def _spectrum(arguments: argparse.Namespace) -> None:
 
 def _print_spectra(spectra: dict[str, dict]) -> None:
     for name, values in spectra.items():
+        samples, dimensions = values["samples"], values["dimensions"]
+        few = f", {samples} images show at most {samples - 1}" if samples <= dimensions else ""
         print(
-            f"{name}: {values['collapsed']} of {values['dimensions']} dimensions collapsed "
-            f"(eigenvalue below {values['threshold']:g} of the largest), "
+            f"{name}: {values['collapsed']} of {dimensions} dimensions collapsed "
+            f"(eigenvalue at most {values['threshold']:g} of the largest{few}), "
             f"effective rank {values['effective_rank']:.1f}"
         )
 
@@ -277,9 +288,6 @@ def _demo(arguments: argparse.Namespace) -> None:
         accuracy[name] = probe.scores(found, device=device)
     spectra = spectrum.of_model(model, features.test)
 
-    title = f"{config.mode}, dim {model.objective.dim} of {model.width}, {config.data}"
-    spectrum.plot(spectra, out / "spectrum.png", title)
-    plots.curves(out / "log.jsonl", out / "curves.png", title)
     metrics = {
         "accuracy": accuracy,
         "spectra": spectra,
@@ -288,7 +296,10 @@ def _demo(arguments: argparse.Namespace) -> None:
         "final_loss": result["loss"],
         "steps": result["step"],
     }
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    _write_json(out / "metrics.json", metrics)
+    title = f"{config.mode}, dim {model.objective.dim} of {model.width}, {config.data}"
+    spectrum.plot(spectra, out / "spectrum.png", title)
+    plots.curves(out / "log.jsonl", out / "curves.png", title)
 
     print(f"\n{'held-out accuracy':<20}{'linear probe':>14}{'kNN (k=200)':>14}")
     for name, values in accuracy.items():

@@ -49,10 +49,15 @@ def effective_rank(spectrum: Tensor) -> float:
     return torch.exp(-torch.special.xlogy(p, p).sum()).item()
 
 
-def collapsed(spectrum: Tensor, threshold: float = THRESHOLD) -> int:
-    """Number of eigenvalues at or below ``threshold`` (0 to 1) times the largest."""
+def check(threshold: float) -> None:
+    """ValueError unless 0 <= threshold < 1."""
     if not 0.0 <= threshold < 1.0:
         raise ValueError(f"threshold: expected 0 <= threshold < 1, got {threshold}")
+
+
+def collapsed(spectrum: Tensor, threshold: float = THRESHOLD) -> int:
+    """Number of eigenvalues at or below ``threshold`` (0 to 1) times the largest."""
+    check(threshold)
     return int((spectrum <= threshold * spectrum[0]).sum())
 
 

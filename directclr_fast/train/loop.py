@@ -31,7 +31,6 @@ from .config import TrainConfig
 from .objective import Objective
 from .optim import build_optimizer, learning_rate
 
-
 READ_EVERY = 0.25  # seconds between reads of losses from the device: each waits for its queue
 
 
@@ -292,7 +291,7 @@ class Trainer:
         with open(log, "a", encoding="utf-8") as file:
             # What was logged after the checkpoint will be logged again.
             file.truncate(min(self.log_bytes or 0, file.tell()))
-            if file.tell() == 0:
+            if file.seek(0, os.SEEK_END) == 0:
                 header = {
                     "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
                     "directclr_fast": __version__,
