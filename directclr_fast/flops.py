@@ -29,9 +29,7 @@ def backward(
     return operations
 
 
-def total(
-    rows: int, candidates: int, dim: int, negatives: str = "cross", kept: float = 0.0
-) -> int:
+def total(rows: int, candidates: int, dim: int, negatives: str = "cross", kept: float = 0.0) -> int:
     """Operations of forward and backward: 8c for "cross", 16c for "both", at M = N."""
     return forward(rows, candidates, dim, negatives) + backward(
         rows, candidates, dim, negatives, kept

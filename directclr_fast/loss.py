@@ -410,4 +410,4 @@ def _check_columns(columns, r1: Tensor) -> tuple[Tensor | None, bool]:
     # Values are read only where that waits for no device and breaks no graph.
     if index.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_index_values(index, r1.shape[1])
-    return index.reshape(-1, index.shape[-1]).to(r1.device), index.dim() == 2
+    return index.reshape(-1, index.shape[-1]).contiguous().to(r1.device), index.dim() == 2

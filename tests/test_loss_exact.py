@@ -161,9 +161,7 @@ def test_error_is_at_most_twice_that_of_eager(backend, rows, width, dim, dtype, 
         upstream = torch.tensor(0.75)
         truth = evaluate(eager_loss, r1.double(), r2.double(), upstream=upstream, **options)
         eager = evaluate(eager_loss, r1, r2, upstream=upstream, **options)
-        ours = evaluate(
-            fast_directclr_loss, r1, r2, upstream=upstream, backend=backend, **options
-        )
+        ours = evaluate(fast_directclr_loss, r1, r2, upstream=upstream, backend=backend, **options)
         assert ours.dr1.dtype == dtype and ours.dr2.dtype == dtype
         assert ours.loss.dtype == torch.float32
         for name, got, want, plain in zip(ours._fields[:3], ours, truth, eager):
@@ -189,9 +187,7 @@ def loss_without_cancellation(r1, r2, temperature):
 def test_a_converged_pair_keeps_its_relative_accuracy(backend, temperature):
     """With 1 - p_ii from 1e-2 to 1e-18: eager fp32 and even fp64 lose it to cancellation."""
     r1, r2 = make_views(96, 64, kind="converged", dtype=torch.float32)
-    truth = evaluate(
-        loss_without_cancellation, r1.double(), r2.double(), temperature=temperature
-    )
+    truth = evaluate(loss_without_cancellation, r1.double(), r2.double(), temperature=temperature)
     ours = evaluate(fast_directclr_loss, r1, r2, None, temperature=temperature, backend=backend)
     assert 0 < float(truth.loss) < 0.05
     # What is left is the rounding of a s_ij in fp32.

@@ -165,9 +165,7 @@ def test_closed_form_gradients_of_the_reference(negatives, symmetric, reduction)
 
 def test_closed_form_with_groups_offset_and_extra_candidates():
     columns = torch.tensor([[0, 3, 5], [7, 1, 3]])
-    asked = problem(
-        candidates=11, dim=3, groups=2, gathered=True, row_offset=4, negatives="cross"
-    )
+    asked = problem(candidates=11, dim=3, groups=2, gathered=True, row_offset=4, negatives="cross")
     r1, r2 = make_views(6, 8, candidates=11, dtype=torch.float64)
     t = torch.tensor(0.2, dtype=torch.float64)
     inputs = [value.clone().requires_grad_() for value in (r1, r2, t)]

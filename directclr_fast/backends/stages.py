@@ -52,6 +52,8 @@ class Saved(NamedTuple):
 class Pair(NamedTuple):
     """Weights of one tile product's gradient: G_ij = w_i p_ij + v_j q_ij, its positives given.
 
+    The upstream gradient, the reduction's factor and a = 1/temperature are in w and v.
+
     p_ij = exp(a s_ij - row_lse_i) and q_ij = exp(a s_ij - col_lse_j); ``diagonal`` (M,) replaces
     G at the positives. ``v`` and ``col_lse`` are None for one direction.
     """
@@ -87,7 +89,7 @@ class Stages(Protocol):
     def products(
         self, problem: Problem, z1: Tensor, z2: Tensor, scale, pair: Pair, kept: Tensor, need
     ) -> tuple[Tensor | None, Tensor | None]:
-        """``weights`` and ``products``: (G z2, G^T z1) without the factor a; None if not needed."""
+        """``weights`` and ``products``: dz1 = G z2, dz2 = G^T z1; None where not needed."""
 
     def add_self_products(
         self, problem: Problem, z: Tensor, scale, w: Tensor, lse: Tensor, dz: Tensor
@@ -103,13 +105,12 @@ class Stages(Protocol):
         z: Tensor,
         rnorm: Tensor,
         dz: Tensor,
-        scale,
         dr: Tensor | None,
         index: Tensor | None,
-    ) -> Tensor:
-        """Through the normalisation into the columns of ``dr``; ``dz`` comes without the factor a.
+    ) -> Tensor | float:
+        """Through the normalisation into the columns of ``dr`` (None: only the sum is wanted).
 
-        Returns a sum_i z_i . dz_i (0-dim). ``dr`` is None where only that sum is wanted.
+        Returns sum_i z_i . dz_i, 0-dim or a float. May overwrite ``dz``.
         """
 
 
@@ -161,7 +162,8 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of (r1, r2, temperature) where ``need`` says so, else None."""
     need1, need2, need_temperature = need
-    weights = row_weights(problem, dloss.to(saved.row_lse.dtype))
+    # The factor a of dz = a G z joins the weights, where it costs O(N).
+    weights = row_weights(problem, dloss.to(saved.row_lse.dtype)) * scale
     if problem.symmetric:
         weights = 0.5 * weights
     both = problem.negatives == "both"
@@ -176,7 +178,7 @@ def backward(
         dz1, dz2 = _products(stages, problem, state, weights, scale, (want1, want2))
         dots.append(
             [
-                None if dz is None else stages.finish(problem, z, rnorm, dz, scale, dr, index)
+                None if dz is None else stages.finish(problem, z, rnorm, dz, dr, index)
                 for z, rnorm, dz, dr in (
                     (state.z1, state.rnorm1, dz1, dr1),
                     (state.z2, state.rnorm2, dz2, dr2),
@@ -185,14 +187,14 @@ def backward(
         )
     dtemperature = None
     if need_temperature:
-        # dots are a dloss/da (for "both", their mean is), and da/dtemperature = -a^2.
+        # A dot is a dloss/da (for "both", the mean of the two is), and da/dtemperature = -a^2.
         total = sum((a + b) / 2 if both else (b if a is None else a) for a, b in dots)
         dtemperature = -total * scale
     return dr1, dr2, dtemperature
 
 
 def _products(stages: Stages, problem: Problem, state: Saved, weights: Tensor, scale, want):
-    """dz1, dz2 of one group, without the factor a."""
+    """dz1, dz2 of one group."""
     diagonal = weights * torch.expm1(-state.nll_row)
     v = col_lse = None
     if problem.symmetric:

@@ -155,16 +155,15 @@ class TorchStages:
         z: Tensor,
         rnorm: Tensor,
         dz: Tensor,
-        scale,
         dr: Tensor | None,
         index: Tensor | None,
     ) -> Tensor:
         dot = torch.linalg.vecdot(z, dz)
-        total = dot.sum(dtype=problem.statistics_dtype) * scale
+        total = dot.sum(dtype=problem.statistics_dtype)
         if dr is not None:
             # A row shorter than eps was divided by a constant: nothing to project out.
             dot.masked_fill_(rnorm >= 1.0 / problem.eps, 0.0)
-            dx = dz.addcmul_(z, dot[:, None], value=-1.0).mul_((rnorm * scale)[:, None])
+            dx = dz.addcmul_(z, dot[:, None], value=-1.0).mul_(rnorm[:, None])
             if index is None:
                 dr[:, : problem.dim].copy_(dx)
             else:

@@ -172,7 +172,7 @@ def set_rng_state(state: dict, views: torch.Generator) -> None:
         views.set_state(saved)
         return
     warnings.warn(
-        "device: another kind than before, so other views than there follow", stacklevel=2
+        "device: expected the kind the run was on to repeat its views, got another", stacklevel=2
     )
     # Neither the views from the start again, nor any that were seen.
     views.manual_seed(zlib.crc32(saved.numpy().tobytes()))

@@ -255,9 +255,7 @@ class Trainer:
                 "give --resume to continue it, --overwrite to start anew, or another --name"
             )
         if resume:
-            warnings.warn(
-                f"resume: no checkpoint in {self.folder} yet, starting anew", stacklevel=3
-            )
+            warnings.warn(f"resume: no checkpoint in {self.folder}, starting anew", stacklevel=3)
         return None
 
     def _check_same(self, saved: dict) -> None:
@@ -286,7 +284,7 @@ class Trainer:
             file.write(json.dumps(self.config.to_dict(), indent=2) + "\n")
         log = self.folder / "log.jsonl"
         if self.log_bytes is None:  # only here, with all of the settings checked, are old ones lost
-            for path in (self.path, checkpoint.previous(self.path), log):
+            for path in (self.path, checkpoint.previous(self.path)):
                 path.unlink(missing_ok=True)
         with open(log, "a", encoding="utf-8") as file:
             # What was logged after the checkpoint will be logged again.

@@ -1,0 +1,494 @@
+"""Runs of the trainer: the same curve for both losses, exact resume, refusals, nothing lost."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from directclr_fast.train import checkpoint, data, loop
+from directclr_fast.train.config import TrainConfig
+from directclr_fast.train.loop import Trainer, TrainingDiverged, load_model
+from directclr_fast.train.optim import learning_rate
+
+TINY = {
+    "data": "fake:n=80,size=8,channels=1",
+    "encoder": "small",
+    "image_size": 8,
+    "views": "affine",
+    "batch_size": 16,
+    "epochs": 3,
+    "optimizer": "adamw",
+    "learning_rate": 2e-3,
+}
+STEPS = 15  # of TINY: 3 epochs of 5
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small gain nothing from threads and lose much where other work runs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def train(run_dir, name, *, resume=False, overwrite=False, on_step=None, **settings):
+    config = TrainConfig(**{**TINY, "checkpoint_dir": str(run_dir), "name": name, **settings})
+    trainer = Trainer(config, resume=resume, overwrite=overwrite, progress=False)
+    return trainer, trainer.run(on_step)
+
+
+def log_of(folder):
+    """Header and step records of a run's log."""
+    header, *records = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    assert "loss" not in header
+    return header, records
+
+
+def untimed(folder):
+    return [{k: v for k, v in r.items() if k != "images_per_second"} for r in log_of(folder)[1]]
+
+
+def assert_same(a, b, where="checkpoint"):
+    """Bitwise equality of nested containers of tensors and plain values."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_same(x, y, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+def state_of(folder):
+    """The checkpoint without what may differ: settings of the machine, bytes of timings."""
+    state = checkpoint.load(folder)
+    del state["log_bytes"]
+    state["config"] = {k: v for k, v in state["config"].items() if k not in TrainConfig.FREE}
+    return state
+
+
+# ---------------------------------------------------------------- what is trained
+
+
+def test_both_losses_give_the_same_curve(run_dir):
+    """They differ by fp32 rounding, and training lets any difference grow: by step 30 to between
+    1e-4 and 1e-3 of the loss. The bound: within 1e-5 over the first 10 steps, and never more than
+    20 times what one rounding error in each initial weight comes to."""
+    pytest.importorskip("sklearn")
+
+    def curve(name, loss):
+        settings = {**TINY, "data": "digits", "batch_size": 64, "epochs": 60, "max_steps": 30}
+        settings.update(checkpoint_dir=str(run_dir), name=name, loss=loss)
+        trainer = Trainer(TrainConfig(**settings), progress=False)
+        if name == "rounded":
+            generator = torch.Generator().manual_seed(0)
+            for p in trainer.model.parameters():
+                p.data *= 1 + 1.2e-7 * torch.randint(-1, 2, p.shape, generator=generator)
+        result = trainer.run()
+        assert (result["backend"] == "reference") == (loss == "reference")
+        return torch.tensor([r["loss"] for r in log_of(run_dir / name)[1]], dtype=torch.float64)
+
+    fast, reference = curve("fast", "fast"), curve("reference", "reference")
+    assert len(fast) == 30 and reference[-5:].mean() < 0.8 * reference[:5].mean()
+    growth = (fast - reference).abs() / reference
+    ulp = (curve("rounded", "reference") - reference).abs() / reference
+    assert growth[:10].max() < 1e-5
+    assert growth.max() < 20 * ulp.max() < 0.1
+
+
+@pytest.mark.parametrize("mode", ["baseline", "directclr", "single", "simclr", "group"])
+def test_every_mode_learns(mode, run_dir):
+    _, result = train(run_dir, mode, mode=mode)
+    losses = [r["loss"] for r in log_of(run_dir / mode)[1]]
+    assert result["step"] == STEPS and all(map(math.isfinite, losses))
+    assert sum(losses[-4:]) < 0.95 * sum(losses[:4])
+    config, model, _ = load_model(run_dir / mode)
+    assert config.mode == mode and model.objective.mode == mode and not model.training
+
+
+@pytest.mark.parametrize("optimizer", ["lars", "sgd"])
+def test_every_optimizer_learns(optimizer, run_dir):
+    rate = {"lars": 4.8, "sgd": 0.05}[optimizer]
+    train(run_dir, "run", optimizer=optimizer, learning_rate=rate, epochs=4)
+    losses = [r["loss"] for r in log_of(run_dir / "run")[1]]
+    assert sum(losses[-4:]) < sum(losses[:4])
+
+
+def test_bf16(run_dir):
+    train(run_dir, "bf16", amp="bf16", max_steps=6)
+    train(run_dir, "fp32", max_steps=6)
+    low, full = ([r["loss"] for r in log_of(run_dir / n)[1]] for n in ("bf16", "fp32"))
+    assert low != full
+    assert low == pytest.approx(full, rel=0.05)
+    weights = load_model(run_dir / "bf16")[1].parameters()
+    assert all(w.dtype == torch.float32 and w.isfinite().all() for w in weights)
+
+
+@pytest.mark.slow
+def test_compiled_encoder(run_dir):
+    train(run_dir, "compiled", compile=True, max_steps=3)
+    train(run_dir, "eager", max_steps=3)
+    compiled, eager = ([r["loss"] for r in log_of(run_dir / n)[1]] for n in ("compiled", "eager"))
+    assert compiled == pytest.approx(eager, rel=1e-3)
+    assert load_model(run_dir / "compiled")[1] is not None  # the names are those of plain modules
+
+
+def test_views_are_encoded_in_two_calls(run_dir):
+    config = TrainConfig(**{**TINY, "checkpoint_dir": str(run_dir), "max_steps": 2})
+    trainer = Trainer(config, progress=False)
+    seen = []
+    norm = trainer.model.encoder.stem[1]
+    norm.register_forward_pre_hook(
+        lambda module, args: seen.append((args[0].detach().clone(), module.running_mean.clone()))
+    )
+    trainer.run()
+    assert [len(x) for x, _ in seen] == [16] * 4 and norm.num_batches_tracked == 4
+    # The second call starts from the statistics that the first left.
+    (first, before), (second, between) = seen[:2]
+    assert not torch.equal(first, second)
+    want = 0.9 * before + 0.1 * first.mean((0, 2, 3))
+    torch.testing.assert_close(between, want)
+
+
+def test_online_head_only_measures(run_dir, monkeypatch):
+    train(run_dir, "labelled", max_steps=6)
+    load = data.load
+
+    def without_labels(*args, **kwargs):
+        images = load(*args, **kwargs)
+        images.labels.fill_(-1)
+        return images
+
+    monkeypatch.setattr(data, "load", without_labels)
+    train(run_dir, "unlabelled", max_steps=6)
+    known, unknown = (load_model(run_dir / n)[1] for n in ("labelled", "unlabelled"))
+    assert_same(dict(known.encoder.state_dict()), dict(unknown.encoder.state_dict()))
+    assert not torch.equal(known.head.weight, unknown.head.weight)
+    assert {r["accuracy"] for r in log_of(run_dir / "unlabelled")[1]} == {0.0}
+
+
+@pytest.mark.parametrize(("encoder", "workers"), [("small", 0), ("resnet18", 2)])
+def test_a_folder_of_pictures(encoder, workers, run_dir, tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("torchvision")
+    noise = np.random.default_rng(0)
+    for label in ("cat", "dog"):
+        (tmp_path / "set" / label).mkdir(parents=True)
+        for i in range(10):
+            pixels = noise.integers(256, size=(20, 24, 3), dtype=np.uint8)
+            image.fromarray(pixels).save(tmp_path / "set" / label / f"{i}.png")
+    settings = {"encoder": encoder, "workers": workers, "views": "small", "image_size": 16}
+    settings.update(batch_size=8, max_steps=3)
+    trainer, result = train(run_dir, "named", data=f"folder:{tmp_path / 'set'}", **settings)
+    assert result["step"] == 3 and trainer.channels == 3 and trainer.classes == 2
+    # The released trainer's --data is a bare path.
+    train(run_dir, "bare", data=str(tmp_path / "set"), **{**settings, "workers": 0})
+    assert_same(state_of(run_dir / "named")["model"], state_of(run_dir / "bare")["model"])
+
+
+# ---------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optimizer": "adamw"},
+        {"optimizer": "lars", "learning_rate": 4.8, "mode": "group"},
+        {"optimizer": "sgd", "learning_rate": 0.05, "amp": "bf16", "mode": "simclr"},
+    ],
+    ids=["adamw", "lars-group", "sgd-bf16-simclr"],
+)
+def test_resumed_run_is_bitwise_the_uninterrupted_one(settings, run_dir):
+    def seed_all(seed):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+
+    seed_all(1)
+    train(run_dir, "whole", **settings)
+    seed_all(1)
+    train(run_dir, "parts", **settings, max_steps=7)  # in the middle of the second epoch
+    assert checkpoint.load(run_dir / "parts")["sampler"]["position"] == 2
+    seed_all(2)  # another process has another state, which must not matter
+    trainer, result = train(run_dir, "parts", **settings, resume=True)
+    assert result["step"] == STEPS and trainer.log.closed
+    whole = state_of(run_dir / "whole")
+    assert len(whole["optimizer"]["state"]) > 10 and len(whole["rng"]["python"]) == 3
+    assert_same(state_of(run_dir / "parts"), whole)
+    assert untimed(run_dir / "parts") == untimed(run_dir / "whole")
+    assert [r["step"] for r in untimed(run_dir / "whole")] == list(range(1, STEPS + 1))
+
+
+def test_global_random_state_decides_nothing(run_dir):
+    state = torch.get_rng_state()
+    first = loop.Model(TrainConfig(**TINY).resolve(), 1, 10)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(77)
+    assert_same(
+        dict(loop.Model(TrainConfig(**TINY).resolve(), 1, 10).state_dict()),
+        dict(first.state_dict()),
+    )
+    train(run_dir, "quiet", max_steps=6)
+
+    def disturb(_):
+        torch.manual_seed(random.randrange(2**30))
+        np.random.seed(random.randrange(2**30))
+
+    random.seed(5)
+    train(run_dir, "disturbed", max_steps=6, on_step=disturb)
+    for part in ("model", "optimizer", "sampler"):
+        assert_same(state_of(run_dir / "quiet")[part], state_of(run_dir / "disturbed")[part])
+    assert untimed(run_dir / "quiet") == untimed(run_dir / "disturbed")
+    train(run_dir, "seeded", max_steps=1, seed=1)
+    assert untimed(run_dir / "seeded")[0]["loss"] != untimed(run_dir / "quiet")[0]["loss"]
+
+
+def test_killed_runs_resume_bitwise(run_dir):
+    """kill -9 at random moments, a checkpoint being written much of the time."""
+    flags = {**TINY, "data": "fake:n=48,size=8,channels=1", "epochs": 20, "save_every": 1}
+    steps = 60
+    command = [sys.executable, "-m", "directclr_fast", "train", "--checkpoint-dir", str(run_dir)]
+    for name, value in flags.items():
+        command += [f"--{name.replace('_', '-')}", str(value)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    quiet = {"env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    subprocess.run([*command, "--name", "whole"], check=True, **quiet)
+
+    log = run_dir / "killed" / "log.jsonl"
+    chance = random.Random(0)
+    for attempt in range(3):
+        goal = 6 + 15 * attempt + chance.randrange(8)
+        resume = ["--resume"] if attempt else []
+        with subprocess.Popen([*command, "--name", "killed", *resume], **quiet) as child:
+            try:
+                while child.poll() is None and (
+                    not log.exists() or log.read_bytes().count(b"\n") < goal
+                ):
+                    time.sleep(0.002)
+                time.sleep(chance.random() * 0.1)
+            finally:
+                child.send_signal(signal.SIGKILL)
+            assert child.wait() == -signal.SIGKILL, child.stderr.read()
+        assert 0 < checkpoint.load(run_dir / "killed")["step"] < steps
+    subprocess.run([*command, "--name", "killed", "--resume"], check=True, **quiet)
+    assert_same(state_of(run_dir / "killed")["model"], state_of(run_dir / "whole")["model"])
+    assert_same(state_of(run_dir / "killed")["optimizer"], state_of(run_dir / "whole")["optimizer"])
+    assert untimed(run_dir / "killed") == untimed(run_dir / "whole")
+    assert [r["step"] for r in untimed(run_dir / "whole")] == list(range(1, steps + 1))
+    left = sorted(p.name for p in (run_dir / "killed").iterdir())
+    assert left == ["checkpoint.previous.pt", "checkpoint.pt", "config.json", "log.jsonl"]
+
+
+def test_damaged_checkpoint_gives_way_to_the_previous(run_dir):
+    train(run_dir, "whole", save_every=3, max_steps=9)
+    train(run_dir, "run", save_every=3, max_steps=6)
+    path = run_dir / "run" / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.warns(UserWarning, match="checkpoint.pt is unreadable .* using the previous one"):
+        train(run_dir, "run", save_every=3, max_steps=9, resume=True)
+    assert_same(state_of(run_dir / "run"), state_of(run_dir / "whole"))
+    assert untimed(run_dir / "run") == untimed(run_dir / "whole")
+    # Both whole again: the damaged one has not displaced the one that was used.
+    assert checkpoint.load(checkpoint.previous(path))["step"] == 6
+
+
+def test_resume_without_a_checkpoint_starts_anew_and_says_so(run_dir):
+    with pytest.warns(UserWarning, match=r"^resume: no checkpoint in .*run, starting anew$"):
+        _, result = train(run_dir, "run", resume=True, max_steps=2)
+    assert result["step"] == 2
+
+
+def test_resume_of_a_finished_run_changes_nothing(run_dir):
+    train(run_dir, "run", max_steps=3)
+    before = (run_dir / "run" / "log.jsonl").read_bytes()
+    trainer, result = train(run_dir, "run", max_steps=3, resume=True)
+    assert result["step"] == 3 and trainer.run()["step"] == 3
+    assert (run_dir / "run" / "log.jsonl").read_bytes() == before
+
+
+def test_resume_where_the_log_is_gone(run_dir):
+    train(run_dir, "run", max_steps=3)
+    (run_dir / "run" / "log.jsonl").unlink()
+    train(run_dir, "run", max_steps=5, resume=True)
+    assert [r["step"] for r in log_of(run_dir / "run")[1]] == [4, 5]
+
+
+def test_resume_on_another_kind_of_device(run_dir):
+    """A GPU's generator has a state of another size: the run goes on with other views."""
+    train(run_dir, "run", max_steps=3)
+    path = run_dir / "run" / "checkpoint.pt"
+    state = checkpoint.load(path)
+    state["rng"]["views"] = torch.arange(16, dtype=torch.uint8)
+    checkpoint.save(path, state)
+    with pytest.warns(UserWarning, match="^device: .*views"):
+        _, result = train(run_dir, "run", max_steps=5, resume=True)
+    assert result["step"] == 5
+
+
+# ---------------------------------------------------------------- log and checkpoints
+
+
+def test_how_often_it_logs_and_saves(run_dir, monkeypatch):
+    saved, save = [], checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda p, s: (saved.append(s["step"]), save(p, s)))
+    shown = []
+    trainer, result = train(
+        run_dir, "run", log_every=3, save_every=2, max_steps=7, on_step=shown.append, epochs=4
+    )
+    header, records = log_of(run_dir / "run")
+    assert [r["step"] for r in records] == [3, 6, 7] == [r["step"] for r in shown]
+    assert saved == [2, 4, 6, 7]
+    assert result["step"] == 7 and trainer.total_steps == 20 and header["steps"] == 20
+    assert records[0]["epoch"] == 0.6 and records[-1]["images_per_second"] > 0
+    assert records[-1]["learning_rate"] == learning_rate(6, 20, 0, 2e-3)
+    assert trainer.log.closed
+    saved.clear()
+    train(run_dir, "epochs", max_steps=12)
+    assert saved == [5, 10, 12]
+    config = json.loads((run_dir / "run" / "config.json").read_text())
+    assert TrainConfig.from_dict(config) == trainer.config and config["warmup_epochs"] == 0
+
+
+def test_losses_are_read_seldom(run_dir, monkeypatch):
+    """Reading waits for the device, so steps queue up between reads, and none is lost."""
+    monkeypatch.setattr(loop, "READ_EVERY", math.inf)
+    reads, write = [], Trainer._write_log
+    monkeypatch.setattr(
+        Trainer, "_write_log", lambda self, show: (reads.append(self.step), write(self, show))
+    )
+    train(run_dir, "run", max_steps=12)
+    assert reads == [5, 10, 12]
+    assert [r["step"] for r in log_of(run_dir / "run")[1]] == list(range(1, 13))
+
+
+def spoil_loss(trainer, step):
+    forward = trainer.model.objective.forward
+    trainer.model.objective.forward = lambda *r: (
+        forward(*r) + (math.nan if trainer.step == step - 1 else 0.0)
+    )
+
+
+@pytest.mark.parametrize("how", ["loss", "gradient"])
+@pytest.mark.parametrize("log_every", [1, 100])
+def test_divergence_keeps_the_last_good_checkpoint(how, log_every, run_dir):
+    settings = {"save_every": 2, "log_every": log_every}
+    config = TrainConfig(**{**TINY, **settings, "checkpoint_dir": str(run_dir), "name": "run"})
+    trainer = Trainer(config, progress=False)
+    if how == "loss":  # its gradient is still finite
+        spoil_loss(trainer, step=6)
+    else:  # the loss of that step is still finite
+        trainer.model.encoder.stem[0].weight.register_hook(
+            lambda g: g * (math.inf if trainer.step == 5 else 1.0)
+        )
+    with pytest.raises(TrainingDiverged, match=r"nan or inf by step 6; the last good .*\.pt$"):
+        trainer.run()
+    assert trainer.log.closed
+    state = checkpoint.load(run_dir / "run")
+    assert state["step"] == 4 and all(v.isfinite().all() for v in state["model"].values())
+    train(run_dir, "run", **settings, resume=True)
+    assert [r["step"] for r in log_of(run_dir / "run")[1]] == (
+        list(range(1, STEPS + 1)) if log_every == 1 else [STEPS]
+    )
+
+
+def test_divergence_before_any_checkpoint_says_so(run_dir):
+    with pytest.raises(TrainingDiverged, match="there is no checkpoint yet"):
+        train(run_dir, "run", optimizer="sgd", learning_rate=1e30)
+
+
+def test_divergence_is_seen_where_the_loss_is_read(run_dir, monkeypatch):
+    monkeypatch.setattr(loop, "READ_EVERY", -1.0)
+    config = TrainConfig(**{**TINY, "save_every": 100, "checkpoint_dir": str(run_dir)})
+    trainer = Trainer(config, progress=False)
+    spoil_loss(trainer, step=4)
+    with pytest.raises(TrainingDiverged, match="by step 4; there is no checkpoint yet"):
+        trainer.run()
+    assert [r["loss"] for r in log_of(trainer.folder)[1]][3:] == ["nan"]
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def test_a_folder_with_a_checkpoint_is_refused_and_kept(run_dir):
+    train(run_dir, "run", max_steps=2, save_every=1)
+    files = {p: p.read_bytes() for p in (run_dir / "run").iterdir()}
+    assert len(files) == 4
+
+    def unchanged():
+        return {p: p.read_bytes() for p in (run_dir / "run").iterdir()} == files
+
+    with pytest.raises(ValueError, match=r"^name: expected a folder without a checkpoint.*--resu"):
+        train(run_dir, "run")
+    for name, value in (("batch_size", 8), ("seed", 1), ("mode", "baseline"), ("epochs", 9)):
+        with pytest.raises(ValueError, match=f"^{name}: expected .* as in the checkpoint"):
+            train(run_dir, "run", resume=True, **{name: value})
+    # With --overwrite too, nothing goes before the new run is known to start.
+    with pytest.raises(ValueError, match=r"^batch size: expected at most 80 .*, got 81$"):
+        train(run_dir, "run", overwrite=True, batch_size=81)
+    with pytest.raises(FileNotFoundError):
+        train(run_dir, "run", overwrite=True, data="folder:/nowhere")
+    assert unchanged()
+    train(run_dir, "run", overwrite=True, max_steps=1)
+    assert [r["step"] for r in log_of(run_dir / "run")[1]] == [1]
+    assert not checkpoint.previous(run_dir / "run" / "checkpoint.pt").exists()
+
+
+def test_unwritable_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"^checkpoint_dir: expected a folder to write to, got .*/x"):
+        Trainer(TrainConfig(**{**TINY, "checkpoint_dir": str(tmp_path / "file"), "name": "x"}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("data", "mnist"), ("data", "/nowhere"), ("encoder", "vit"), ("views", "large"),
+        ("mode", "byol"), ("negatives", "none"), ("loss", "slow"), ("optimizer", "adam"),
+        ("amp", "fp8"), ("amp", "fp16"), ("device", "gpu"), ("device", "cuda:99"),
+        ("batch_size", 1), ("epochs", 0), ("dim", 0), ("image_size", 1), ("workers", -1),
+        ("seed", -1), ("seed", 2**63), ("learning_rate", math.nan), ("learning_rate", math.inf),
+        ("weight_decay", -1.0), ("temperature", 0.0), ("temperature", math.inf),
+        ("warmup_epochs", 4), ("log_every", 0), ("save_every", 0), ("max_steps", 0),
+        ("name", "a/b"), ("name", ""),
+    ],
+)  # fmt: skip
+def test_settings_are_checked_before_anything_is_read_or_made(name, value, run_dir, monkeypatch):
+    monkeypatch.setattr(data, "load", None)
+    settings = {**TINY, "device": "cpu", "checkpoint_dir": str(run_dir), name: value}
+    with pytest.raises(ValueError, match=f"^{name}: expected .*, got ") as caught:
+        Trainer(TrainConfig(**settings))
+    assert "\n" not in str(caught.value) and not run_dir.exists()
+
+
+def test_dim_wider_than_the_encoder(run_dir):
+    with pytest.raises(ValueError, match=r"^dim: expected 1 to 256 \(the encoder's width\), got 3"):
+        train(run_dir, "run", dim=300)
+
+
+def test_short_runs_get_a_short_warm_up():
+    assert TrainConfig(data="digits").resolve().warmup_epochs == 3
+    assert TrainConfig(data="digits", epochs=1).resolve().warmup_epochs == 0
+    assert TrainConfig(data="digits", epochs=4).resolve().warmup_epochs == 2
+    assert TrainConfig(data="digits", epochs=4, warmup_epochs=4).resolve().warmup_epochs == 4
+
+
+def test_settings_of_another_version():
+    with pytest.raises(ValueError, match="^config: expected settings of this version, got 'x'"):
+        TrainConfig.from_dict({"x": 1})
