@@ -23,9 +23,9 @@ def make_views(
 ) -> tuple[Tensor, Tensor]:
     """Two views (rows, width) and (candidates, width), drawn in fp64 and rounded to ``dtype``.
 
-    ``kind``: "unrelated" Gaussian rows; "views", two noisy copies of each point; "converged", copies
-    so near that the positive takes most of the probability; "clustered" rows around few centres;
-    "duplicate", every row the same; "antipodal", view 2 is minus view 1.
+    ``kind``: "unrelated" Gaussian rows; "views", two noisy copies of each point; "converged",
+    copies so near that the positive takes most of the probability; "clustered" rows around few
+    centres; "duplicate", every row the same; "antipodal", view 2 is minus view 1.
     """
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")

@@ -1,4 +1,4 @@
-"""The public loss as a citizen of PyTorch: autograd, autocast, modes, and what bad input is told."""
+"""The public loss as a citizen of PyTorch: autograd, autocast, modes, what bad input is told."""
 
 from __future__ import annotations
 

@@ -1,0 +1,172 @@
+"""Where the CPU backend's time goes: each native stage and both drivers, beside the FMA peak.
+
+    python bench/cpu_stages.py --n 8192 --d 360 --width 2048 --threads 2
+                                [--bf16] [--keep 0.5] [--isa avx2]
+
+Every round measures the peak, then every stage once, so that all figures share the machine's state;
+medians over the rounds. Prints one table and, with --json FILE, appends one JSON line per stage.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+
+import torch
+
+from directclr_fast import _cpu
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--n", type=int, default=4096)
+    parser.add_argument("--d", type=int, default=360)
+    parser.add_argument("--width", type=int, default=2048)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--keep", type=float, default=0.0, help="fraction of S kept for backward")
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--isa", default="")
+    parser.add_argument("--json")
+    return parser.parse_args()
+
+
+def stages(args):
+    """(name, operations, bytes that must move, call) of each stage, then of the drivers."""
+    n, d, width, threads = args.n, args.d, args.width, args.threads
+    eps, scale = 1e-12, 10.0
+    pitch = _cpu.pitch(d)
+    x1, x2 = torch.randn(n, width), torch.randn(n, width)
+    z1, z2, dz1, dz2 = (torch.zeros(n, pitch) for _ in range(4))
+    grads = [torch.zeros(n, width) for _ in range(2)]
+    rnorm1, rnorm2, pos, row_lse, col_lse, nll_row, nll_col = (torch.zeros(n) for _ in range(7))
+    weight = torch.full((n,), 0.5 / n)
+    acc = torch.zeros(4, n, dtype=torch.float64)
+    kept = torch.empty(int(args.keep * _cpu.workspace_bytes(n, n)) // 4)
+    keep = dict(
+        workspace=kept.data_ptr() if len(kept) else 0, workspace_bytes=4 * len(kept), bf16=args.bf16
+    )
+    arrays = dict(
+        z1=z1, z2=z2, rnorm1=rnorm1, rnorm2=rnorm2, dz1=dz1, dz2=dz2, pos=pos, row_lse=row_lse,
+        col_lse=col_lse, nll_row=nll_row, nll_col=nll_col, row_weight=weight, col_weight=weight,
+    )  # fmt: skip
+    views = [(x.data_ptr(), _cpu.FLOAT32, width, 1, 0) for x in (x1, x2)]
+    specs = [(g.data_ptr(), _cpu.FLOAT32, width, 1, 0, width, True) for g in grads]
+    arrays.update(x1=x1, x2=x2, grad1=grads[0], grad2=grads[1], kept=kept)  # kept alive by `of`
+    shape = dict(m=n, n=n, d=d, row_offset=0, scale=scale, threads=threads)
+
+    def of(*names):
+        return {name: arrays[name].data_ptr() for name in names}
+
+    lse = of("row_lse", "col_lse", "nll_row", "nll_col")
+    weights = of("row_weight", "col_weight")
+
+    def sums():
+        acc.zero_()
+        a = acc.data_ptr()
+        row = dict(row_sum=a, row_ref=a + 8 * n, col_sum=a + 16 * n, col_ref=a + 24 * n)
+        _cpu.sums(**of("z1", "z2"), **shape, upper=False, **keep, **row)
+
+    def finalize(which):
+        _cpu.finalize(
+            sum=acc[which].data_ptr(), ref=acc[which + 1].data_ptr(), pos=pos.data_ptr(),
+            count=n, scale=scale, lse=row_lse.data_ptr(), nll=nll_row.data_ptr(),
+        )  # fmt: skip
+
+    def normalize(i):
+        _cpu.normalize(
+            x=views[i], rows=n, d=d, eps=eps, z=(z1, z2)[i].data_ptr(),
+            rnorm=(rnorm1, rnorm2)[i].data_ptr(), threads=threads,
+        )  # fmt: skip
+
+    def finish(i):
+        _cpu.finish(
+            z=(z1, z2)[i].data_ptr(), dz=(dz1, dz2)[i].data_ptr(),
+            rnorm=(rnorm1, rnorm2)[i].data_ptr(), rows=n, d=d, eps=eps, grad=specs[i],
+            threads=threads,
+        )  # fmt: skip
+
+    def forward():
+        _cpu.forward(
+            x1=views[0], x2=views[1], eps=eps, **shape, **keep,
+            **of("z1", "z2", "rnorm1", "rnorm2", "pos"), **lse,
+        )  # fmt: skip
+
+    def backward():
+        _cpu.backward(
+            **of("z1", "z2", "rnorm1", "rnorm2", "dz1", "dz2"), **shape, eps=eps, **keep, **weights,
+            **lse, grad1=specs[0], grad2=specs[1],
+        )  # fmt: skip
+
+    forward()
+    c = 2.0 * n * n * d
+    pair = of("z1", "z2")
+    return [
+        ("normalize", 8.0 * n * d, 16 * n * d, lambda: [normalize(0), normalize(1)]),
+        ("positives", 2.0 * n * d, 8 * n * d,
+         lambda: _cpu.positives(**pair, m=n, d=d, row_offset=0, **of("pos"), threads=threads)),
+        ("sums", c, 8 * n * d, sums),
+        ("finalize", 0.0, 40 * n, lambda: [finalize(0), finalize(2)]),
+        ("products", (3 - args.keep) * c, 24 * n * d,
+         lambda: _cpu.products(**pair, **shape, upper=False, **keep, **weights, **lse,
+                               **of("dz1", "dz2"))),
+        ("finish", 12.0 * n * d, n * (16 * d + 8 * width), lambda: [finish(0), finish(1)]),
+        ("forward", c, 16 * n * d, forward),
+        ("backward", 3 * c, n * (32 * d + 8 * width), backward),
+    ]  # fmt: skip
+
+
+def main():
+    args = arguments()
+    _cpu.force_isa(args.isa)
+    table = stages(args)
+    seconds = {name: [] for name, *_ in table}
+    peaks = []
+    for _ in range(args.rounds):
+        start = time.perf_counter()
+        operations = _cpu.fma_peak(threads=args.threads, iterations=500_000)
+        peaks.append(operations / (time.perf_counter() - start))
+        for name, _, _, call in table:
+            start = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - start)
+    peak = statistics.median(peaks)
+    medians = {name: statistics.median(s) for name, s in seconds.items()}
+    both = medians["forward"] + medians["backward"]
+    print(
+        f"{platform.processor() or platform.machine()}, {_cpu.isa()}, {args.threads} threads, "
+        f"N = {args.n}, d = {args.d} of {args.width}, bf16 {args.bf16}, kept {args.keep}, "
+        f"fp32 FMA peak {peak / 1e9:.0f} GFLOP/s"
+    )
+    print(f"{'stage':10} {'ms':>9} {'share':>6} {'GFLOP/s':>8} {'of peak':>8} {'GB/s':>6}")
+    lines = []
+    for name, operations, moved, _ in table:
+        s = medians[name]
+        rate = operations / s
+        print(
+            f"{name:10} {1e3 * s:9.3f} {s / both:6.1%} {rate / 1e9:8.1f} {rate / peak:8.1%} "
+            f"{moved / s / 1e9:6.1f}"
+        )
+        lines.append(
+            dict(
+                vars(args),
+                stage=name,
+                seconds=s,
+                gflops=rate / 1e9,
+                peak=peak / 1e9,
+                isa=_cpu.isa(),
+            )
+        )
+    c = 2.0 * args.n * args.n * args.d
+    rate = 4 * c / both
+    print(
+        f"both: {1e3 * both:.2f} ms, 8c at {rate / 1e9:.0f} GFLOP/s, {rate / peak:.1%} of the peak"
+    )
+    if args.json:
+        with open(args.json, "a") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+if __name__ == "__main__":
+    main()

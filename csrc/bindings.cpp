@@ -1,0 +1,216 @@
+// The Python module: addresses, sizes and strides in, error texts out as RuntimeError. Nothing is
+// checked here; the Python side owns the arrays and checks them.
+#include <pybind11/pybind11.h>
+
+#include "common/threads.h"
+#include "cpu/isa.h"
+#include "cpu/stages.h"
+
+namespace py = pybind11;
+using namespace py::literals;
+
+namespace directclr {
+namespace {
+
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void check(const std::string& error) {
+  if (!error.empty()) throw std::runtime_error(error);
+}
+
+Strided strided(uintptr_t data, int dtype, int64_t row_stride, int64_t col_stride, uintptr_t cols) {
+  return {at<void>(data), dtype, row_stride, col_stride, at<int64_t>(cols)};
+}
+
+// (data, dtype, row_stride, col_stride, cols)
+Strided strided(const py::tuple& t) {
+  return strided(t[0].cast<uintptr_t>(), t[1].cast<int>(), t[2].cast<int64_t>(),
+                 t[3].cast<int64_t>(), t[4].cast<uintptr_t>());
+}
+
+// (data, dtype, row_stride, col_stride, cols, width, fill)
+Gradient gradient(const py::object& o) {
+  if (o.is_none()) return {};
+  const py::tuple t = o;
+  const Strided s = strided(t);
+  return {const_cast<void*>(s.data), s.dtype, s.row_stride, s.col_stride, t[5].cast<int64_t>(),
+          s.cols, t[6].cast<bool>()};
+}
+
+double fma_peak(int threads, int64_t iterations) {
+  std::vector<double> done(size_t(threads), 0.0);
+  py::gil_scoped_release release;
+  if (!run_team(threads, [&](int t, Team&) { done[size_t(t)] = kernels().fma_loop(iterations); })) {
+    return 0.0;
+  }
+  double total = 0.0;
+  for (double x : done) total += x;
+  return total;
+}
+
+}  // namespace
+}  // namespace directclr
+
+PYBIND11_MODULE(_cpu, m) {
+  using namespace directclr;
+  using P = uintptr_t;
+  using I = int64_t;
+  m.doc() = "DirectCLR / InfoNCE on a CPU: stages and drivers over addresses (csrc/README.md)";
+  m.attr("FLOAT32") = int(kFloat32);
+  m.attr("FLOAT16") = int(kFloat16);
+  m.attr("BFLOAT16") = int(kBFloat16);
+
+  m.def("isa", [] { return std::string(kernels().name); }, "The body in use.");
+  m.def(
+      "available_isas",
+      [] {
+        py::list names;
+        for (const Kernels* k : available_kernels()) names.append(k->name);
+        return names;
+      },
+      "Bodies this processor can run, best first.");
+  m.def(
+      "force_isa",
+      [](const std::string& name) {
+        const std::string error = force_isa(name);
+        if (!error.empty()) throw py::value_error(error);
+      },
+      "name"_a, "Use this body from now on; an empty name undoes it.");
+  m.def("has_bf16", [] { return kernels().has_bf16; }, "Whether bf16=True is taken up.");
+  m.def("pitch", &pitch, "d"_a, "Floats per row of z and dz.");
+  m.def("workspace_bytes", &workspace_bytes, "m"_a, "n"_a, "Bytes that keep every tile of S.");
+  m.def("scratch_bytes", &scratch_bytes, "m"_a, "n"_a, "d"_a, "threads"_a,
+        "Memory that a driver takes besides its arguments.");
+  m.def("fma_peak", &fma_peak, "threads"_a, "iterations"_a,
+        "Runs independent multiply-adds on every thread and returns the operations done.");
+  m.def(
+      "exp2",
+      [](P x, float hi, float lo, P y, I n) {
+        kernels().exp2(at<float>(x), hi, lo, at<float>(y), n);
+      },
+      "x"_a, "scale_hi"_a, "scale_lo"_a, "y"_a, "n"_a, "y = 2^((scale_hi + scale_lo) x), fp32.");
+
+  m.def(
+      "normalize",
+      [](const py::tuple& x, I rows, I d, double eps, P z, P rnorm, int threads) {
+        const View view{strided(x), rows, at<float>(z), at<float>(rnorm)};
+        py::gil_scoped_release release;
+        check(normalize(view, d, eps, threads));
+      },
+      "x"_a, "rows"_a, "d"_a, "eps"_a, "z"_a, "rnorm"_a, "threads"_a);
+  m.def(
+      "positives",
+      [](P z1, P z2, I rows, I d, I row_offset, P pos, int threads) {
+        py::gil_scoped_release release;
+        check(positives(at<float>(z1), at<float>(z2), rows, d, row_offset, at<float>(pos),
+                        threads));
+      },
+      "z1"_a, "z2"_a, "m"_a, "d"_a, "row_offset"_a, "pos"_a, "threads"_a);
+  m.def(
+      "sums",
+      [](P z1, P z2, I rows, I n, I d, I row_offset, double scale, bool upper, bool bf16,
+         P workspace, I bytes, P row_sum, P row_ref, P col_sum, P col_ref, int threads) {
+        const SimilarityArgs s{at<float>(z1), at<float>(z2), rows, n, d, row_offset, scale, upper,
+                               bf16, at<void>(workspace), bytes};
+        py::gil_scoped_release release;
+        check(sums(s, {at<double>(row_sum), at<double>(row_ref)},
+                   {at<double>(col_sum), at<double>(col_ref)}, threads));
+      },
+      "z1"_a, "z2"_a, "m"_a, "n"_a, "d"_a, "row_offset"_a, "scale"_a, "upper"_a, "bf16"_a,
+      "workspace"_a, "workspace_bytes"_a, "row_sum"_a, "row_ref"_a, "col_sum"_a, "col_ref"_a,
+      "threads"_a);
+  m.def(
+      "finalize",
+      [](P sum, P ref, P pos, I count, double scale, P lse, P nll) {
+        py::gil_scoped_release release;
+        check(finalize({at<double>(sum), at<double>(ref)}, at<float>(pos), count, scale,
+                       at<float>(lse), at<float>(nll)));
+      },
+      "sum"_a, "ref"_a, "pos"_a, "count"_a, "scale"_a, "lse"_a, "nll"_a);
+  m.def(
+      "products",
+      [](P z1, P z2, I rows, I n, I d, I row_offset, double scale, bool upper, bool bf16,
+         P workspace, I bytes, P row_weight, P col_weight, P row_lse, P col_lse, P nll_row,
+         P nll_col, P dz1, P dz2, int threads) {
+        const SimilarityArgs s{at<float>(z1), at<float>(z2), rows, n, d, row_offset, scale, upper,
+                               bf16, at<void>(workspace), bytes};
+        const WeightArgs w{at<float>(row_weight), at<float>(col_weight), at<float>(row_lse),
+                           at<float>(col_lse), at<float>(nll_row), at<float>(nll_col)};
+        py::gil_scoped_release release;
+        check(products(s, w, at<float>(dz1), at<float>(dz2), threads));
+      },
+      "z1"_a, "z2"_a, "m"_a, "n"_a, "d"_a, "row_offset"_a, "scale"_a, "upper"_a, "bf16"_a,
+      "workspace"_a, "workspace_bytes"_a, "row_weight"_a, "col_weight"_a, "row_lse"_a, "col_lse"_a,
+      "nll_row"_a, "nll_col"_a, "dz1"_a, "dz2"_a, "threads"_a);
+  m.def(
+      "finish",
+      [](P z, P dz, P rnorm, I rows, I d, double eps, const py::object& grad, int threads) {
+        const Gradient g = gradient(grad);
+        double dots = 0.0;
+        {
+          py::gil_scoped_release release;
+          check(finish(at<float>(z), at<float>(dz), at<float>(rnorm), rows, d, eps, g, &dots,
+                       threads));
+        }
+        return dots;
+      },
+      "z"_a, "dz"_a, "rnorm"_a, "rows"_a, "d"_a, "eps"_a, "grad"_a, "threads"_a);
+
+  m.def(
+      "forward",
+      [](const py::tuple& x1, const py::tuple& x2, I rows, I n, I d, I row_offset, double eps,
+         double scale, bool bf16, P z1, P z2, P rnorm1, P rnorm2, P pos, P row_lse, P col_lse,
+         P nll_row, P nll_col, P workspace, I bytes, int threads) {
+        const ForwardArgs args{{strided(x1), rows, at<float>(z1), at<float>(rnorm1)},
+                               {strided(x2), n, at<float>(z2), at<float>(rnorm2)},
+                               d,
+                               row_offset,
+                               eps,
+                               scale,
+                               bf16,
+                               at<float>(pos),
+                               at<float>(row_lse),
+                               at<float>(col_lse),
+                               at<float>(nll_row),
+                               at<float>(nll_col),
+                               at<void>(workspace),
+                               bytes};
+        py::gil_scoped_release release;
+        check(forward(args, threads));
+      },
+      "x1"_a, "x2"_a, "m"_a, "n"_a, "d"_a, "row_offset"_a, "eps"_a, "scale"_a, "bf16"_a, "z1"_a,
+      "z2"_a, "rnorm1"_a, "rnorm2"_a, "pos"_a, "row_lse"_a, "col_lse"_a, "nll_row"_a, "nll_col"_a,
+      "workspace"_a, "workspace_bytes"_a, "threads"_a);
+  m.def(
+      "backward",
+      [](P z1, P z2, P rnorm1, P rnorm2, I rows, I n, I d, I row_offset, double eps, double scale,
+         bool bf16, P row_weight, P col_weight, P row_lse, P col_lse, P nll_row, P nll_col, P dz1,
+         P dz2, const py::object& grad1, const py::object& grad2, P workspace, I bytes,
+         int threads) {
+        double dots[2] = {0.0, 0.0};
+        const BackwardArgs args{{at<float>(z1), at<float>(z2), rows, n, d, row_offset, scale, false,
+                                 bf16, at<void>(workspace), bytes},
+                                {at<float>(row_weight), at<float>(col_weight), at<float>(row_lse),
+                                 at<float>(col_lse), at<float>(nll_row), at<float>(nll_col)},
+                                at<float>(dz1),
+                                at<float>(dz2),
+                                at<float>(rnorm1),
+                                at<float>(rnorm2),
+                                eps,
+                                gradient(grad1),
+                                gradient(grad2),
+                                dots};
+        {
+          py::gil_scoped_release release;
+          check(backward(args, threads));
+        }
+        return py::make_tuple(dots[0], dots[1]);
+      },
+      "z1"_a, "z2"_a, "rnorm1"_a, "rnorm2"_a, "m"_a, "n"_a, "d"_a, "row_offset"_a, "eps"_a,
+      "scale"_a, "bf16"_a, "row_weight"_a, "col_weight"_a, "row_lse"_a, "col_lse"_a, "nll_row"_a,
+      "nll_col"_a, "dz1"_a, "dz2"_a, "grad1"_a, "grad2"_a, "workspace"_a, "workspace_bytes"_a,
+      "threads"_a);
+}

@@ -1,0 +1,134 @@
+// One body of the kernels. The including file names it (DCLR_ISA) and is compiled with that
+// instruction set's flags; everything lives in the namespace of that name or has internal linkage,
+// so that no function compiled here can be taken for another body's or the driver's.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "kernels.h"
+//
+#include "finish.h"
+#include "normalize.h"
+#include "products.h"
+#include "sums.h"
+
+namespace directclr::DCLR_ISA {
+
+// Scratch of one thread: sizes follow the problem where it is smaller than a block.
+struct Extent {
+  int64_t nb, mb, wide;
+};
+DCLR_INLINE Extent extent(int64_t m, int64_t n, int64_t pitch) {
+  return {smaller(NB, round_up(n, NR)), smaller(MB, round_up(m, PW)), round_up(pitch, NR) + VL};
+}
+
+static int64_t scratch_bytes(int64_t m, int64_t n, int64_t pitch) {
+  const Extent e = extent(m, n, pitch);
+  return 4 * (2 * MB * NB + (2 * e.nb + e.mb + PW) * e.wide + 2 * NB) + 8 * 64;
+}
+
+static int64_t keep_panel_floats(int64_t n) { return round_up(n, NR) * PW; }
+
+struct Cut {
+  char* p;
+};
+DCLR_INLINE float* take(Cut& cut, int64_t floats) {
+  float* r = reinterpret_cast<float*>(cut.p);
+  cut.p += round_up(4 * floats, 64);
+  return r;
+}
+
+static void sums(const Sums& args, int64_t i0, int64_t i1, int64_t j0, int64_t j1, double* col_sum,
+                 double* col_ref, void* scratch) {
+  Cut cut{static_cast<char*>(scratch)};
+  const Extent e = extent(args.pair.m, args.pair.n, args.pair.pitch);
+  SumsScratch s;
+  s.tiles = take(cut, MB * NB);
+  s.columns = take(cut, e.nb * e.wide);
+  s.row_copy = take(cut, PW * e.wide);
+  s.col_sum = take(cut, NB);
+  s.col_ref = take(cut, NB);
+#if defined(__AVX512BF16__)
+  if (args.pair.bf16) {
+    if (args.bounded) return sums_of<Bf16, true>(args, i0, i1, j0, j1, col_sum, col_ref, s);
+    return sums_of<Bf16, false>(args, i0, i1, j0, j1, col_sum, col_ref, s);
+  }
+#endif
+  if (args.bounded) return sums_of<Fp32, true>(args, i0, i1, j0, j1, col_sum, col_ref, s);
+  sums_of<Fp32, false>(args, i0, i1, j0, j1, col_sum, col_ref, s);
+}
+
+static void products(const Products& args, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
+                     void* scratch) {
+  Cut cut{static_cast<char*>(scratch)};
+  const Extent e = extent(args.pair.m, args.pair.n, args.pair.pitch);
+  ProductsScratch s;
+  s.tiles = take(cut, MB * NB);
+  s.g = take(cut, MB * NB);
+  s.columns = take(cut, e.nb * e.wide);
+  s.rows2 = take(cut, e.nb * e.wide);
+  s.rows1 = take(cut, e.mb * e.wide);
+  s.row_copy = take(cut, PW * e.wide);
+#if defined(__AVX512BF16__)
+  if (args.pair.bf16) return products_of<Bf16>(args, i0, i1, j0, j1, s);
+#endif
+  products_of<Fp32>(args, i0, i1, j0, j1, s);
+}
+
+static void exp2_values(const float* x, float scale_hi, float scale_lo, float* y, int64_t n) {
+  for (int64_t i = 0; i < n; i += VL) {
+    float in[VL] = {}, out[VL];
+    for (int64_t l = 0; l < VL && i + l < n; ++l) in[l] = x[i + l];
+    const Power e = power(load(in), splat(scale_hi), splat(scale_lo));
+    store(out, ldexp(e.p, e.n));
+    for (int64_t l = 0; l < VL && i + l < n; ++l) y[i + l] = out[l];
+  }
+}
+
+// As many independent multiply-adds as hide the latency, on registers only.
+static double fma_loop(int64_t iterations) {
+  constexpr int CHAINS = PW * NV;
+  vf a[CHAINS], b = splat(0.999f), c = splat(0.001f);
+  for (int i = 0; i < CHAINS; ++i) a[i] = splat(float(i));
+  for (int64_t n = 0; n < iterations; ++n) {
+    DCLR_UNROLL
+    for (int i = 0; i < CHAINS; ++i) a[i] = a[i] * b + c;
+  }
+  vf s = vf{};
+  for (int i = 0; i < CHAINS; ++i) s += a[i];
+  volatile double keep = sum_lanes(s);
+  (void)keep;
+  return 2.0 * CHAINS * VL * double(iterations);
+}
+
+}  // namespace directclr::DCLR_ISA
+
+#define DCLR_JOIN_(a, b) a##b
+#define DCLR_JOIN(a, b) DCLR_JOIN_(a, b)
+#define DCLR_NAME_(x) #x
+#define DCLR_NAME(x) DCLR_NAME_(x)
+
+namespace directclr {
+const Kernels DCLR_JOIN(kernels_, DCLR_ISA) = {
+    DCLR_NAME(DCLR_ISA),
+    DCLR_ISA::PW,
+    DCLR_ISA::NR,
+#if defined(__AVX512BF16__)
+    true,
+#else
+    false,
+#endif
+    DCLR_ISA::scratch_bytes,
+    DCLR_ISA::keep_panel_floats,
+    DCLR_ISA::normalize,
+    DCLR_ISA::positives,
+    DCLR_ISA::sums,
+    DCLR_ISA::products,
+    DCLR_ISA::finish,
+    DCLR_ISA::exp2_values,
+    DCLR_ISA::fma_loop,
+};
+}  // namespace directclr

@@ -1,0 +1,2 @@
+#define DCLR_ISA avx2
+#include "body.h"

@@ -1,0 +1,2 @@
+#define DCLR_ISA avx512
+#include "body.h"

@@ -1,0 +1,2 @@
+#define DCLR_ISA portable
+#include "body.h"

@@ -1,0 +1,51 @@
+#include "isa.h"
+
+#include <atomic>
+
+namespace directclr {
+namespace {
+
+std::atomic<const Kernels*> forced{nullptr};
+
+}  // namespace
+
+std::vector<const Kernels*> available_kernels() {
+  std::vector<const Kernels*> found;
+#if defined(__x86_64__)
+  // These tests include whether the operating system saves the wide registers.
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&kernels_avx512_bf16);
+  if (avx512) found.push_back(&kernels_avx512);
+  if (avx2) found.push_back(&kernels_avx2);
+#endif
+  found.push_back(&kernels_portable);
+  return found;
+}
+
+const Kernels& kernels() {
+  static const Kernels* const best = available_kernels().front();
+  const Kernels* f = forced.load(std::memory_order_acquire);
+  return f ? *f : *best;
+}
+
+std::string force_isa(const std::string& name) {
+  if (name.empty()) {
+    forced.store(nullptr, std::memory_order_release);
+    return "";
+  }
+  std::string names;
+  for (const Kernels* k : available_kernels()) {
+    if (name == k->name) {
+      forced.store(k, std::memory_order_release);
+      return "";
+    }
+    names += std::string(names.empty() ? "" : ", ") + k->name;
+  }
+  return "isa: expected one of " + names + ", got " + name;
+}
+
+}  // namespace directclr

@@ -1,0 +1,119 @@
+// The contract between the driver (compiled for the baseline instruction set) and the bodies (one
+// translation unit per instruction set, all made from body.h). Plain data only: nothing here may
+// have a constructor, a default member initialiser or any other function with vague linkage, since
+// the linker could then hand AVX-512 code to a machine without it.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+namespace directclr {
+
+enum Dtype : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+
+// d columns of a strided matrix: element (i, k) is data[i * row_stride + c(k) * col_stride] with
+// c(k) = cols ? cols[k] : k. Strides in elements.
+struct Strided {
+  const void* data;
+  int dtype;
+  int64_t row_stride;
+  int64_t col_stride;
+  const int64_t* cols;
+};
+
+// z = x / max(|x|, eps): rows of `pitch` floats, zero beyond d.
+struct Normalize {
+  Strided x;
+  int64_t d, pitch;
+  double eps;
+  float* z;
+  float* rnorm;
+};
+
+// pos_i = z1_i . z2_{row_offset + i}
+struct Positives {
+  const float* z1;
+  const float* z2;
+  int64_t d, pitch, row_offset;
+  float* pos;
+};
+
+// One block of similarities S = z1 z2' and what is left out of it. Entry (i, row_offset + i) is
+// always left out. `upper` (z1 == z2, row_offset == 0) also leaves out everything below it, so that
+// a symmetric S is visited once.
+struct Pair {
+  const float* z1;
+  const float* z2;
+  int64_t m, n, d, pitch, row_offset;
+  bool upper;
+  bool bf16;
+  // a log2(e) in two floats: exp(a s) = 2^(scale_hi s + scale_lo s).
+  float scale_hi, scale_lo;
+  // S tiles kept from forward to backward: `keep_panels` of the row panels, evenly spread.
+  float* keep;
+  int64_t keep_panels;
+};
+
+// Sums of exp(a s) as sum * 2^ref, so that no temperature overflows. `bounded`: a is small enough
+// for ref = 0 throughout.
+struct Sums {
+  Pair pair;
+  bool bounded;
+  double* row_sum;  // (m), added to by the thread that owns the row
+  double* row_ref;
+};
+
+// G_ij = row_weight_i 2^(a' s_ij - row_ref_i) + col_weight_j 2^(a' s_ij - col_ref_j), refs whole
+// numbers; diag_i replaces entry (i, row_offset + i) (null: it stays 0).
+struct Products {
+  Pair pair;
+  const float* row_weight;
+  const float* row_ref;
+  const float* col_weight;
+  const float* col_ref;
+  const float* diag;
+  float* dz1;  // (m, pitch) += G z2, or null
+  float* dz2;  // (n, pitch) += G' z1, or null
+};
+
+// dx = (dz - z (z . dz)) rnorm, cast and scattered; rows shorter than eps: dx = dz rnorm.
+struct Finish {
+  const float* z;
+  const float* dz;
+  const float* rnorm;
+  int64_t d, pitch, width;  // width: columns of the full gradient, zero-filled where fill is set
+  float rnorm_clamped;      // 1 / eps
+  void* grad;
+  int dtype;
+  int64_t row_stride, col_stride;
+  const int64_t* cols;
+  bool fill;
+};
+
+struct Kernels {
+  const char* name;
+  int64_t panel;  // rows are split between threads at multiples of this
+  int64_t tile;   // columns likewise
+  bool has_bf16;
+  int64_t (*scratch_bytes)(int64_t m, int64_t n, int64_t pitch);
+  int64_t (*keep_panel_floats)(int64_t n);  // size of one kept row panel of S
+  void (*normalize)(const Normalize&, int64_t row_begin, int64_t row_end, float* row_scratch);
+  void (*positives)(const Positives&, int64_t row_begin, int64_t row_end);
+  // Rows [i0, i1) x columns [j0, j1); col_sum/col_ref are the calling thread's own (n).
+  void (*sums)(const Sums&, int64_t i0, int64_t i1, int64_t j0, int64_t j1, double* col_sum,
+               double* col_ref, void* scratch);
+  void (*products)(const Products&, int64_t i0, int64_t i1, int64_t j0, int64_t j1, void* scratch);
+  // Writes z . dz of each row to `dots`.
+  void (*finish)(const Finish&, int64_t row_begin, int64_t row_end, double* dots,
+                 float* row_scratch);
+  void (*exp2)(const float* x, float scale_hi, float scale_lo, float* y, int64_t n);
+  double (*fma_loop)(int64_t iterations);  // returns operations done; the peak in benchmarks
+};
+
+extern const Kernels kernels_portable;
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512_bf16;
+#endif
+
+}  // namespace directclr

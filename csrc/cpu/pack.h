@@ -1,0 +1,126 @@
+// Packing of z into the micro-kernel's B panels ([k][v * VL], one panel per register tile), and of
+// the rows that it broadcasts. Rows of z have a pitch that is a multiple of 16 floats and zeros
+// beyond d; rows and columns beyond the matrix become zeros, which add nothing to a product.
+#pragma once
+#include "gemm.h"
+
+namespace directclr::DCLR_ISA {
+
+constexpr int64_t NB = 336;  // columns of S per block: a multiple of NR for every body
+constexpr int64_t MB = 192;  // rows of S per block: a multiple of PW for every body
+constexpr int64_t KC = 512;  // words of k per pass over a block of S
+static_assert(NB % NR == 0 && MB % PW == 0 && NB % PW == 0, "whole tiles per block");
+
+DCLR_INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+DCLR_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// A range in blocks of at most `most`, about equal, multiples of `unit`.
+DCLR_INLINE int64_t even_block(int64_t range, int64_t most, int64_t unit) {
+  const int64_t blocks = (range + most - 1) / most;
+  return blocks <= 1 ? most : round_up((range + blocks - 1) / blocks, unit);
+}
+
+// Vectors in the register tile that starts at column j of a block of nb.
+DCLR_INLINE int tile_vectors(int64_t nb, int64_t j) {
+  return int(smaller(NV, (nb - j + VL - 1) / VL));
+}
+
+#if defined(__AVX512BF16__)
+// 16 floats to bf16, round to nearest even, in the low halves of 16 words.
+DCLR_INLINE __m512i bf16_words(vf v) {
+  return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)v));
+}
+#endif
+
+// `count` (<= VL) rows of words starting at word k, as VL vectors along k. For bf16 the words are
+// made here from pairs of floats.
+template <class T>
+DCLR_INLINE void load_rows(vf (&r)[VL], const float* z, int64_t pitch, int64_t k, int64_t count) {
+  for (int j = 0; j < VL; ++j) {
+    r[j] = vf{};
+    if (j < count) {
+      const float* p = z + j * pitch + k * T::PACK;
+      if constexpr (T::PACK == 1) {
+        r[j] = load(p);
+      } else {
+#if defined(__AVX512BF16__)
+        // The pitch is a multiple of 16, so the second half of the last 32 may not exist.
+        const vf y = k * T::PACK + VL < pitch ? load(p + VL) : vf{};
+        r[j] = (vf)(__m512i)_mm512_cvtne2ps_pbh((__m512)y, (__m512)load(p));
+#endif
+      }
+    }
+  }
+}
+
+// The columns of S: rows [0, nb) of z, transposed, tile by tile: out + j * ld, [k][vectors * VL].
+// ld is the number of words of a row, rounded up to VL.
+template <class T>
+static void pack_columns(const float* z, int64_t pitch, int64_t nb, int64_t ld, float* out) {
+  for (int64_t j0 = 0; j0 < nb; j0 += NR) {
+    const int vectors = tile_vectors(nb, j0);
+    float* tile = out + j0 * ld;
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t j = j0 + v * VL;
+      for (int64_t k = 0; k < ld; k += VL) {
+        vf r[VL];
+        load_rows<T>(r, z + j * pitch, pitch, k, nb - j);
+        transpose(r);
+        DCLR_UNROLL
+        for (int l = 0; l < VL; ++l) store(tile + (k + l) * vectors * VL + v * VL, r[l]);
+      }
+    }
+  }
+}
+
+// The right side of G z: rows [0, rows) of z as panels of NR columns, out + c * ld,
+// [row][vectors * VL] in words (bf16: pairs of rows); rows up to ld * PACK are zero.
+template <class T>
+static void pack_rows(const float* z, int64_t pitch, int64_t d, int64_t rows, int64_t ld,
+                      float* out) {
+  for (int64_t c = 0; c < d; c += NR) {
+    const int vectors = tile_vectors(d, c);
+    float* panel = out + c * ld;
+    for (int64_t w = 0; w < ld; ++w) {
+      for (int v = 0; v < vectors; ++v) {
+        const int64_t row = w * T::PACK;
+        const float* p = z + row * pitch + c + v * VL;
+        vf x = row < rows ? load(p) : vf{};
+#if defined(__AVX512BF16__)
+        if constexpr (T::PACK == 2) {
+          const vf y = row + 1 < rows ? load(p + pitch) : vf{};
+          x = (vf)_mm512_or_si512(bf16_words(x), _mm512_slli_epi32(bf16_words(y), 16));
+        }
+#endif
+        store(panel + (w * vectors + v) * VL, x);
+      }
+    }
+  }
+}
+
+// PW rows of z that the micro-kernel broadcasts. Whole fp32 panels are used where they lie; the
+// last, ragged one and bf16 ones go through `copy` (PW * pitch floats).
+template <class T>
+DCLR_INLINE RowsA<T::KB> broadcast_rows(const float* z, int64_t pitch, int64_t count, float* copy) {
+  if (T::PACK == 1 && count >= PW) return {z, pitch};
+  for (int64_t i = 0; i < PW; ++i) {
+    for (int64_t k = 0; k < pitch; k += VL * T::PACK) {
+      vf x = vf{};
+      if (i < count) {
+        const float* p = z + i * pitch + k;
+        if constexpr (T::PACK == 1) {
+          x = load(p);
+        } else {
+#if defined(__AVX512BF16__)
+          const vf y = k + VL < pitch ? load(p + VL) : vf{};
+          x = (vf)(__m512i)_mm512_cvtne2ps_pbh((__m512)y, (__m512)load(p));
+#endif
+        }
+      }
+      store(copy + i * pitch + k / T::PACK, x);
+    }
+  }
+  return {copy, pitch};
+}
+
+}  // namespace directclr::DCLR_ISA

@@ -1,0 +1,103 @@
+// Blocks of S = z1 z2', tile by tile: the walk that `sums` and `products` share.
+//
+// For a block of MB rows and NB columns whose packed columns lie in L2, each panel of PW rows stays
+// in L1 while the columns stream past it. Long rows (more than KC words) are taken in several
+// passes over the block, which keeps the packed columns of one pass in L2; the partial tiles then
+// wait in `block`. When a tile is complete its left-out entries are marked and the epilogue runs on
+// it, still in L1.
+#pragma once
+#include "exp2.h"
+#include "pack.h"
+
+namespace directclr::DCLR_ISA {
+
+constexpr int64_t kTile = PW * NR;
+
+// Which kept panel holds rows [i, i + PW), or -1: `keep_panels` of all, evenly spread.
+DCLR_INLINE int64_t kept_slot(const Pair& pair, int64_t i) {
+  const int64_t panels = (pair.m + PW - 1) / PW, ip = i / PW;
+  const int64_t slot = ip * pair.keep_panels / panels;
+  return (ip + 1) * pair.keep_panels / panels > slot ? slot : -1;
+}
+
+// Nothing of rows >= i, columns < j_end is wanted.
+DCLR_INLINE bool below_diagonal(const Pair& pair, int64_t i, int64_t j_end) {
+  return pair.upper && j_end - 1 <= i + pair.row_offset;
+}
+
+DCLR_INLINE void mark_left_out(const Pair& pair, int64_t i0, int64_t rows, int64_t j0, int64_t cols,
+                               int width, float* tile) {
+  const int64_t first = i0 + pair.row_offset - j0;  // column of the tile that row 0 leaves out
+  const bool diagonal = first < width && first + PW > 0;
+  const bool below = pair.upper && first + PW > 1;
+  if (!diagonal && !below && rows >= PW && cols >= width) return;
+  const float left_out = kLeftOut / pair.scale_hi;
+  for (int64_t i = 0; i < PW; ++i) {
+    const int64_t positive = first + i;
+    for (int64_t j = 0; j < width; ++j) {
+      if (i >= rows || j >= cols || j == positive || (pair.upper && j < positive)) {
+        tile[i * width + j] = left_out;
+      }
+    }
+  }
+}
+
+// Brings in part `t` of `parts` of the next panel's rows while this one computes: a panel comes
+// from beyond L2 once per block of columns.
+DCLR_INLINE void prefetch_panel(const Pair& pair, int64_t row, int64_t k0, int64_t k1, int64_t t,
+                                int64_t parts) {
+  if (row + PW > pair.m) return;
+  const int64_t lines = (k1 - k0 + 15) / 16;
+  const float* p = pair.z1 + row * pair.pitch + k0;
+  for (int64_t line = lines * t / parts; line < lines * (t + 1) / parts; ++line) {
+    for (int i = 0; i < PW; ++i) __builtin_prefetch(p + i * pair.pitch + line * 16, 0, 2);
+  }
+}
+
+struct Block {
+  int64_t i0, mb, j0, nb;
+};
+
+// Calls tile_done(i, j, vectors, tile) for every tile of the block (i, j relative to it; tile:
+// PW x vectors * VL) and row_done(i) after the last tile of a panel. `columns` is the block's
+// packed z2, `tiles` room for MB x NB floats, `row_copy` for PW * pitch.
+template <class T, class TileDone, class RowDone>
+DCLR_INLINE void for_each_tile(const Pair& pair, const Block& b, const float* columns, float* tiles,
+                               float* row_copy, bool reuse_kept, TileDone tile_done,
+                               RowDone row_done) {
+  const int64_t ld = round_up((pair.d + T::PACK - 1) / T::PACK, VL);
+  const int64_t words = round_up((pair.d + T::PACK - 1) / T::PACK, T::KB);
+  const int64_t passes = (words + KC - 1) / KC;
+  const int64_t kc = round_up((words + passes - 1) / passes, VL);
+  const int64_t row_tiles = (pair.n + NR - 1) / NR;
+  for (int64_t k0 = 0; k0 < words; k0 += kc) {
+    const bool first = k0 == 0, last = k0 + kc >= words;
+    const int64_t steps = (smaller(kc, words - k0) + T::KB - 1) / T::KB;
+    for (int64_t i = 0; i < b.mb; i += PW) {
+      const int64_t row = b.i0 + i, rows = pair.m - row;
+      const int64_t slot = pair.keep_panels ? kept_slot(pair, row) : -1;
+      float* kept = slot < 0 ? nullptr : pair.keep + (slot * row_tiles + b.j0 / NR) * kTile;
+      const bool reuse = kept && reuse_kept;
+      if (reuse && !last) continue;
+      RowsA<T::KB> a{};
+      if (!reuse) a = broadcast_rows<T>(pair.z1 + row * pair.pitch, pair.pitch, rows, row_copy);
+      a.p += k0;
+      for (int64_t j = 0; j < b.nb; j += NR) {
+        const int vectors = tile_vectors(b.nb, j), width = vectors * VL;
+        if (below_diagonal(pair, row, b.j0 + smaller(j + NR, b.nb))) continue;
+        float* tile = passes > 1 ? tiles + i * NB + j * PW : tiles;
+        if (kept) tile = kept + j * PW;
+        if (!reuse) {
+          prefetch_panel(pair, row + PW, k0 * T::PACK, smaller(k0 + kc, words) * T::PACK, j / NR,
+                         (b.nb + NR - 1) / NR);
+          micro<T>(vectors, a, columns + j * ld + k0 * width, steps, tile, width, !first);
+          if (last) mark_left_out(pair, row, rows, b.j0 + j, b.nb - j, width, tile);
+        }
+        if (last) tile_done(i, j, vectors, tile);
+      }
+      if (last) row_done(i);
+    }
+  }
+}
+
+}  // namespace directclr::DCLR_ISA

@@ -1,0 +1,139 @@
+// Stage `sums`: sums of E_ij = exp(a s_ij) over the rows and the columns of S, without the
+// positives.
+//
+// `bounded` (a log2(e) + log2 N < 125, temperature above about 1/77): E itself stays in fp32's
+// range. Otherwise every lane of every running sum carries its own whole-number reference, the
+// largest exponent it has met; moving a sum to another reference multiplies by a power of two and
+// is exact, so the true maximum costs a few instructions and no second pass.
+//
+// Rows: PW vectors, folded into fp64 after each panel of a block. Columns: fp32 over the MB rows of
+// a block, then fp64 in the calling thread's own array.
+#pragma once
+#include "similarity.h"
+
+namespace directclr::DCLR_ISA {
+
+constexpr float kNoReference = kLeftOut;
+
+// Whether a lane met anything besides left-out entries (a NaN leaves no reference).
+DCLR_INLINE bool met(float ref, float sum) { return ref > kNoReference / 2 || sum != sum; }
+
+template <bool BOUNDED, int V>
+DCLR_INLINE void sum_tile(const float* tile, vf hi, vf lo, vf* row_sum, vf* row_ref, float* col_sum,
+                          float* col_ref) {
+  vf csum[V], cref[V];
+  DCLR_UNROLL
+  for (int v = 0; v < V; ++v) {
+    csum[v] = load(col_sum + v * VL);
+    if (!BOUNDED) cref[v] = load(col_ref + v * VL);
+  }
+  for (int i = 0; i < PW; ++i) {
+    vf rsum = row_sum[i], rref = row_ref[i];
+    DCLR_UNROLL
+    for (int v = 0; v < V; ++v) {
+      const Power e = power(load(tile + (i * V + v) * VL), hi, lo);
+      if constexpr (BOUNDED) {
+        const vf x = ldexp(e.p, e.n);
+        rsum += x;
+        csum[v] += x;
+      } else {
+        const vf r = e.n > rref ? e.n : rref;
+        const vf c = e.n > cref[v] ? e.n : cref[v];
+        rsum = ldexp(rsum, rref - r) + ldexp(e.p, e.n - r);
+        csum[v] = ldexp(csum[v], cref[v] - c) + ldexp(e.p, e.n - c);
+        rref = r;
+        cref[v] = c;
+      }
+    }
+    row_sum[i] = rsum;
+    row_ref[i] = rref;
+  }
+  DCLR_UNROLL
+  for (int v = 0; v < V; ++v) {
+    store(col_sum + v * VL, csum[v]);
+    if (!BOUNDED) store(col_ref + v * VL, cref[v]);
+  }
+}
+
+template <bool BOUNDED>
+DCLR_INLINE void sum_tile(int vectors, const float* tile, vf hi, vf lo, vf* row_sum, vf* row_ref,
+                          float* col_sum, float* col_ref) {
+  if (vectors == NV) {
+    sum_tile<BOUNDED, NV>(tile, hi, lo, row_sum, row_ref, col_sum, col_ref);
+  } else if (NV == 3 && vectors == 2) {
+    sum_tile<BOUNDED, 2>(tile, hi, lo, row_sum, row_ref, col_sum, col_ref);
+  } else {
+    sum_tile<BOUNDED, 1>(tile, hi, lo, row_sum, row_ref, col_sum, col_ref);
+  }
+}
+
+template <bool BOUNDED>
+DCLR_INLINE void fold_row(vf sum, vf ref, double& to_sum, double& to_ref) {
+  if constexpr (BOUNDED) {
+    merge(to_sum, to_ref, sum_lanes(sum), 0.0);
+  } else {
+    for (int l = 0; l < VL; ++l) {
+      if (met(ref[l], sum[l])) merge(to_sum, to_ref, double(sum[l]), double(ref[l]));
+    }
+  }
+}
+
+struct SumsScratch {
+  float* columns;   // NB x pitch
+  float* tiles;     // MB x NB
+  float* row_copy;  // PW x pitch
+  float* col_sum;   // NB
+  float* col_ref;   // NB
+};
+
+template <class T, bool BOUNDED>
+static void sums_of(const Sums& args, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
+                    double* col_sum, double* col_ref, const SumsScratch& s) {
+  const Pair& pair = args.pair;
+  const vf hi = splat(pair.scale_hi), lo = splat(pair.scale_lo);
+  const int64_t ld = round_up((pair.d + T::PACK - 1) / T::PACK, VL);
+  const int64_t j_step = even_block(j1 - j0, NB, NR), i_step = even_block(i1 - i0, MB, PW);
+  for (int64_t j = j0; j < j1; j += j_step) {
+    const int64_t nb = smaller(j_step, j1 - j);
+    if (below_diagonal(pair, i0, j + nb)) continue;
+    pack_columns<T>(pair.z2 + j * pair.pitch, pair.pitch, nb, ld, s.columns);
+    for (int64_t i = i0; i < i1; i += i_step) {
+      const int64_t mb = smaller(i_step, i1 - i);
+      if (below_diagonal(pair, i, j + nb)) continue;
+      for (int64_t c = 0; c < NB; ++c) {
+        s.col_sum[c] = 0;
+        s.col_ref[c] = kNoReference;
+      }
+      vf row_sum[PW], row_ref[PW];
+      for (int r = 0; r < PW; ++r) {
+        row_sum[r] = vf{};
+        row_ref[r] = splat(kNoReference);
+      }
+      for_each_tile<T>(
+          pair, Block{i, mb, j, nb}, s.columns, s.tiles, s.row_copy, false,
+          [&](int64_t, int64_t tj, int vectors, const float* tile)
+              __attribute__((always_inline)) {
+                sum_tile<BOUNDED>(vectors, tile, hi, lo, row_sum, row_ref, s.col_sum + tj,
+                                  s.col_ref + tj);
+              },
+          [&](int64_t ti) __attribute__((always_inline)) {
+            for (int r = 0; r < PW; ++r) {
+              if (i + ti + r < pair.m) {
+                fold_row<BOUNDED>(row_sum[r], row_ref[r], args.row_sum[i + ti + r],
+                                  args.row_ref[i + ti + r]);
+              }
+              row_sum[r] = vf{};
+              row_ref[r] = splat(kNoReference);
+            }
+          });
+      for (int64_t c = 0; c < nb; ++c) {
+        if (BOUNDED || met(s.col_ref[c], s.col_sum[c])) {
+          merge(col_sum[j + c], col_ref[j + c], double(s.col_sum[c]),
+                BOUNDED ? 0.0 : double(s.col_ref[c]));
+        }
+      }
+    }
+  }
+}
+
+}  // namespace directclr::DCLR_ISA

@@ -1,0 +1,187 @@
+// Every body of the kernels against the formula in plain double loops, on buffers of exactly the
+// stated sizes: the program that csrc/sanitize.sh runs under AddressSanitizer and
+// UndefinedBehaviorSanitizer. The tests of accuracy are in tests/test_native_kernels.py; here a
+// wrong index must not go unseen.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <random>
+#include <vector>
+
+#include "isa.h"
+#include "stages.h"
+
+namespace {
+
+using namespace directclr;
+using Floats = std::vector<float>;
+
+int failures = 0;
+
+void expect(bool ok, const char* what, const char* isa, int64_t m, int64_t n, int64_t d) {
+  if (ok) return;
+  ++failures;
+  std::printf("FAILED %s: %s m=%ld n=%ld d=%ld\n", isa, what, long(m), long(n), long(d));
+}
+
+struct Case {
+  int64_t m, n, d, offset;
+  double temperature;
+  int threads;
+  double keep;
+  bool bf16;
+};
+
+double worst(const Floats& got, const std::vector<double>& truth) {
+  double size = 1e-30, off = 0;
+  for (double t : truth) size = std::max(size, std::fabs(t));
+  for (size_t i = 0; i < got.size(); ++i) {
+    const double e = std::fabs(double(got[i]) - truth[i]);
+    off = e <= off ? off : e;  // keeps a NaN
+  }
+  return off / size;
+}
+
+void run_case(const Case& c) {
+  const char* isa = kernels().name;
+  const int64_t m = c.m, n = c.n, d = c.d, p = pitch(d), width = d + 3;
+  const double a = 1 / c.temperature;
+  std::mt19937 random(unsigned(m * 131 + n * 17 + d));
+  std::normal_distribution<float> normal;
+  Floats x1(m * width), x2(n * width);
+  for (float& v : x2) v = normal(random);
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t k = 0; k < width; ++k) {
+      x1[i * width + k] = x2[(c.offset + i) * width + k] + normal(random);
+    }
+  }
+  Floats z1(m * p), z2(n * p), rnorm1(m), rnorm2(n), pos(m), row_lse(m), col_lse(n), nll_row(m),
+      nll_col(m), dz1(m * p), dz2(n * p), wr(m), wc(n), g1(m * width), g2(n * width);
+  for (float& v : wr) v = std::fabs(normal(random));
+  for (float& v : wc) v = std::fabs(normal(random));
+  const int64_t bytes = int64_t(c.keep * double(workspace_bytes(m, n)));
+  std::vector<char> workspace(bytes);
+  void* kept = bytes ? workspace.data() : nullptr;
+  const Strided s1{x1.data(), kFloat32, width, 1, nullptr};
+  const Strided s2{x2.data(), kFloat32, width, 1, nullptr};
+  ForwardArgs f{{s1, m, z1.data(), rnorm1.data()}, {s2, n, z2.data(), rnorm2.data()},
+                d, c.offset, 1e-12, a, c.bf16, pos.data(), row_lse.data(), col_lse.data(),
+                nll_row.data(), nll_col.data(), kept, bytes};
+  expect(forward(f, -c.threads).empty(), "forward", isa, m, n, d);
+  double dots[2];
+  const Gradient o1{g1.data(), kFloat32, width, 1, width, nullptr, true};
+  const Gradient o2{g2.data(), kFloat32, width, 1, width, nullptr, true};
+  const BackwardArgs b{{z1.data(), z2.data(), m, n, d, c.offset, a, false, c.bf16, kept, bytes},
+                       {wr.data(), wc.data(), row_lse.data(), col_lse.data(), nll_row.data(),
+                        nll_col.data()},
+                       dz1.data(), dz2.data(), rnorm1.data(), rnorm2.data(), 1e-12, o1, o2, dots};
+  expect(backward(b, -c.threads).empty(), "backward", isa, m, n, d);
+
+  const auto unit = [&](const Floats& x, int64_t rows) {
+    std::vector<double> z(rows * d);
+    for (int64_t i = 0; i < rows; ++i) {
+      double q = 0;
+      for (int64_t k = 0; k < d; ++k) q += double(x[i * width + k]) * x[i * width + k];
+      for (int64_t k = 0; k < d; ++k) z[i * d + k] = x[i * width + k] / std::sqrt(q);
+    }
+    return z;
+  };
+  const std::vector<double> u1 = unit(x1, m), u2 = unit(x2, n);
+  // r and q without the positives: 1 - p would cancel even in double.
+  std::vector<double> e(m * n), r(m), q(n), nll(m);
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      double s = 0;
+      for (int64_t k = 0; k < d; ++k) s += u1[i * d + k] * u2[j * d + k];
+      e[i * n + j] = std::exp(a * (s - 1));
+      if (j == c.offset + i) continue;
+      r[i] += e[i * n + j];
+      q[j] += e[i * n + j];
+    }
+    nll[i] = std::log1p(r[i] / e[i * n + c.offset + i]);
+  }
+  std::vector<double> t1(m * d), t2(n * d), full1(m * width), full2(n * width);
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      const bool positive = j == c.offset + i;
+      const bool has_positive = j >= c.offset && j < c.offset + m;
+      const double pair = has_positive ? e[(j - c.offset) * n + j] : 0.0;
+      const double row = r[i] + e[i * n + c.offset + i], col = q[j] + pair;
+      double g = e[i * n + j] * (wr[i] / row + wc[j] / col);
+      if (positive) g = -wr[i] * r[i] / row - wc[j] * q[j] / col;
+      for (int64_t k = 0; k < d; ++k) {
+        t1[i * d + k] += a * g * u2[j * d + k];
+        t2[j * d + k] += a * g * u1[i * d + k];
+      }
+    }
+  }
+  const auto tangent = [&](const std::vector<double>& dz, const std::vector<double>& z,
+                           const Floats& rnorm, int64_t rows, std::vector<double>& full) {
+    for (int64_t i = 0; i < rows; ++i) {
+      double along = 0;
+      for (int64_t k = 0; k < d; ++k) along += dz[i * d + k] * z[i * d + k];
+      for (int64_t k = 0; k < d; ++k) {
+        full[i * width + k] = (dz[i * d + k] - along * z[i * d + k]) * rnorm[i];
+      }
+    }
+  };
+  tangent(t1, u1, rnorm1, m, full1);
+  tangent(t2, u2, rnorm2, n, full2);
+  const double tolerance = (c.bf16 ? 0.05 : 2e-5) * std::max(1.0, 0.1 * a);
+  expect(worst(nll_row, nll) < tolerance, "nll_row", isa, m, n, d);
+  // A width of one has no tangent: rounding is all there is.
+  if (d == 1) return;
+  expect(worst(g1, full1) < tolerance, "grad1", isa, m, n, d);
+  expect(worst(g2, full2) < tolerance, "grad2", isa, m, n, d);
+}
+
+// One view against itself: twice the strict upper triangle is everything but the diagonal.
+void run_self(int64_t m, int64_t d, int threads) {
+  const int64_t p = pitch(d);
+  Floats z(m * p), dz(m * p), lse(m), w(m, 1.0f);
+  std::mt19937 random(7);
+  std::normal_distribution<float> normal;
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t k = 0; k < d; ++k) z[i * p + k] = normal(random) / float(std::sqrt(double(d)));
+  }
+  std::vector<double> upper(2 * m), whole(2 * m);
+  SimilarityArgs s{z.data(), z.data(), m, m, d, 0, 10.0, true, false, nullptr, 0};
+  const Accumulator rows{upper.data(), upper.data() + m};
+  sums(s, rows, rows, threads);
+  s.upper = false;
+  sums(s, {whole.data(), whole.data() + m}, {nullptr, nullptr}, threads);
+  for (int64_t i = 0; i < m; ++i) {
+    const double u = std::ldexp(upper[i], int(upper[m + i]));
+    const double v = std::ldexp(whole[i], int(whole[m + i]));
+    expect(std::fabs(u - v) <= 1e-5 * v, "self sums", kernels().name, m, m, d);
+    lse[i] = v > 0 ? float(std::log(v)) : 0.0f;
+  }
+  s.upper = true;
+  products(s, {w.data(), w.data(), lse.data(), lse.data(), nullptr, nullptr}, dz.data(), dz.data(),
+           threads);
+}
+
+}  // namespace
+
+int main() {
+  const std::vector<Case> cases = {
+      {1, 1, 1, 0, 0.1, 1, 0, false},        {2, 2, 3, 0, 0.1, 2, 1, false},
+      {7, 7, 16, 0, 0.1, 3, 0, false},       {63, 63, 17, 0, 0.1, 2, 0.5, false},
+      {65, 129, 33, 64, 0.1, 2, 0, false},   {129, 129, 127, 0, 0.005, 2, 0, false},
+      {3, 700, 129, 650, 0.5, 2, 0, false},  {400, 400, 360, 0, 0.1, 2, 0.3, false},
+      {64, 64, 1100, 0, 0.01, 1, 1, false},  {200, 350, 512, 100, 0.1, 5, 0, false},
+      {65, 65, 17, 0, 0.1, 2, 0.5, true},    {200, 210, 1100, 3, 0.1, 2, 0, true},
+  };
+  for (const Kernels* k : available_kernels()) {
+    force_isa(k->name);
+    for (Case c : cases) {
+      if (!c.bf16 || k->has_bf16) run_case(c);
+    }
+    for (int threads : {-1, -2, -3}) {  // exactly so many
+      for (int64_t m : {1, 5, 100, 350}) run_self(m, 20, threads);
+    }
+    std::printf("%s: done\n", k->name);
+  }
+  if (!failures) std::printf("all passed\n");
+  return failures ? 1 : 0;
+}

@@ -1,0 +1,222 @@
+"""The five stages in C++ (csrc/cpu): packed micro-kernels with the exponential in their epilogue.
+
+The adapter owns the tensors and passes addresses; csrc knows nothing of torch. Memory beyond z, dz
+and the gradients is a scratch of a few MiB a thread, plus the tiles of S the workspace keeps.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..problem import Problem
+from .stages import Pair
+
+try:
+    from .. import _cpu
+
+    _missing = None
+except ImportError as error:
+    _cpu = None
+    _missing = str(error)
+
+NAME = "cpu"
+
+_LN2 = math.log(2.0)
+
+
+def why_not(problem: Problem) -> list[str]:
+    """Reasons this backend cannot run ``problem``; empty when it can."""
+    if _cpu is None:
+        return [f"the compiled extension is not installed ({_missing}); a C++17 compiler builds it"]
+    reasons = []
+    if problem.device_type != "cpu":
+        reasons.append(f"it reads CPU tensors, got {problem.device_type}")
+    if problem.dtype == torch.float64:
+        reasons.append("it computes in fp32, got float64")
+    if problem.negatives == "same":
+        reasons.append("negatives 'same' is in the reference backend only")
+    if problem.precision == "bf16" and not _cpu.has_bf16():
+        reasons.append(f"precision 'bf16': {_cpu.isa()} has no bf16 dot product")
+    elif problem.precision not in ("auto", "highest", "bf16"):
+        reasons.append(f"precision {problem.precision!r}: it computes in fp32 or bf16")
+    return reasons
+
+
+def details() -> dict[str, str]:
+    """What doctor shows: the instruction set chosen, and those this processor could run."""
+    if _cpu is None:
+        return {}
+    return {
+        "instruction set": _cpu.isa(),
+        "this processor can run": ", ".join(_cpu.available_isas()),
+    }
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _strided(r: Tensor, index: Tensor | None) -> tuple[int, int, int, int, int]:
+    code = {torch.float32: _cpu.FLOAT32, torch.float16: _cpu.FLOAT16}.get(r.dtype, _cpu.BFLOAT16)
+    return r.data_ptr(), code, r.stride(0), r.stride(1), _address(index)
+
+
+class CpuStages:
+    """The stages, as :class:`directclr_fast.backends.stages.Stages` describes them."""
+
+    def packed(self, problem: Problem) -> tuple[int, torch.dtype]:
+        return _cpu.pitch(problem.dim), torch.float32
+
+    def kept_shape(self, problem: Problem) -> tuple[int, ...]:
+        # Only whole row panels of S are kept, as many as fit.
+        if not problem.keep or not problem.workspace_bytes:
+            return (0,)
+        panels = (problem.rows + _cpu.PANEL - 1) // _cpu.PANEL
+        columns = (problem.candidates + _cpu.TILE - 1) // _cpu.TILE * _cpu.TILE
+        floats = _cpu.PANEL * columns
+        fitting = problem.workspace_bytes // (4 * problem.groups) // floats
+        return (floats * torch.sym_min(panels, fitting),)
+
+    def normalize(self, problem: Problem, r: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
+        z = torch.empty(r.shape[0], _cpu.pitch(problem.dim))
+        rnorm = torch.empty(r.shape[0])
+        _cpu.normalize(
+            _strided(r, index),
+            r.shape[0],
+            problem.dim,
+            problem.eps,
+            z.data_ptr(),
+            rnorm.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return z, rnorm
+
+    def positives(self, problem: Problem, z1: Tensor, z2: Tensor) -> Tensor:
+        found = torch.empty(problem.rows, dtype=torch.float64)
+        _cpu.positives(
+            z1.data_ptr(),
+            z2.data_ptr(),
+            problem.rows,
+            problem.dim,
+            problem.row_offset,
+            found.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return found
+
+    def sums(self, problem: Problem, z1: Tensor, z2: Tensor, scale, kept: Tensor):
+        row = torch.zeros(2, problem.rows, dtype=torch.float64)
+        column = None
+        if problem.symmetric:
+            column = torch.zeros(2, problem.candidates, dtype=torch.float64)
+        self._sums(problem, z1, z2, scale, kept, row, column, problem.row_offset, False)
+        return _log(row), None if column is None else _log(column)
+
+    def self_sums(self, problem: Problem, z: Tensor, scale) -> Tensor:
+        total = torch.zeros(2, z.shape[0], dtype=torch.float64)
+        self._sums(problem, z, z, scale, z.new_empty(0), total, total, 0, True)
+        return _log(total)
+
+    def _sums(self, problem, z1, z2, scale, kept, row, column, offset, upper) -> None:
+        _cpu.sums(
+            z1.data_ptr(),
+            z2.data_ptr(),
+            z1.shape[0],
+            z2.shape[0],
+            problem.dim,
+            offset,
+            scale,
+            upper,
+            problem.precision == "bf16",
+            kept.data_ptr() if kept.numel() else 0,
+            4 * kept.numel(),
+            row[0].data_ptr(),
+            row[1].data_ptr(),
+            0 if column is None else column[0].data_ptr(),
+            0 if column is None else column[1].data_ptr(),
+            torch.get_num_threads(),
+        )
+
+    def products(
+        self, problem: Problem, z1: Tensor, z2: Tensor, scale, pair: Pair, kept: Tensor, need
+    ) -> tuple[Tensor | None, Tensor | None]:
+        dz1 = torch.zeros_like(z1) if need[0] else None
+        dz2 = torch.zeros_like(z2) if need[1] else None
+        if dz1 is not None or dz2 is not None:
+            self._products(problem, z1, z2, scale, pair, kept, dz1, dz2, problem.row_offset, False)
+        return dz1, dz2
+
+    def add_self_products(
+        self, problem: Problem, z: Tensor, scale, w: Tensor, lse: Tensor, dz: Tensor
+    ) -> None:
+        pair = Pair(w, lse, w, lse, None)
+        self._products(problem, z, z, scale, pair, z.new_empty(0), dz, dz, 0, True)
+
+    def _products(self, problem, z1, z2, scale, pair, kept, dz1, dz2, offset, upper) -> None:
+        _cpu.products(
+            z1.data_ptr(),
+            z2.data_ptr(),
+            z1.shape[0],
+            z2.shape[0],
+            problem.dim,
+            offset,
+            scale,
+            upper,
+            problem.precision == "bf16",
+            kept.data_ptr() if kept.numel() else 0,
+            4 * kept.numel(),
+            _address(pair.w),
+            _address(pair.v),
+            _address(pair.row_lse),
+            _address(pair.col_lse),
+            _address(pair.diagonal),
+            _address(dz1),
+            _address(dz2),
+            torch.get_num_threads(),
+        )
+
+    def gradient_buffer(self, problem: Problem, rows: int, device: torch.device) -> Tensor:
+        # One group: `finish` writes every column itself. Several groups add up.
+        make = torch.empty if problem.groups == 1 else torch.zeros
+        return make((rows, problem.width), dtype=problem.dtype)
+
+    def finish(
+        self,
+        problem: Problem,
+        z: Tensor,
+        rnorm: Tensor,
+        dz: Tensor,
+        dr: Tensor | None,
+        index: Tensor | None,
+    ) -> float:
+        into, target = None, None
+        if dr is not None:
+            into = dr if problem.groups == 1 else dr.new_empty(dr.shape[0], problem.dim)
+            columns = index if problem.groups == 1 else None
+            target = (*_strided(into, columns), into.shape[1], True)
+        total = _cpu.finish(
+            z.data_ptr(),
+            dz.data_ptr(),
+            rnorm.data_ptr(),
+            z.shape[0],
+            problem.dim,
+            problem.eps,
+            target,
+            torch.get_num_threads(),
+        )
+        if into is not dr:
+            dr.index_add_(1, index, into)
+        return total
+
+
+def _log(accumulated: Tensor) -> Tensor:
+    """log of (sum, exponent) pairs: sum 2^exponent."""
+    return (accumulated[0].log2_() + accumulated[1]) * _LN2
+
+
+def stages() -> CpuStages:
+    """The stage object the driver in ``stages.py`` runs."""
+    return CpuStages()
