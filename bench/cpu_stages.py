@@ -1,4 +1,4 @@
-"""Where the CPU backend's time goes: each native stage and both drivers, beside the FMA peak.
+"""Where the CPU backend's time goes: each native stage beside the FMA peak of the same run.
 
     python bench/cpu_stages.py --n 8192 --d 360 --width 2048 --threads 2
                                 [--bf16] [--keep 0.5] [--isa avx2]
@@ -40,16 +40,17 @@ def stages(args):
     x1, x2 = torch.randn(n, width), torch.randn(n, width)
     z1, z2, dz1, dz2 = (torch.zeros(n, pitch) for _ in range(4))
     grads = [torch.zeros(n, width) for _ in range(2)]
-    rnorm1, rnorm2, pos, row_lse, col_lse, nll_row, nll_col = (torch.zeros(n) for _ in range(7))
-    weight = torch.full((n,), 0.5 / n)
+    rnorm1, rnorm2 = (torch.zeros(n) for _ in range(2))
+    wide = [torch.full((n,), x, dtype=torch.float64) for x in (0, 12, 5 / n, -5 / n)]
+    pos, lse, weight, diagonal = wide
     acc = torch.zeros(4, n, dtype=torch.float64)
     kept = torch.empty(int(args.keep * _cpu.workspace_bytes(n, n)) // 4)
     keep = dict(
         workspace=kept.data_ptr() if len(kept) else 0, workspace_bytes=4 * len(kept), bf16=args.bf16
     )
     arrays = dict(
-        z1=z1, z2=z2, rnorm1=rnorm1, rnorm2=rnorm2, dz1=dz1, dz2=dz2, pos=pos, row_lse=row_lse,
-        col_lse=col_lse, nll_row=nll_row, nll_col=nll_col, row_weight=weight, col_weight=weight,
+        z1=z1, z2=z2, rnorm1=rnorm1, rnorm2=rnorm2, dz1=dz1, dz2=dz2, pos=pos, row_lse=lse,
+        col_lse=lse, row_weight=weight, col_weight=weight, diagonal=diagonal,
     )  # fmt: skip
     views = [(x.data_ptr(), _cpu.FLOAT32, width, 1, 0) for x in (x1, x2)]
     specs = [(g.data_ptr(), _cpu.FLOAT32, width, 1, 0, width, True) for g in grads]
@@ -59,20 +60,13 @@ def stages(args):
     def of(*names):
         return {name: arrays[name].data_ptr() for name in names}
 
-    lse = of("row_lse", "col_lse", "nll_row", "nll_col")
-    weights = of("row_weight", "col_weight")
+    weights = of("row_lse", "col_lse", "row_weight", "col_weight", "diagonal")
 
     def sums():
         acc.zero_()
         a = acc.data_ptr()
         row = dict(row_sum=a, row_ref=a + 8 * n, col_sum=a + 16 * n, col_ref=a + 24 * n)
         _cpu.sums(**of("z1", "z2"), **shape, upper=False, **keep, **row)
-
-    def finalize(which):
-        _cpu.finalize(
-            sum=acc[which].data_ptr(), ref=acc[which + 1].data_ptr(), pos=pos.data_ptr(),
-            count=n, scale=scale, lse=row_lse.data_ptr(), nll=nll_row.data_ptr(),
-        )  # fmt: skip
 
     def normalize(i):
         _cpu.normalize(
@@ -87,19 +81,7 @@ def stages(args):
             threads=threads,
         )  # fmt: skip
 
-    def forward():
-        _cpu.forward(
-            x1=views[0], x2=views[1], eps=eps, **shape, **keep,
-            **of("z1", "z2", "rnorm1", "rnorm2", "pos"), **lse,
-        )  # fmt: skip
-
-    def backward():
-        _cpu.backward(
-            **of("z1", "z2", "rnorm1", "rnorm2", "dz1", "dz2"), **shape, eps=eps, **keep, **weights,
-            **lse, grad1=specs[0], grad2=specs[1],
-        )  # fmt: skip
-
-    forward()
+    normalize(0), normalize(1), sums()
     c = 2.0 * n * n * d
     pair = of("z1", "z2")
     return [
@@ -107,13 +89,10 @@ def stages(args):
         ("positives", 2.0 * n * d, 8 * n * d,
          lambda: _cpu.positives(**pair, m=n, d=d, row_offset=0, **of("pos"), threads=threads)),
         ("sums", c, 8 * n * d, sums),
-        ("finalize", 0.0, 40 * n, lambda: [finalize(0), finalize(2)]),
         ("products", (3 - args.keep) * c, 24 * n * d,
-         lambda: _cpu.products(**pair, **shape, upper=False, **keep, **weights, **lse,
+         lambda: _cpu.products(**pair, **shape, upper=False, **keep, **weights,
                                **of("dz1", "dz2"))),
         ("finish", 12.0 * n * d, n * (16 * d + 8 * width), lambda: [finish(0), finish(1)]),
-        ("forward", c, 16 * n * d, forward),
-        ("backward", 3 * c, n * (32 * d + 8 * width), backward),
     ]  # fmt: skip
 
 
@@ -133,7 +112,7 @@ def main():
             seconds[name].append(time.perf_counter() - start)
     peak = statistics.median(peaks)
     medians = {name: statistics.median(s) for name, s in seconds.items()}
-    both = medians["forward"] + medians["backward"]
+    both = sum(medians.values())
     print(
         f"{platform.processor() or platform.machine()}, {_cpu.isa()}, {args.threads} threads, "
         f"N = {args.n}, d = {args.d} of {args.width}, bf16 {args.bf16}, kept {args.keep}, "

@@ -58,7 +58,7 @@ PYBIND11_MODULE(_cpu, m) {
   using namespace directclr;
   using P = uintptr_t;
   using I = int64_t;
-  m.doc() = "DirectCLR / InfoNCE on a CPU: stages and drivers over addresses (csrc/README.md)";
+  m.doc() = "DirectCLR / InfoNCE on a CPU: stages over addresses (csrc/README.md)";
   m.attr("FLOAT32") = int(kFloat32);
   m.attr("FLOAT16") = int(kFloat16);
   m.attr("BFLOAT16") = int(kBFloat16);
@@ -79,9 +79,17 @@ PYBIND11_MODULE(_cpu, m) {
         if (!error.empty()) throw py::value_error(error);
       },
       "name"_a, "Use this body from now on; an empty name undoes it.");
+  m.def("uses_openmp", [] { return openmp_is_usable(); },
+        "Whether threads come from the OpenMP pool of the process, not from one call to the next.");
   m.def("has_bf16", [] { return kernels().has_bf16; }, "Whether bf16=True is taken up.");
   m.def("pitch", &pitch, "d"_a, "Floats per row of z and dz.");
   m.def("workspace_bytes", &workspace_bytes, "m"_a, "n"_a, "Bytes that keep every tile of S.");
+  m.def(
+      "advise_huge_pages",
+      [](P data, I bytes) { advise_huge_pages(at<void>(data), bytes); },
+      "data"_a, "bytes"_a, "Asks for huge pages under fresh memory.");
+  m.def("keep_tile", [] { return py::make_tuple(keep_rows(), keep_columns()); },
+        "Rows of a kept panel of S, and what its columns are padded to a multiple of.");
   m.def("scratch_bytes", &scratch_bytes, "m"_a, "n"_a, "d"_a, "threads"_a,
         "Memory that a driver takes besides its arguments.");
   m.def("fma_peak", &fma_peak, "threads"_a, "iterations"_a,
@@ -105,7 +113,7 @@ PYBIND11_MODULE(_cpu, m) {
       "positives",
       [](P z1, P z2, I rows, I d, I row_offset, P pos, int threads) {
         py::gil_scoped_release release;
-        check(positives(at<float>(z1), at<float>(z2), rows, d, row_offset, at<float>(pos),
+        check(positives(at<float>(z1), at<float>(z2), rows, d, row_offset, at<double>(pos),
                         threads));
       },
       "z1"_a, "z2"_a, "m"_a, "d"_a, "row_offset"_a, "pos"_a, "threads"_a);
@@ -123,28 +131,20 @@ PYBIND11_MODULE(_cpu, m) {
       "workspace"_a, "workspace_bytes"_a, "row_sum"_a, "row_ref"_a, "col_sum"_a, "col_ref"_a,
       "threads"_a);
   m.def(
-      "finalize",
-      [](P sum, P ref, P pos, I count, double scale, P lse, P nll) {
-        py::gil_scoped_release release;
-        check(finalize({at<double>(sum), at<double>(ref)}, at<float>(pos), count, scale,
-                       at<float>(lse), at<float>(nll)));
-      },
-      "sum"_a, "ref"_a, "pos"_a, "count"_a, "scale"_a, "lse"_a, "nll"_a);
-  m.def(
       "products",
       [](P z1, P z2, I rows, I n, I d, I row_offset, double scale, bool upper, bool bf16,
-         P workspace, I bytes, P row_weight, P col_weight, P row_lse, P col_lse, P nll_row,
-         P nll_col, P dz1, P dz2, int threads) {
+         P workspace, I bytes, P row_weight, P col_weight, P row_lse, P col_lse, P diagonal,
+         P dz1, P dz2, int threads) {
         const SimilarityArgs s{at<float>(z1), at<float>(z2), rows, n, d, row_offset, scale, upper,
                                bf16, at<void>(workspace), bytes};
-        const WeightArgs w{at<float>(row_weight), at<float>(col_weight), at<float>(row_lse),
-                           at<float>(col_lse), at<float>(nll_row), at<float>(nll_col)};
+        const WeightArgs w{at<double>(row_weight), at<double>(col_weight), at<double>(row_lse),
+                           at<double>(col_lse), at<double>(diagonal)};
         py::gil_scoped_release release;
         check(products(s, w, at<float>(dz1), at<float>(dz2), threads));
       },
       "z1"_a, "z2"_a, "m"_a, "n"_a, "d"_a, "row_offset"_a, "scale"_a, "upper"_a, "bf16"_a,
       "workspace"_a, "workspace_bytes"_a, "row_weight"_a, "col_weight"_a, "row_lse"_a, "col_lse"_a,
-      "nll_row"_a, "nll_col"_a, "dz1"_a, "dz2"_a, "threads"_a);
+      "diagonal"_a, "dz1"_a, "dz2"_a, "threads"_a);
   m.def(
       "finish",
       [](P z, P dz, P rnorm, I rows, I d, double eps, const py::object& grad, int threads) {
@@ -158,59 +158,4 @@ PYBIND11_MODULE(_cpu, m) {
         return dots;
       },
       "z"_a, "dz"_a, "rnorm"_a, "rows"_a, "d"_a, "eps"_a, "grad"_a, "threads"_a);
-
-  m.def(
-      "forward",
-      [](const py::tuple& x1, const py::tuple& x2, I rows, I n, I d, I row_offset, double eps,
-         double scale, bool bf16, P z1, P z2, P rnorm1, P rnorm2, P pos, P row_lse, P col_lse,
-         P nll_row, P nll_col, P workspace, I bytes, int threads) {
-        const ForwardArgs args{{strided(x1), rows, at<float>(z1), at<float>(rnorm1)},
-                               {strided(x2), n, at<float>(z2), at<float>(rnorm2)},
-                               d,
-                               row_offset,
-                               eps,
-                               scale,
-                               bf16,
-                               at<float>(pos),
-                               at<float>(row_lse),
-                               at<float>(col_lse),
-                               at<float>(nll_row),
-                               at<float>(nll_col),
-                               at<void>(workspace),
-                               bytes};
-        py::gil_scoped_release release;
-        check(forward(args, threads));
-      },
-      "x1"_a, "x2"_a, "m"_a, "n"_a, "d"_a, "row_offset"_a, "eps"_a, "scale"_a, "bf16"_a, "z1"_a,
-      "z2"_a, "rnorm1"_a, "rnorm2"_a, "pos"_a, "row_lse"_a, "col_lse"_a, "nll_row"_a, "nll_col"_a,
-      "workspace"_a, "workspace_bytes"_a, "threads"_a);
-  m.def(
-      "backward",
-      [](P z1, P z2, P rnorm1, P rnorm2, I rows, I n, I d, I row_offset, double eps, double scale,
-         bool bf16, P row_weight, P col_weight, P row_lse, P col_lse, P nll_row, P nll_col, P dz1,
-         P dz2, const py::object& grad1, const py::object& grad2, P workspace, I bytes,
-         int threads) {
-        double dots[2] = {0.0, 0.0};
-        const BackwardArgs args{{at<float>(z1), at<float>(z2), rows, n, d, row_offset, scale, false,
-                                 bf16, at<void>(workspace), bytes},
-                                {at<float>(row_weight), at<float>(col_weight), at<float>(row_lse),
-                                 at<float>(col_lse), at<float>(nll_row), at<float>(nll_col)},
-                                at<float>(dz1),
-                                at<float>(dz2),
-                                at<float>(rnorm1),
-                                at<float>(rnorm2),
-                                eps,
-                                gradient(grad1),
-                                gradient(grad2),
-                                dots};
-        {
-          py::gil_scoped_release release;
-          check(backward(args, threads));
-        }
-        return py::make_tuple(dots[0], dots[1]);
-      },
-      "z1"_a, "z2"_a, "rnorm1"_a, "rnorm2"_a, "m"_a, "n"_a, "d"_a, "row_offset"_a, "eps"_a,
-      "scale"_a, "bf16"_a, "row_weight"_a, "col_weight"_a, "row_lse"_a, "col_lse"_a, "nll_row"_a,
-      "nll_col"_a, "dz1"_a, "dz2"_a, "grad1"_a, "grad2"_a, "workspace"_a, "workspace_bytes"_a,
-      "threads"_a);
 }

@@ -3,6 +3,7 @@
 ========== ==================================================== ===============================
 name       what                                                 chosen automatically
 ========== ==================================================== ===============================
+cpu        the five stages in C++ (csrc/cpu), CPU tensors       where the extension was built
 torch      the five stages in blocked PyTorch, O(N d) memory    always available
 reference  the formula, materialises the N x N matrix           options nothing faster has
 ========== ==================================================== ===============================
@@ -20,10 +21,11 @@ from types import ModuleType
 from .problem import Problem
 
 _MODULES = {
+    "cpu": ".backends.cpu",
     "torch": ".backends.torch_blocked",
     "reference": ".reference",
 }
-PRIORITY = ("torch", "reference")  # fastest first
+PRIORITY = ("cpu", "torch", "reference")  # fastest first
 BACKENDS = ("auto", *PRIORITY)
 
 _last: str | None = None

@@ -56,7 +56,8 @@ def test_fake_outputs_have_the_real_shapes(candidates, reduction):
             mode.from_tensor(r1), mode.from_tensor(r2), None, None, True, *options
         )
     for a, b in zip(real, fake):
-        assert a.shape == b.shape and a.dtype == b.dtype and a.stride() == b.stride()
+        assert a.shape == b.shape and a.dtype == b.dtype
+        assert not a.numel() or a.stride() == b.stride()
 
 
 CASES = {

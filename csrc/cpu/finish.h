@@ -35,6 +35,7 @@ static void finish(const Finish& args, int64_t begin, int64_t end, double* dots,
     const float r = args.rnorm[i];
     const double along = dot(z, dz, args.pitch);
     dots[i] = along;
+    if (!args.grad) continue;  // only the temperature asks
     const float t = r >= args.rnorm_clamped ? 0.0f : float(along);
     for (int64_t k = 0; k < args.pitch; k += VL) {
       store(copy + k, (load(dz + k) - load(z + k) * t) * r);

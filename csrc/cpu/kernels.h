@@ -34,7 +34,7 @@ struct Positives {
   const float* z1;
   const float* z2;
   int64_t d, pitch, row_offset;
-  float* pos;
+  double* pos;
 };
 
 // One block of similarities S = z1 z2' and what is left out of it. Entry (i, row_offset + i) is

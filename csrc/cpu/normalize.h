@@ -66,8 +66,8 @@ static void normalize(const Normalize& args, int64_t begin, int64_t end, float* 
 
 static void positives(const Positives& args, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
-    args.pos[i] = float(dot(args.z1 + i * args.pitch, args.z2 + (args.row_offset + i) * args.pitch,
-                            args.pitch));
+    args.pos[i] = dot(args.z1 + i * args.pitch, args.z2 + (args.row_offset + i) * args.pitch,
+                      args.pitch);
   }
 }
 

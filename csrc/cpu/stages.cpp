@@ -8,6 +8,10 @@
 #include <memory>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "../common/threads.h"
 #include "isa.h"
 
@@ -20,6 +24,8 @@ constexpr double kLog2e = 1.4426950408889634;
 // element read or written from memory counts as kElementWork of them.
 constexpr double kWorkPerThread = 12e6;
 constexpr double kElementWork = 16;
+
+constexpr size_t kHugePage = size_t(2) << 20;
 
 struct Free {
   void operator()(void* p) const { std::free(p); }
@@ -36,6 +42,44 @@ class Buffer {
 
  private:
   std::unique_ptr<T, Free> data_;
+};
+
+// Where the bodies pack and keep their tiles: the calling thread's own, kept from call to call, since
+// touching 4 MiB of fresh pages costs as much as the whole loss of 500 rows. What is larger than
+// kKeptScratch goes back to the system at the end of the call.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) {
+    Kept& mine = kept();
+    if (mine.size < size_t(bytes)) {
+      mine = {};
+      const size_t whole = (size_t(bytes) + kHugePage - 1) / kHugePage * kHugePage;
+      mine.data.reset(static_cast<char*>(std::aligned_alloc(kHugePage, whole)));
+      if (!mine.data) return;
+      mine.size = whole;
+      advise_huge_pages(mine.data.get(), int64_t(whole));
+    }
+    data_ = mine.data.get();
+  }
+  ~Scratch() {
+    if (kept().size > kKeptScratch) kept() = {};
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  explicit operator bool() const { return data_ != nullptr; }
+  char* get() const { return data_; }  // for the whole team
+
+ private:
+  static constexpr size_t kKeptScratch = size_t(16) << 20;
+  struct Kept {
+    std::unique_ptr<char, Free> data;
+    size_t size = 0;
+  };
+  static Kept& kept() {
+    static thread_local Kept mine;
+    return mine;
+  }
+  char* data_ = nullptr;
 };
 
 // Runs on one thread if the others cannot be started.
@@ -132,22 +176,6 @@ void merge_columns(const double* partial, int64_t n, int parts, int t, int team,
   }
 }
 
-void finalize_range(Accumulator rest, const float* pos, int64_t begin, int64_t end, double scale,
-                    float* lse, float* nll) {
-  for (int64_t i = begin; i < end; ++i) {
-    const double log_rest = (std::log2(rest.sum[i]) + rest.ref[i]) / kLog2e;
-    if (!pos) {
-      lse[i] = float(log_rest);
-      continue;
-    }
-    const double logit = scale * double(pos[i]);
-    const double x = log_rest - logit;
-    const double y = x > 0 ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x));
-    lse[i] = float(logit + y);
-    if (nll) nll[i] = float(y);
-  }
-}
-
 int64_t row_scratch_floats(int64_t d) { return pitch(d) + 64; }
 
 // One thread's part of normalising a view.
@@ -177,12 +205,11 @@ struct Prepared {
   float* ref;
 };
 
-void prepare(const float* weight, const float* lse, double scale, int64_t begin, int64_t end,
-             Prepared to) {
+void prepare(const double* weight, const double* lse, int64_t begin, int64_t end, Prepared to) {
   for (int64_t i = begin; i < end; ++i) {
-    double w = weight ? scale * double(weight[i]) : 0.0, ref = 0.0;
+    double w = weight ? weight[i] : 0.0, ref = 0.0;
     if (w != 0.0) {
-      const double l = double(lse[i]) * kLog2e;
+      const double l = lse[i] * kLog2e;
       ref = std::ceil(l);
       if (std::isfinite(l)) {
         w *= std::exp2(ref - l);
@@ -193,16 +220,6 @@ void prepare(const float* weight, const float* lse, double scale, int64_t begin,
     }
     to.weight[i] = float(w);
     to.ref[i] = float(ref);
-  }
-}
-
-void diagonal(const WeightArgs& w, double scale, int64_t offset, int64_t begin, int64_t end,
-              float* diag) {
-  for (int64_t i = begin; i < end; ++i) {
-    double g = 0.0;
-    if (w.row_weight) g += double(w.row_weight[i]) * std::expm1(-double(w.nll_row[i]));
-    if (w.col_weight) g += double(w.col_weight[offset + i]) * std::expm1(-double(w.nll_col[i]));
-    diag[i] = float(scale * g);
   }
 }
 
@@ -293,6 +310,22 @@ int64_t workspace_bytes(int64_t m, int64_t n) {
   return (m + k.panel - 1) / k.panel * k.keep_panel_floats(n) * 4;
 }
 
+void advise_huge_pages(void* data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const uintptr_t begin = (uintptr_t(data) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (uintptr_t(data) + uintptr_t(bytes)) / kHugePage * kHugePage;
+  // Only a wish: where it fails, memory is as it was.
+  if (begin < end) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data;
+  (void)bytes;
+#endif
+}
+
+int64_t keep_rows() { return kernels().panel; }
+
+int64_t keep_columns() { return kernels().keep_panel_floats(1) / kernels().panel; }
+
 int64_t scratch_bytes(int64_t m, int64_t n, int64_t d, int threads) {
   threads = std::abs(threads);
   const int64_t per_thread = thread_scratch(m, n, d);
@@ -312,7 +345,7 @@ std::string normalize(const View& view, int64_t d, double eps, int threads) {
 }
 
 std::string positives(const float* z1, const float* z2, int64_t m, int64_t d, int64_t row_offset,
-                      float* pos, int threads) {
+                      double* pos, int threads) {
   const Positives args{z1, z2, d, pitch(d), row_offset, pos};
   threads = team_size(threads, kElementWork * double(m) * double(d));
   run(threads, [&](int t, Team& team) {
@@ -326,7 +359,7 @@ std::string sums(const SimilarityArgs& s, Accumulator rows, Accumulator cols, in
   const Sums args{make_pair(s), is_bounded(s), rows.sum, rows.ref};
   const int64_t bytes = thread_scratch(s.m, s.n, s.d);
   Schedule schedule(part_count(s.m, threads));
-  Buffer<char> scratch(threads * bytes);
+  Scratch scratch(threads * bytes);
   Buffer<double> partial(2 * schedule.parts * s.n);
   if (!scratch || !partial) return kNoMemory;
   run(threads, [&](int t, Team& team) {
@@ -337,32 +370,25 @@ std::string sums(const SimilarityArgs& s, Accumulator rows, Accumulator cols, in
   return "";
 }
 
-std::string finalize(Accumulator rest, const float* pos, int64_t count, double scale, float* lse,
-                     float* nll) {
-  finalize_range(rest, pos, 0, count, scale, lse, nll);
-  return "";
-}
-
 std::string products(const SimilarityArgs& s, const WeightArgs& w, float* dz1, float* dz2,
                      int threads) {
   threads = team_size(threads, 3.0 * double(s.m) * double(s.n) * double(s.d));
   const int64_t bytes = thread_scratch(s.m, s.n, s.d);
-  Buffer<char> scratch(threads * bytes);
+  Scratch scratch(threads * bytes);
   Buffer<float> prepared(3 * s.m + 2 * s.n);
   if (!scratch || !prepared) return kNoMemory;
   float* p = prepared.get();
   const Prepared row{p, p + s.m}, col{p + 2 * s.m, p + 2 * s.m + s.n};
-  float* diag = w.nll_row || w.nll_col ? p + 2 * s.m + 2 * s.n : nullptr;
+  float* diag = w.diagonal ? p + 2 * s.m + 2 * s.n : nullptr;
   const Products args{make_pair(s), row.weight, row.ref, col.weight, col.ref, diag, dz1, dz2};
   const int parts_wanted = part_count(std::min(s.m, s.n), threads);
   Schedule schedule(s.upper && parts_wanted > 1 ? (parts_wanted + 1) / 2 * 2 : parts_wanted);
   run(threads, [&](int t, Team& team) {
     const int parts = team.size();
     const int64_t i0 = part(s.m, 16, t, parts), i1 = part(s.m, 16, t + 1, parts);
-    prepare(w.row_weight, w.row_lse, s.scale, i0, i1, row);
-    prepare(w.col_weight, w.col_lse, s.scale, part(s.n, 16, t, parts), part(s.n, 16, t + 1, parts),
-            col);
-    if (diag) diagonal(w, s.scale, s.row_offset, i0, i1, diag);
+    prepare(w.row_weight, w.row_lse, i0, i1, row);
+    prepare(w.col_weight, w.col_lse, part(s.n, 16, t, parts), part(s.n, 16, t + 1, parts), col);
+    for (int64_t i = i0; diag && i < i1; ++i) diag[i] = float(w.diagonal[i]);
     team.barrier();
     products_part(args, schedule, scratch.get() + t * bytes);
   });
@@ -380,90 +406,6 @@ std::string finish(const float* z, const float* dz, const float* rnorm, int64_t 
     finish_part(f, row_dots.get(), t, team.size(), scratch.get() + t * row_scratch_floats(d));
   });
   *dots = total(row_dots.get(), rows);
-  return "";
-}
-
-std::string forward(const ForwardArgs& a, int threads) {
-  const int64_t m = a.view1.rows, n = a.view2.rows, d = a.d;
-  threads = team_size(threads, double(m) * double(n) * double(d));
-  const SimilarityArgs s{a.view1.z, a.view2.z, m,     n,      d,           a.row_offset,
-                         a.scale,   false,     a.bf16, a.workspace, a.workspace_bytes};
-  const int64_t bytes = thread_scratch(m, n, d);
-  Buffer<char> scratch(threads * bytes);
-  Schedule schedule(part_count(m, threads));
-  Buffer<double> partial(2 * (schedule.parts * n + m + n));
-  if (!scratch || !partial) return kNoMemory;
-  double* row_acc = partial.get() + 2 * schedule.parts * n;
-  const Accumulator rows{row_acc, row_acc + m}, cols{row_acc + 2 * m, row_acc + 2 * m + n};
-  const Sums args{make_pair(s), is_bounded(s), rows.sum, rows.ref};
-  const Positives pos_args{a.view1.z, a.view2.z, d, pitch(d), a.row_offset, a.pos};
-  run(threads, [&](int t, Team& team) {
-    const int parts = team.size();
-    char* mine = scratch.get() + t * bytes;
-    normalize_part(a.view1, d, a.eps, t, parts, reinterpret_cast<float*>(mine));
-    normalize_part(a.view2, d, a.eps, t, parts, reinterpret_cast<float*>(mine));
-    if (t == 0) std::fill(row_acc, row_acc + 2 * (m + n), 0.0);
-    team.barrier();
-    kernels().positives(pos_args, part(m, 16, t, parts), part(m, 16, t + 1, parts));
-    sums_part(args, schedule, partial.get(), mine);
-    team.barrier();
-    const int64_t i0 = part(m, 16, t, parts), i1 = part(m, 16, t + 1, parts);
-    finalize_range(rows, a.pos, i0, i1, a.scale, a.row_lse, a.nll_row);
-    if (!a.col_lse) return;
-    const int64_t j0 = part(n, 16, t, parts), j1 = part(n, 16, t + 1, parts);
-    merge_columns(partial.get(), n, schedule.parts, t, parts, cols);
-    // Columns before, with and after the positives.
-    const int64_t o = a.row_offset;
-    const Accumulator own{cols.sum + o, cols.ref + o};
-    finalize_range(cols, nullptr, j0, std::min(j1, o), a.scale, a.col_lse, nullptr);
-    finalize_range(own, a.pos, std::max<int64_t>(j0 - o, 0), std::min(j1 - o, m), a.scale,
-                   a.col_lse + o, a.nll_col);
-    finalize_range(cols, nullptr, std::max(j0, o + m), j1, a.scale, a.col_lse, nullptr);
-  });
-  return "";
-}
-
-std::string backward(const BackwardArgs& a, int threads) {
-  const SimilarityArgs& s = a.pair;
-  const WeightArgs& w = a.weights;
-  const int64_t m = s.m, n = s.n, d = s.d;
-  threads = team_size(threads, 3.0 * double(m) * double(n) * double(d));
-  const int64_t bytes = thread_scratch(m, n, d);
-  Buffer<char> scratch(threads * bytes);
-  Buffer<float> prepared(3 * m + 2 * n);
-  Buffer<double> row_dots(m + n);
-  if (!scratch || !prepared || !row_dots) return kNoMemory;
-  float* p = prepared.get();
-  const Prepared row{p, p + m}, col{p + 2 * m, p + 2 * m + n};
-  float* diag = p + 2 * m + 2 * n;
-  const Products args{make_pair(s), row.weight, row.ref, col.weight, col.ref, diag, a.dz1, a.dz2};
-  Schedule schedule(part_count(std::min(m, n), threads));
-  run(threads, [&](int t, Team& team) {
-    const int parts = team.size();
-    char* mine = scratch.get() + t * bytes;
-    const int64_t i0 = part(m, 16, t, parts), i1 = part(m, 16, t + 1, parts);
-    const int64_t j0 = part(n, 16, t, parts), j1 = part(n, 16, t + 1, parts);
-    const size_t row_bytes = sizeof(float) * size_t(pitch(d));
-    prepare(w.row_weight, w.row_lse, s.scale, i0, i1, row);
-    prepare(w.col_weight, w.col_lse, s.scale, j0, j1, col);
-    diagonal(w, s.scale, s.row_offset, i0, i1, diag);
-    if (a.dz1) std::memset(a.dz1 + i0 * pitch(d), 0, row_bytes * size_t(i1 - i0));
-    if (a.dz2) std::memset(a.dz2 + j0 * pitch(d), 0, row_bytes * size_t(j1 - j0));
-    team.barrier();
-    products_part(args, schedule, mine);
-    team.barrier();
-    float* row_copy = reinterpret_cast<float*>(mine);
-    if (a.dz1) {
-      const FinishPart f{s.z1, a.dz1, a.rnorm1, m, d, a.eps, a.grad1};
-      finish_part(f, row_dots.get(), t, parts, row_copy);
-    }
-    if (a.dz2) {
-      const FinishPart f{s.z2, a.dz2, a.rnorm2, n, d, a.eps, a.grad2};
-      finish_part(f, row_dots.get() + m, t, parts, row_copy);
-    }
-  });
-  a.dots[0] = a.dz1 ? total(row_dots.get(), m) : 0.0;
-  a.dots[1] = a.dz2 ? total(row_dots.get() + m, n) : 0.0;
   return "";
 }
 

@@ -55,27 +55,50 @@ void run_case(const Case& c) {
       x1[i * width + k] = x2[(c.offset + i) * width + k] + normal(random);
     }
   }
-  Floats z1(m * p), z2(n * p), rnorm1(m), rnorm2(n), pos(m), row_lse(m), col_lse(n), nll_row(m),
-      nll_col(m), dz1(m * p), dz2(n * p), wr(m), wc(n), g1(m * width), g2(n * width);
-  for (float& v : wr) v = std::fabs(normal(random));
-  for (float& v : wc) v = std::fabs(normal(random));
+  Floats z1(m * p), z2(n * p), rnorm1(m), rnorm2(n), dz1(m * p), dz2(n * p), g1(m * width),
+      g2(n * width), nll_row(m);
+  std::vector<double> pos(m), row_lse(m), col_lse(n), diagonal(m), wr(m), wc(n);
+  for (double& v : wr) v = std::fabs(normal(random));
+  for (double& v : wc) v = std::fabs(normal(random));
   const int64_t bytes = int64_t(c.keep * double(workspace_bytes(m, n)));
   std::vector<char> workspace(bytes);
   void* kept = bytes ? workspace.data() : nullptr;
   const Strided s1{x1.data(), kFloat32, width, 1, nullptr};
   const Strided s2{x2.data(), kFloat32, width, 1, nullptr};
-  ForwardArgs f{{s1, m, z1.data(), rnorm1.data()}, {s2, n, z2.data(), rnorm2.data()},
-                d, c.offset, 1e-12, a, c.bf16, pos.data(), row_lse.data(), col_lse.data(),
-                nll_row.data(), nll_col.data(), kept, bytes};
-  expect(forward(f, -c.threads).empty(), "forward", isa, m, n, d);
-  double dots[2];
+  const int team = -c.threads;
+  normalize({s1, m, z1.data(), rnorm1.data()}, d, 1e-12, team);
+  normalize({s2, n, z2.data(), rnorm2.data()}, d, 1e-12, team);
+  positives(z1.data(), z2.data(), m, d, c.offset, pos.data(), team);
+  const SimilarityArgs pair{z1.data(), z2.data(), m,      n,    d,    c.offset,
+                            a,         false,     c.bf16, kept, bytes};
+  std::vector<double> rows(2 * m), cols(2 * n);
+  const std::string error =
+      sums(pair, {rows.data(), rows.data() + m}, {cols.data(), cols.data() + n}, team);
+  expect(error.empty(), "sums", isa, m, n, d);
+  // The positives join the sums of the others, as in directclr_fast/backends/stages.py.
+  const auto log_sum = [](const std::vector<double>& x, int64_t i, int64_t count) {
+    return (std::log2(x[i]) + x[count + i]) * std::log(2.0);
+  };
+  for (int64_t j = 0; j < n; ++j) col_lse[j] = log_sum(cols, j, n);
+  for (int64_t i = 0; i < m; ++i) {
+    const double nll = std::log1p(std::exp(log_sum(rows, i, m) - a * pos[i]));
+    const double nll_col = std::log1p(std::exp(col_lse[c.offset + i] - a * pos[i]));
+    nll_row[i] = float(nll);
+    row_lse[i] = a * pos[i] + nll;
+    col_lse[c.offset + i] = a * pos[i] + nll_col;
+    diagonal[i] = a * (wr[i] * std::expm1(-nll) + wc[c.offset + i] * std::expm1(-nll_col));
+  }
+  std::vector<double> awr(wr), awc(wc);
+  for (double& v : awr) v *= a;
+  for (double& v : awc) v *= a;
+  const WeightArgs weights{awr.data(), awc.data(), row_lse.data(), col_lse.data(),
+                           diagonal.data()};
+  expect(products(pair, weights, dz1.data(), dz2.data(), team).empty(), "products", isa, m, n, d);
   const Gradient o1{g1.data(), kFloat32, width, 1, width, nullptr, true};
   const Gradient o2{g2.data(), kFloat32, width, 1, width, nullptr, true};
-  const BackwardArgs b{{z1.data(), z2.data(), m, n, d, c.offset, a, false, c.bf16, kept, bytes},
-                       {wr.data(), wc.data(), row_lse.data(), col_lse.data(), nll_row.data(),
-                        nll_col.data()},
-                       dz1.data(), dz2.data(), rnorm1.data(), rnorm2.data(), 1e-12, o1, o2, dots};
-  expect(backward(b, -c.threads).empty(), "backward", isa, m, n, d);
+  double dots[2];
+  finish(z1.data(), dz1.data(), rnorm1.data(), m, d, 1e-12, o1, &dots[0], team);
+  finish(z2.data(), dz2.data(), rnorm2.data(), n, d, 1e-12, o2, &dots[1], team);
 
   const auto unit = [&](const Floats& x, int64_t rows) {
     std::vector<double> z(rows * d);
@@ -138,7 +161,8 @@ void run_case(const Case& c) {
 // One view against itself: twice the strict upper triangle is everything but the diagonal.
 void run_self(int64_t m, int64_t d, int threads) {
   const int64_t p = pitch(d);
-  Floats z(m * p), dz(m * p), lse(m), w(m, 1.0f);
+  Floats z(m * p), dz(m * p);
+  std::vector<double> lse(m), w(m, 1.0);
   std::mt19937 random(7);
   std::normal_distribution<float> normal;
   for (int64_t i = 0; i < m; ++i) {
@@ -154,10 +178,10 @@ void run_self(int64_t m, int64_t d, int threads) {
     const double u = std::ldexp(upper[i], int(upper[m + i]));
     const double v = std::ldexp(whole[i], int(whole[m + i]));
     expect(std::fabs(u - v) <= 1e-5 * v, "self sums", kernels().name, m, m, d);
-    lse[i] = v > 0 ? float(std::log(v)) : 0.0f;
+    lse[i] = v > 0 ? std::log(v) : 0.0;
   }
   s.upper = true;
-  products(s, {w.data(), w.data(), lse.data(), lse.data(), nullptr, nullptr}, dz.data(), dz.data(),
+  products(s, {w.data(), w.data(), lse.data(), lse.data(), nullptr}, dz.data(), dz.data(),
            threads);
 }
 

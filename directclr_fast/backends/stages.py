@@ -74,6 +74,9 @@ class Stages(Protocol):
     def kept_shape(self, problem: Problem) -> tuple[int, ...]:
         """Shape of the E tiles kept for the backward pass in one group; (0,) keeps nothing."""
 
+    def kept_buffer(self, problem: Problem, like: Tensor) -> Tensor:
+        """Memory of that shape, on the device of ``like``."""
+
     def normalize(self, problem: Problem, r: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
         """Unit rows z and reciprocal norms of the columns taken from ``r`` (rows, width)."""
 
@@ -123,7 +126,7 @@ def forward(
         z1, rnorm1 = stages.normalize(problem, r1, index)
         z2, rnorm2 = stages.normalize(problem, r2, index)
         cosines = stages.positives(problem, z1, z2)
-        kept = z1.new_empty(stages.kept_shape(problem))
+        kept = stages.kept_buffer(problem, z1)
         rest_row, rest_col = stages.sums(problem, z1, z2, scale, kept)
         if problem.negatives == "both":
             rest_row = torch.logaddexp(rest_row, stages.self_sums(problem, z1, scale))

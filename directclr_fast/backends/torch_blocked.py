@@ -66,6 +66,9 @@ class TorchStages:
                 return (problem.rows, problem.candidates)
         return (0,)
 
+    def kept_buffer(self, problem: Problem, like: Tensor) -> Tensor:
+        return like.new_empty(self.kept_shape(problem))
+
     def normalize(self, problem: Problem, r: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
         x = r[:, : problem.dim] if index is None else r.index_select(1, index)
         # fp64 squares: rows of 1e19 do not overflow, rows of 1e-30 do not vanish.
