@@ -531,6 +531,21 @@ def test_self_pair(isa, m, threads, temperature):
     assert (dz[:, :d] - expected).norm() <= tolerance * 2 * expected.norm()
 
 
+@pytest.mark.parametrize("temperature", [0.1, 0.005, 0.001])
+def test_no_weight_is_no_weight_at_any_temperature(isa, temperature):
+    """Zero times an overflowed exponential would be NaN: columns and rows without a weight."""
+    x1, x2 = views(40, 90, 24, 7)
+    wr, wc = weights(40, 90)
+    native = Native(x1, x2, temperature, 7)
+    only_rows = native.backward(wr, None)
+    zero = native.backward(wr, torch.zeros_like(wc))
+    only_columns = native.backward(torch.zeros_like(wr), wc)
+    both = native.backward(wr, wc)
+    for i in range(2):
+        assert torch.equal(only_rows[i], zero[i])
+        assert error(only_rows[i] + only_columns[i], both[i].double()) < 1e-5 / temperature
+
+
 @pytest.mark.parametrize("threads", [1, -2, -3])
 def test_repeats_are_bitwise_equal(isa, threads):
     x1, x2 = views(700, 700, 64)

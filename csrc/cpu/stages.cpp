@@ -205,9 +205,12 @@ struct Prepared {
   float* ref;
 };
 
-void prepare(const double* weight, const double* lse, int64_t begin, int64_t end, Prepared to) {
+// No weight: a reference that no a s exceeds, since 0 times an overflow would be NaN.
+void prepare(const double* weight, const double* lse, double scale, int64_t begin, int64_t end,
+             Prepared to) {
+  const double above = std::ceil(scale * kLog2e) + 1.0;
   for (int64_t i = begin; i < end; ++i) {
-    double w = weight ? weight[i] : 0.0, ref = 0.0;
+    double w = weight ? weight[i] : 0.0, ref = above;
     if (w != 0.0) {
       const double l = lse[i] * kLog2e;
       ref = std::ceil(l);
@@ -386,8 +389,9 @@ std::string products(const SimilarityArgs& s, const WeightArgs& w, float* dz1, f
   run(threads, [&](int t, Team& team) {
     const int parts = team.size();
     const int64_t i0 = part(s.m, 16, t, parts), i1 = part(s.m, 16, t + 1, parts);
-    prepare(w.row_weight, w.row_lse, i0, i1, row);
-    prepare(w.col_weight, w.col_lse, part(s.n, 16, t, parts), part(s.n, 16, t + 1, parts), col);
+    const int64_t j0 = part(s.n, 16, t, parts), j1 = part(s.n, 16, t + 1, parts);
+    prepare(w.row_weight, w.row_lse, s.scale, i0, i1, row);
+    prepare(w.col_weight, w.col_lse, s.scale, j0, j1, col);
     for (int64_t i = i0; diag && i < i1; ++i) diag[i] = float(w.diagonal[i]);
     team.barrier();
     products_part(args, schedule, scratch.get() + t * bytes);

@@ -163,8 +163,22 @@ class CpuStages:
     ) -> tuple[Tensor | None, Tensor | None]:
         dz1 = _empty(*z1.shape).zero_() if need[0] else None
         dz2 = _empty(*z2.shape).zero_() if need[1] else None
-        if dz1 is not None or dz2 is not None:
-            self._products(problem, z1, z2, scale, pair, kept, dz1, dz2, problem.row_offset, False)
+        if dz1 is None and dz2 is None:
+            return dz1, dz2
+        offset = problem.row_offset
+        own = slice(offset, offset + problem.rows)
+        diagonal = None
+        if problem.precision == "bf16":
+            # The positives' own term stays out of the rounded products: two near views differ by
+            # less than bf16 rounds, and that difference is what a converged gradient points along.
+            diagonal = pair.diagonal.float()[:, None]
+            pair = pair._replace(diagonal=None)
+        self._products(problem, z1, z2, scale, pair, kept, dz1, dz2, offset, False)
+        if diagonal is not None:
+            if dz1 is not None:
+                dz1.addcmul_(z2[own], diagonal)
+            if dz2 is not None:
+                dz2[own].addcmul_(z1, diagonal)
         return dz1, dz2
 
     def add_self_products(

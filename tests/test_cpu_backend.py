@@ -1,0 +1,175 @@
+"""The native CPU backend through the public loss: its options, precisions, threads and workers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_loss_exact import CASES_PER_CHUNK, arguments_of, conditioning, generated_case
+
+from directclr_fast import dispatch, doctor, fast_directclr_loss, last_backend
+from directclr_fast.problem import Problem
+from directclr_fast.testing import eager_loss, evaluate, make_views, relative_error
+
+_cpu = pytest.importorskip(
+    "directclr_fast._cpu", reason="the compiled CPU kernels are not installed"
+)
+
+
+@pytest.fixture(params=_cpu.available_isas())
+def isa(request):
+    _cpu.force_isa(request.param)
+    yield request.param
+    _cpu.force_isa("")
+
+
+@pytest.mark.parametrize("chunk", range(2))
+def test_generated_cases_match_the_reference(isa, chunk):
+    """Every option of the public loss in fp32: at most twice eager's error, as ulps of a s allow."""
+    for seed in range(chunk * CASES_PER_CHUNK, (chunk + 1) * CASES_PER_CHUNK):
+        case = generated_case(seed)
+        r1, r2, upstream, options = arguments_of(case, torch.float32)
+        wide = dict(options)
+        if isinstance(options["temperature"], torch.Tensor):
+            options["temperature"] = options["temperature"].float()
+            wide["temperature"] = options["temperature"].double()
+        ours = evaluate(
+            fast_directclr_loss,
+            r1,
+            r2,
+            upstream=upstream,
+            backend="cpu",
+            workspace_bytes=case["workspace"],
+            **options,
+        )
+        assert last_backend() == "cpu"
+        truth = evaluate(fast_directclr_loss, r1.double(), r2.double(), upstream=upstream, **wide)
+        eager = evaluate(eager_loss, r1, r2, upstream=upstream, **options)
+        ulps = torch.finfo(torch.float32).eps / torch.finfo(torch.float64).eps
+        slack = conditioning(case, r1.double(), r2.double(), upstream)
+        for name, got, want, plain in zip(ours._fields, ours, truth, eager):
+            if want is None:
+                continue
+            size = float(want.norm())
+            allowed = (2 * relative_error(plain, want) + 1e-6) * size + ulps * slack[name]
+            error = float((got.double() - want).norm())
+            assert error <= allowed or error < 1e-12, (error, allowed, name, case)
+
+
+@pytest.mark.parametrize("rows,dim", [(4097, 16), (65, 2047), (129, 2048)])
+def test_edges_of_large_sizes(rows, dim):
+    r1, r2 = make_views(rows, 2048, dtype=torch.float32)
+    ours = evaluate(fast_directclr_loss, r1, r2, dim, backend="cpu")
+    eager = evaluate(eager_loss, r1, r2, dim)
+    truth = evaluate(eager_loss, r1.double(), r2.double(), dim)
+    for got, plain, want in zip(ours[:3], eager, truth):
+        assert relative_error(got, want) <= 2 * relative_error(plain, want) + 1e-6
+
+
+@pytest.mark.skipif(not _cpu.has_bf16(), reason="this processor has no bf16 dot product")
+@pytest.mark.parametrize("kind", ["unrelated", "views", "converged", "clustered"])
+def test_bf16_products_err_less_than_eager_autocast(kind):
+    """The exact positive keeps p - 1 right where bf16 operands would ruin a converged model."""
+    r1, r2 = make_views(600, 360, kind=kind, dtype=torch.float32)
+
+    def autocast(a, b, **options):
+        with torch.autocast("cpu", torch.bfloat16):
+            return eager_loss(a, b, None, **options).float()
+
+    truth = evaluate(eager_loss, r1.double(), r2.double(), None)
+    ours = evaluate(fast_directclr_loss, r1, r2, None, precision="bf16")
+    people = evaluate(autocast, r1, r2)
+    assert relative_error(ours.dr1, truth.dr1) < 3e-3
+    assert relative_error(ours.dr1, truth.dr1) < relative_error(people.dr1, truth.dr1)
+    assert relative_error(ours.loss, truth.loss) < relative_error(people.loss, truth.loss)
+
+
+@pytest.mark.parametrize("negatives", ["cross", "both"])
+def test_any_workspace_gives_the_same_bits(isa, negatives):
+    r1, r2 = make_views(300, 48, dtype=torch.float32)
+    runs = [
+        evaluate(fast_directclr_loss, r1, r2, 40, negatives=negatives, workspace_bytes=workspace)
+        for workspace in (0, 30_000, 200_000, 2**24)
+    ]
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0][:3], run))
+
+
+def test_a_larger_workspace_keeps_more_and_never_more_than_asked():
+    backend = dispatch.load("cpu").stages()
+
+    def kept_bytes(workspace):
+        asked = Problem(
+            rows=500,
+            candidates=700,
+            width=64,
+            dim=64,
+            dtype=torch.float32,
+            device_type="cpu",
+            temperature=0.1,
+            workspace_bytes=workspace,
+            keep=True,
+        )
+        return 4 * backend.kept_shape(asked)[0]
+
+    sizes = [kept_bytes(workspace) for workspace in (0, 10**5, 5 * 10**5, 10**7)]
+    assert sizes[0] == 0 and 0 < sizes[1] <= 10**5 < sizes[2] <= 5 * 10**5
+    assert sizes[3] == _cpu.workspace_bytes(500, 700)
+
+
+def test_thread_counts_agree_and_each_repeats_its_bits():
+    r1, r2 = make_views(700, 64, dtype=torch.float32)
+    before = torch.get_num_threads()
+    results = {}
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            runs = [evaluate(fast_directclr_loss, r1, r2, 40, backend="cpu") for _ in range(2)]
+            assert all(torch.equal(a, b) for a, b in zip(runs[0][:3], runs[1]))
+            results[threads] = runs[0]
+    finally:
+        torch.set_num_threads(before)
+    for threads in (2, 3):
+        for a, b in zip(results[1][:3], results[threads]):
+            assert relative_error(a, b) < 1e-6
+
+
+class LossOfRows(torch.utils.data.Dataset):
+    """Each item is a loss computed inside the worker."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        r1, r2 = make_views(400, 64, dtype=torch.float32, seed=index)
+        return evaluate(fast_directclr_loss, r1, r2, 40, backend="cpu").dr1
+
+
+def test_inside_data_loader_workers_forked_after_use():
+    here = [LossOfRows()[index] for index in range(4)]
+    loader = torch.utils.data.DataLoader(
+        LossOfRows(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60
+    )
+    for found, expected in zip(loader, here):
+        assert relative_error(found, expected) < 1e-6
+
+
+def test_threads_are_those_of_the_process():
+    """torch's OpenMP pool, whose spinning workers would otherwise share the cores with ours."""
+    if not torch.backends.openmp.is_available():
+        pytest.skip("this torch has no OpenMP")
+    if not _cpu.uses_openmp():
+        pytest.skip("torch's OpenMP here is not GNU's")
+    assert _cpu.uses_openmp()
+
+
+def test_fp64_and_missing_precisions_are_passed_on():
+    r1, r2 = make_views(20, 16, dtype=torch.float64)
+    fast_directclr_loss(r1, r2, 8)
+    assert last_backend() == "torch"
+    with pytest.raises(NotImplementedError, match="cpu: precision 'tf32'"):
+        fast_directclr_loss(r1.float(), r2.float(), 8, precision="tf32")
+
+
+def test_doctor_names_the_instruction_set(isa):
+    report = doctor.report()
+    assert report["backends"]["cpu"]["details"]["instruction set"] == isa
