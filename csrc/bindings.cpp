@@ -88,8 +88,6 @@ PYBIND11_MODULE(_cpu, m) {
       "advise_huge_pages",
       [](P data, I bytes) { advise_huge_pages(at<void>(data), bytes); },
       "data"_a, "bytes"_a, "Asks for huge pages under fresh memory.");
-  m.def("keep_tile", [] { return py::make_tuple(keep_rows(), keep_columns()); },
-        "Rows of a kept panel of S, and what its columns are padded to a multiple of.");
   m.def("scratch_bytes", &scratch_bytes, "m"_a, "n"_a, "d"_a, "threads"_a,
         "Memory that a driver takes besides its arguments.");
   m.def("fma_peak", &fma_peak, "threads"_a, "iterations"_a,

@@ -32,11 +32,14 @@ class Options(NamedTuple):
     backend: str
     workspace_bytes: int  # -1: the backend's default
     eps: float
+    # Compiled graphs are cached on disk with the shapes of what `loss_forward` saves: raised by one
+    # whenever a backend changes those.
+    layout: int = 1
 
 
 _OPTIONS = (
     "float temperature_value, int dim, str negatives, bool symmetric, str reduction, "
-    "int row_offset, str precision, str backend, int workspace_bytes, float eps"
+    "int row_offset, str precision, str backend, int workspace_bytes, float eps, int layout"
 )
 _SAVED = ", ".join(f"Tensor {name}" for name in Saved._fields)
 

@@ -47,7 +47,7 @@ class Problem:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """dtype of the loss and, unless a precision is asked for, of z: fp64 for fp64, else fp32."""
+        """dtype of the loss and, unless another is asked for, of z: fp64 for fp64, else fp32."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     @property

@@ -16,8 +16,11 @@ COLUMNS = torch.tensor([[1, 2, 30], [3, 0, 4]])
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
-    """Every test traces the loss anew; the recompile limit counts over a process otherwise."""
+    """Every test traces and compiles anew: the recompile limit counts over a process, and graphs
+    cached on disk know nothing of changes in this package's code."""
     torch._dynamo.reset()
+    with torch._inductor.config.patch(force_disable_caches=True):
+        yield
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -35,14 +38,18 @@ def test_opcheck(backend, tensor_temperature, columns, changes):
     r1, r2 = (r.requires_grad_() for r in make_views(19, 32, dtype=torch.float32))
     t = torch.tensor(0.1, requires_grad=True) if tensor_temperature else None
     options = DEFAULTS._replace(backend=backend, **changes)
+    if backend == "cpu":
+        # The tail of its kept tiles is never written, and opcheck compares all of an output.
+        options = options._replace(workspace_bytes=0)
     torch.library.opcheck(ops.loss_forward, (r1, r2, columns, t, True, *options))
 
 
 def test_opcheck_of_the_backward_op():
     r1, r2 = make_views(19, 32, dtype=torch.float32)
-    _, *saved = ops.loss_forward(r1, r2, None, None, True, *DEFAULTS)
+    options = DEFAULTS._replace(workspace_bytes=0)
+    _, *saved = ops.loss_forward(r1, r2, None, None, True, *options)
     arguments = (torch.ones(()), *saved, None, None, 32, torch.float32, True, True, False)
-    torch.library.opcheck(ops.loss_backward, (*arguments, *DEFAULTS))
+    torch.library.opcheck(ops.loss_backward, (*arguments, *options))
 
 
 @pytest.mark.parametrize("candidates", [19, 25])

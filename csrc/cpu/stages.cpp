@@ -325,10 +325,6 @@ void advise_huge_pages(void* data, int64_t bytes) {
 #endif
 }
 
-int64_t keep_rows() { return kernels().panel; }
-
-int64_t keep_columns() { return kernels().keep_panel_floats(1) / kernels().panel; }
-
 int64_t scratch_bytes(int64_t m, int64_t n, int64_t d, int threads) {
   threads = std::abs(threads);
   const int64_t per_thread = thread_scratch(m, n, d);

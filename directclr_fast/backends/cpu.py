@@ -84,16 +84,14 @@ class CpuStages:
         return _cpu.pitch(problem.dim), torch.float32
 
     def kept_shape(self, problem: Problem) -> tuple[int, ...]:
-        # Only whole row panels of S are kept, as many as fit.
+        # As many whole row panels of S as fit; a panel is padded by less than 64 either way. The
+        # shape is the same for every instruction set, since compiled graphs are cached with it.
         workspace = problem.workspace_bytes
         workspace = DEFAULT_WORKSPACE_BYTES if workspace is None else workspace
         if not problem.keep or not workspace:
             return (0,)
-        rows, columns = _cpu.keep_tile()
-        panels = (problem.rows + rows - 1) // rows
-        floats = rows * ((problem.candidates + columns - 1) // columns * columns)
-        fitting = workspace // (4 * problem.groups) // floats
-        return (floats * torch.sym_min(panels, fitting),)
+        whole = (problem.rows + 63) * (problem.candidates + 63)
+        return (torch.sym_min(whole, workspace // (4 * problem.groups)),)
 
     def kept_buffer(self, problem: Problem, like: Tensor) -> Tensor:
         return _empty(*self.kept_shape(problem))
