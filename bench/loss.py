@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from timing import interleaved, machine, matmul_rate
+from timing import fma_peak, interleaved, machine, matmul_rate
 
 from directclr_fast import dispatch, fast_directclr_loss, flops
 from directclr_fast.testing import eager_loss, evaluate, make_views, relative_error
@@ -74,13 +74,16 @@ def measure(rows: int, width: int, dim: int, rounds: int) -> dict:
         r1.grad = r2.grad = None
         function(r1, r2).backward()
 
+    peaks = [fma_peak()]
     times = interleaved({n: lambda f=f: step(f) for n, f in functions.items()}, rounds)
+    peaks.append(fma_peak())
     work = flops.total(rows, rows, dim)
     result = {
         "rows": rows,
         "width": width,
         "dim": dim,
         "mm_gflops": round(matmul_rate(rows, rows, dim) / 1e9, 1),
+        "fma_peak_gflops": None if None in peaks else round(sum(peaks) / 2e9, 1),
         "error": errors(functions, rows, width, dim),
         "variants": times,
     }
@@ -105,7 +108,10 @@ def main(argv: list[str] | None = None) -> int:
         for rows in arguments.rows:
             case = measure(rows, arguments.width, dim, arguments.rounds)
             results["cases"].append(case)
-            print(f"N {rows}, d {dim} of {arguments.width}, mm {case['mm_gflops']} GFLOP/s")
+            print(
+                f"N {rows}, d {dim} of {arguments.width}, mm {case['mm_gflops']} GFLOP/s, "
+                f"FMA peak {case['fma_peak_gflops']} GFLOP/s"
+            )
             for name, values in case["variants"].items():
                 if "median" not in values:
                     print(f"  {name:<10} {values['failed']}")

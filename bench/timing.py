@@ -70,6 +70,21 @@ def matmul_rate(rows: int, columns: int, inner: int, dtype=torch.float32, rounds
     return 2 * rows * columns * inner / found["mm"]["median"]
 
 
+def fma_peak(rounds: int = 9) -> float | None:
+    """fp32 operations per second of a loop of independent multiply-adds on every thread: the roof
+    of the CPU backend. None without the compiled extension."""
+    try:
+        from directclr_fast import _cpu
+    except ImportError:
+        return None
+    rates = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        operations = _cpu.fma_peak(torch.get_num_threads(), 1_000_000)
+        rates.append(operations / (time.perf_counter() - start))
+    return statistics.median(rates)
+
+
 def machine() -> dict:
     """Processor, threads, versions and commit: what every result file carries."""
     model = platform.processor() or platform.machine()
