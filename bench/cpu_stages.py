@@ -33,7 +33,7 @@ def arguments():
 
 
 def stages(args):
-    """(name, operations, bytes that must move, call) of each stage, then of the drivers."""
+    """(name, operations, bytes that must move, call) of each stage."""
     n, d, width, threads = args.n, args.d, args.width, args.threads
     eps, scale = 1e-12, 10.0
     pitch = _cpu.pitch(d)
