@@ -84,10 +84,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("has_bf16", [] { return kernels().has_bf16; }, "Whether bf16=True is taken up.");
   m.def("pitch", &pitch, "d"_a, "Floats per row of z and dz.");
   m.def("workspace_bytes", &workspace_bytes, "m"_a, "n"_a, "Bytes that keep every tile of S.");
-  m.def(
-      "advise_huge_pages",
-      [](P data, I bytes) { advise_huge_pages(at<void>(data), bytes); },
-      "data"_a, "bytes"_a, "Asks for huge pages under fresh memory.");
   m.def("scratch_bytes", &scratch_bytes, "m"_a, "n"_a, "d"_a, "threads"_a,
         "Memory that a driver takes besides its arguments.");
   m.def("fma_peak", &fma_peak, "threads"_a, "iterations"_a,

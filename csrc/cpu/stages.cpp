@@ -44,6 +44,16 @@ class Buffer {
   std::unique_ptr<T, Free> data_;
 };
 
+// Only a wish: where it fails, memory is as it was.
+void advise_huge_pages(void* data, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  (void)madvise(data, bytes, MADV_HUGEPAGE);
+#else
+  (void)data;
+  (void)bytes;
+#endif
+}
+
 // Where the bodies pack and keep their tiles: the calling thread's own, kept from call to call, since
 // touching 4 MiB of fresh pages costs as much as the whole loss of 500 rows. What is larger than
 // kKeptScratch goes back to the system at the end of the call.
@@ -57,7 +67,7 @@ class Scratch {
       mine.data.reset(static_cast<char*>(std::aligned_alloc(kHugePage, whole)));
       if (!mine.data) return;
       mine.size = whole;
-      advise_huge_pages(mine.data.get(), int64_t(whole));
+      advise_huge_pages(mine.data.get(), whole);
     }
     data_ = mine.data.get();
   }
@@ -311,18 +321,6 @@ int64_t thread_scratch(int64_t m, int64_t n, int64_t d) {
 int64_t workspace_bytes(int64_t m, int64_t n) {
   const Kernels& k = kernels();
   return (m + k.panel - 1) / k.panel * k.keep_panel_floats(n) * 4;
-}
-
-void advise_huge_pages(void* data, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  const uintptr_t begin = (uintptr_t(data) + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t end = (uintptr_t(data) + uintptr_t(bytes)) / kHugePage * kHugePage;
-  // Only a wish: where it fails, memory is as it was.
-  if (begin < end) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)data;
-  (void)bytes;
-#endif
 }
 
 int64_t scratch_bytes(int64_t m, int64_t n, int64_t d, int threads) {

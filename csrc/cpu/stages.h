@@ -72,9 +72,6 @@ std::string finish(const float* z, const float* dz, const float* rnorm, int64_t 
 
 // Bytes of `workspace` that keep every tile of S.
 int64_t workspace_bytes(int64_t m, int64_t n);
-// Asks the system for huge pages under fresh memory, where it has them. First touch of 4 KiB pages
-// costs more than the whole loss up to a few hundred rows (csrc/README.md).
-void advise_huge_pages(void* data, int64_t bytes);
 // Memory that a call of `threads` threads takes besides its arguments.
 int64_t scratch_bytes(int64_t m, int64_t n, int64_t d, int threads);
 
