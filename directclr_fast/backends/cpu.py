@@ -25,7 +25,7 @@ except ImportError as error:
 NAME = "cpu"
 
 # Keeping S saves one of three tile products in the backward pass: 16 MiB hold all of it up to N =
-# 2048, where that is 20 % of the step; at N = 4096, 16 and 48 MiB measured alike, within 5 % of none.
+# 2048, where that is 20 % of the step; at N = 4096, 16 and 48 MiB measured within 5 % of none.
 DEFAULT_WORKSPACE_BYTES = 16 * 2**20
 
 _LN2 = math.log(2.0)
