@@ -28,7 +28,9 @@ def status(key):
 
 rows, width, dim, name = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 def loss(a, b):
-    return eager_loss(a, b, dim) if name == "eager" else fast_directclr_loss(a, b, dim, backend=name)
+    if name == "eager":
+        return eager_loss(a, b, dim)
+    return fast_directclr_loss(a, b, dim, backend=name)
 generator = torch.Generator().manual_seed(0)
 r1 = torch.randn(rows, width, generator=generator).requires_grad_()
 r2 = torch.randn(rows, width, generator=generator).requires_grad_()
