@@ -4,6 +4,7 @@
 name       what                                                 chosen automatically
 ========== ==================================================== ===============================
 cpu        the five stages in C++ (csrc/cpu), CPU tensors       where the extension was built
+triton     the five stages in Triton (kernels/), GPU tensors    on GPUs of capability >= 8.0
 torch      the five stages in blocked PyTorch, O(N d) memory    always available
 reference  the formula, materialises the N x N matrix           options nothing faster has
 ========== ==================================================== ===============================
@@ -22,10 +23,11 @@ from .problem import Problem
 
 _MODULES = {
     "cpu": ".backends.cpu",
+    "triton": ".backends.triton",
     "torch": ".backends.torch_blocked",
     "reference": ".reference",
 }
-PRIORITY = ("cpu", "torch", "reference")  # fastest first
+PRIORITY = ("cpu", "triton", "torch", "reference")  # fastest first
 BACKENDS = ("auto", *PRIORITY)
 
 _last: str | None = None
@@ -44,12 +46,21 @@ def choose(problem: Problem, backend: str = "auto") -> str:
     names = PRIORITY if backend == "auto" else (backend,)
     reasons = []
     for name in names:
-        against = load(name).why_not(problem)
+        module = load(name)
+        against = module.why_not(problem)
+        if not against and backend == "auto" and only_by_name(module, problem):
+            against = ["interpreted kernels run only where they are asked for by name"]
         if not against:
             return name
         reasons += [f"{name}: {reason}" for reason in against]
     asked = "no backend can run" if backend == "auto" else f"backend {backend!r} cannot run"
     raise NotImplementedError(f"{asked} this call ({describe(problem)}): " + "; ".join(reasons))
+
+
+def only_by_name(module: ModuleType, problem: Problem) -> bool:
+    """Whether ``module`` runs ``problem`` but is no choice for a user: it would be slow."""
+    asked = getattr(module, "only_by_name", None)
+    return asked is not None and asked(problem)
 
 
 def describe(problem: Problem) -> str:

@@ -32,14 +32,16 @@ class Options(NamedTuple):
     backend: str
     workspace_bytes: int  # -1: the backend's default
     eps: float
+    mixed: bool = False
     # Compiled graphs are cached on disk with the shapes of what `loss_forward` saves: raised by one
     # whenever a backend changes those.
-    layout: int = 1
+    layout: int = 2
 
 
 _OPTIONS = (
     "float temperature_value, int dim, str negatives, bool symmetric, str reduction, "
-    "int row_offset, str precision, str backend, int workspace_bytes, float eps, int layout"
+    "int row_offset, str precision, str backend, int workspace_bytes, float eps, bool mixed, "
+    "int layout"
 )
 _SAVED = ", ".join(f"Tensor {name}" for name in Saved._fields)
 
@@ -72,6 +74,7 @@ def build_problem(
         row_offset=options.row_offset,
         precision=options.precision,
         eps=options.eps,
+        mixed=options.mixed,
         workspace_bytes=None if options.workspace_bytes < 0 else options.workspace_bytes,
         keep=keep,
     )

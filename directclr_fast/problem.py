@@ -43,6 +43,7 @@ class Problem:
     precision: str = "auto"
     eps: float = 1e-12
     workspace_bytes: int | None = None
+    mixed: bool = False  # called under autocast
     keep: bool = False  # a backward pass may follow, so keeping E tiles can pay
 
     @property

@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import dispatch
+from .problem import Problem
+
 KINDS = ("unrelated", "views", "converged", "clustered", "duplicate", "antipodal")
 
 
@@ -102,6 +105,18 @@ def eager_loss(
     if reduction == "none":
         return per_row
     return per_row.mean() if reduction == "mean" else per_row.sum()
+
+
+def backends(device_type: str = "cpu") -> list[str]:
+    """Names of the fast backends that run a plain fp32 call on ``device_type`` here."""
+    problem = Problem(64, 64, 32, 16, torch.float32, device_type, 0.1)
+    found = []
+    for name in dispatch.PRIORITY:
+        module = dispatch.load(name)
+        if name != "reference" and not module.why_not(problem):
+            if not dispatch.only_by_name(module, problem):
+                found.append(name)
+    return found
 
 
 class Result(NamedTuple):

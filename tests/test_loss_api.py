@@ -10,9 +10,9 @@ import torch
 import directclr_fast
 from directclr_fast import DirectCLRLoss, fast_directclr_loss, info_nce, last_backend
 from directclr_fast.dispatch import PRIORITY
-from directclr_fast.testing import eager_loss, evaluate, make_views, relative_error
+from directclr_fast.testing import backends, eager_loss, evaluate, make_views, relative_error
 
-BACKENDS = list(PRIORITY)
+BACKENDS = [*backends(), "reference"]
 
 
 @pytest.fixture

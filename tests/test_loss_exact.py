@@ -9,10 +9,17 @@ import pytest
 import torch
 
 from directclr_fast import fast_directclr_loss
-from directclr_fast.dispatch import PRIORITY
-from directclr_fast.testing import KINDS, bound, eager_loss, evaluate, make_views, relative_error
+from directclr_fast.testing import (
+    KINDS,
+    backends,
+    bound,
+    eager_loss,
+    evaluate,
+    make_views,
+    relative_error,
+)
 
-BACKENDS = [name for name in PRIORITY if name != "reference"]
+BACKENDS = backends()
 TEMPERATURES = (0.001, 0.01, 0.05, 0.1, 0.5, 1.0, 10.0)
 # One row, primes, one below, at and above the tile edges, and ragged pairs.
 ROWS = (1, 2, 3, 5, 7, 16, 31, 63, 64, 65, 97)

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from directclr_fast.dispatch import PRIORITY
+from directclr_fast.testing import backends
 
-BACKENDS = [name for name in PRIORITY if name != "reference"]
+BACKENDS = backends()
 
 # Peak resident memory above what stands before the call: inputs exist, threads and libraries are
 # warm. VmHWM is reset through clear_refs where the system allows it (Linux).

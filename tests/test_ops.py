@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from directclr_fast import DirectCLRLoss, fast_directclr_loss, ops
-from directclr_fast.dispatch import PRIORITY
-from directclr_fast.testing import evaluate, make_views, relative_error
+from directclr_fast.testing import backends, evaluate, make_views, relative_error
 
-BACKENDS = [name for name in PRIORITY if name != "reference"]
+BACKENDS = backends()
 DEFAULTS = ops.Options(0.1, 20, "cross", True, "mean", 0, "auto", "auto", -1, 1e-12)
 COLUMNS = torch.tensor([[1, 2, 30], [3, 0, 4]])
 

@@ -120,7 +120,13 @@ class Stages(Protocol):
 def forward(
     stages: Stages, problem: Problem, r1: Tensor, r2: Tensor, columns: Tensor | None, scale
 ) -> tuple[Tensor, Saved]:
-    """Loss and what its backward pass needs. ``columns`` is (G, d) or None for the slice."""
+    """Loss and what its backward pass needs. ``columns`` is (G, d) or None for the slice.
+
+    Stages with a method ``fuses(problem)`` that says yes run their own ``forward`` and
+    ``backward``, of the same arguments and results, in fewer launches.
+    """
+    if _fused(stages, problem):
+        return stages.forward(problem, r1, r2, columns, scale)
     groups = []
     for index in [None] if columns is None else columns:
         z1, rnorm1 = stages.normalize(problem, r1, index)
@@ -164,6 +170,8 @@ def backward(
     need: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of (r1, r2, temperature) where ``need`` says so, else None."""
+    if _fused(stages, problem):
+        return stages.backward(problem, dloss, saved, columns, scale, need)
     need1, need2, need_temperature = need
     # The factor a of dz = a G z joins the weights, where it costs O(N).
     weights = row_weights(problem, dloss.to(saved.row_lse.dtype)) * scale
@@ -194,6 +202,11 @@ def backward(
         total = sum((a + b) / 2 if both else (b if a is None else a) for a, b in dots)
         dtemperature = -total * scale
     return dr1, dr2, dtemperature
+
+
+def _fused(stages: Stages, problem: Problem) -> bool:
+    fuses = getattr(stages, "fuses", None)
+    return fuses is not None and fuses(problem)
 
 
 def _products(stages: Stages, problem: Problem, state: Saved, weights: Tensor, scale, want):

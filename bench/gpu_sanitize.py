@@ -1,0 +1,43 @@
+"""Small ragged calls of the Triton backend, every kernel and option, for compute-sanitizer."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from directclr_fast import fast_directclr_loss
+from directclr_fast.testing import make_views
+
+
+def main() -> None:
+    """Two shapes; every precision, negatives, groups, direction and kind of temperature."""
+    device = "cuda"
+    for (rows, dim), precision in itertools.product(
+        ((129, 70), (300, 360)), ("fp16", "bf16", "tf32", "highest", "fp8")
+    ):
+        if precision == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+            continue
+        r1, r2 = make_views(rows, 400, dtype=torch.float32, device=device)
+        r1.requires_grad_(), r2.requires_grad_()
+        temperature = torch.tensor(0.1, device=device, requires_grad=True)
+        columns = torch.randperm(400, generator=torch.Generator().manual_seed(0))[: 3 * dim]
+        for options in (
+            {},
+            {"negatives": "both"},
+            {"symmetric": False, "reduction": "none"},
+            {"temperature": 0.005},
+            {"temperature": temperature},
+            {"columns": columns[: 3 * (len(columns) // 3)].view(3, -1).to(device)},
+            {"workspace_bytes": 2**16},
+        ):
+            loss = fast_directclr_loss(
+                r1, r2, dim, precision=precision, backend="triton", **options
+            )
+            loss.sum().backward()
+    torch.cuda.synchronize()
+    print("ran")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""What every kernel shares: operand layout, tile loads, accurate small functions, the launcher.
+
+Unit rows are packed for the tensor cores (:class:`Layout`). With half-precision operands a row is
+
+.. code-block:: text
+
+    [ hi (PITCH) | lo (PITCH) | e4m3 (PITCH bytes, precision "fp8" only) ]
+
+hi = round(z), lo = round((z - hi) LO_SCALE): hi is the operand of the tile products, hi + lo the
+fp32-grade row that the positives' terms and the normalisation's backward need. That is the memory
+of an fp32 row, and nothing has to be read again from the representation. PITCH is d rounded up to
+64 with zeros in between, so no tile needs a mask along d: 360 columns cost 384.
+
+Everything that differs between Triton versions is here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+LO_SCALE = tl.constexpr(2048.0)  # keeps the remainders of small entries out of fp16's denormals
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the unit rows of one precision lie in memory; ``dim`` columns, ``pitch`` with padding."""
+
+    precision: str  # "fp16", "bf16", "tf32", "highest" or "fp8"
+    dim: int
+    ieee: bool = False  # "highest" by IEEE products: where there is no tf32x3 (ROCm)
+
+    @property
+    def pitch(self) -> int:
+        return (self.dim + 63) // 64 * 64
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return {
+            "fp16": torch.float16,
+            "fp8": torch.float16,
+            "bf16": torch.bfloat16,
+        }.get(self.precision, torch.float32)
+
+    @property
+    def split(self) -> bool:
+        """Whether a row is hi and lo."""
+        return self.dtype != torch.float32
+
+    @property
+    def row(self) -> int:
+        """Elements of ``dtype`` in a row."""
+        if self.precision == "fp8":
+            return 2 * self.pitch + self.pitch // 2
+        return 2 * self.pitch if self.split else self.pitch
+
+    @property
+    def fp8_scale(self) -> float:
+        """The power of two nearest 2 sqrt(d): typical entries of unit rows near 2 in e4m3."""
+        return 2.0 ** round(0.5 * math.log2(4 * self.dim))
+
+    @property
+    def dot_precision(self) -> str:
+        """``input_precision`` of tl.dot: named always, read by Triton for fp32 operands only."""
+        if self.precision == "highest" and not self.ieee:
+            return "tf32x3"
+        return "tf32" if self.precision == "tf32" else "ieee"
+
+    def operand(self, z: Tensor) -> Tensor:
+        """(rows, pitch): what the similarity tiles are computed from."""
+        if self.precision == "fp8":
+            return z.view(torch.float8_e4m3fn)[:, 4 * self.pitch : 5 * self.pitch]
+        return z[:, : self.pitch]
+
+    def half_operand(self, z: Tensor) -> Tensor:
+        """(rows, pitch): what the gradient products are computed from."""
+        return z[:, : self.pitch]
+
+
+def tile_source(x: Tensor, rows: int, columns: int, tma: bool):
+    """A 2-d operand as ``load_tile`` takes it: itself, or a descriptor of (rows, columns) tiles."""
+    if not tma:
+        return x
+    return TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [rows, columns])
+
+
+@triton.jit
+def load_tile(
+    x, row, column, rows, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr
+):
+    """(ROWS, COLUMNS) of x from (row, column); rows from ``rows`` on read as zero."""
+    if TMA:
+        return x.load([row, column])
+    else:
+        offs_r = row + tl.arange(0, ROWS)
+        offs_c = column + tl.arange(0, COLUMNS)
+        where = x + offs_r[:, None].to(tl.int64) * stride + offs_c[None, :]
+        return tl.load(where, mask=offs_r[:, None] < rows, other=0.0)
+
+
+@triton.jit
+def tile_dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b with fp32 accumulation; PRECISION is read for fp32 operands."""
+    if INTERPRETED and a.dtype == tl.bfloat16:  # the interpreter would multiply the bit patterns
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def load_unit_rows(z, offs_r, offs_c, mask, stride, PITCH: tl.constexpr, SPLIT: tl.constexpr):
+    """fp32 unit rows (R, C) of a packed z: hi + lo where it is split."""
+    where = z + offs_r[:, None].to(tl.int64) * stride + offs_c[None, :]
+    hi = tl.load(where, mask=mask, other=0.0).to(tl.float32)
+    if SPLIT:
+        lo = tl.load(where + PITCH, mask=mask, other=0.0).to(tl.float32)
+        hi += lo * (1.0 / LO_SCALE)
+    return hi
+
+
+@triton.jit
+def load_scale(scale, FROM_MEMORY: tl.constexpr):
+    """1/temperature: a scalar argument, or read from a 0-dim tensor."""
+    if FROM_MEMORY:
+        return tl.load(scale).to(tl.float32)
+    else:
+        return scale
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) for fp64 x >= 0, to relative accuracy for small x (Kahan)."""
+    u = 1.0 + x
+    safe = tl.where(u == 1.0, 2.0, u)
+    return tl.where(u == 1.0, x, tl.where(u == float("inf"), u, tl.log(safe) * (x / (safe - 1.0))))
+
+
+@triton.jit
+def expm1(x):
+    """exp(x) - 1 for fp64 x <= 0, to relative accuracy for small x (Kahan)."""
+    u = tl.exp(x)
+    um1 = u - 1.0
+    plain = (u == 1.0) | (um1 == -1.0)
+    safe = tl.where(plain, 0.5, u)
+    return tl.where(u == 1.0, x, tl.where(um1 == -1.0, um1, um1 * (x / tl.log(safe))))
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)) in fp64."""
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) + log1p(tl.exp(-tl.abs(x)))
+
+
+class Launcher:
+    """Launches kernels on the device of their tensors.
+
+    ``recorder``, where set, gets the launch instead (kernel, grid, args, warps, stages, constants):
+    the compile gate sees every kernel a call would launch without launching any.
+    """
+
+    recorder = None
+
+    def __call__(self, kernel, grid: tuple[int, ...], *args, warps: int, stages: int, **constants):
+        if self.recorder is not None:
+            self.recorder(kernel, grid, args, warps, stages, constants)
+            return
+        # Named because Triton's default for it is about to change.
+        options = {} if INTERPRETED.value else {"enable_fp_fusion": True}
+        kernel[grid](*args, num_warps=warps, num_stages=stages, **constants, **options)
+
+    def device(self, tensor: Tensor):
+        """A context in which launches go to the device of ``tensor``."""
+        if tensor.device.type != "cuda":
+            return contextlib.nullcontext()
+        return torch.cuda.device(tensor.device)
+
+
+launch = Launcher()
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up."""
+    return -(-a // b)

@@ -1,0 +1,128 @@
+"""Tile choices: one fixed table per architecture, each row with its reason.
+
+Nothing is tuned at run time. ``bench/tune_triton.py`` measures candidates on a GPU and prints rows
+for this table; until a result file backs a row its reason is arithmetic, and says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One tile product: ``rows`` x ``columns`` of the result, ``inner`` of the dot a step."""
+
+    rows: int
+    columns: int
+    inner: int
+    warps: int
+    stages: int
+    tma: bool = False
+    flatten: bool = False
+    group: int = 8  # tile rows that share their column tiles in L2
+
+
+# Shared memory a block may use, bytes: NVIDIA's technical specifications by compute capability,
+# AMD's LDS of CDNA 3.
+SHARED_BYTES = {
+    "sm_80": 163 * 1024,
+    "sm_86": 99 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "sm_120": 99 * 1024,
+    "gfx942": 64 * 1024,
+}
+
+_INTERPRETER = Tile(16, 32, 16, 1, 1)
+
+# (kernel, architecture, bytes of an operand element). "sums": rows are the fixed side (anchors),
+# columns the moving one, and a second fp32 tile lives beside the accumulator, so rows x columns is
+# half of what "weights" can hold. By arithmetic (no result file yet):
+# - a tile of 128 x 128 fp32 over 8 warps is 64 registers a thread, twice that for "sums";
+# - on sm_90 and sm_100 a 128 x 256 tile halves the reads of one operand from L2: at 500 TFLOP/s a
+#   128 x 128 tile of d = 384 wants 7.8 TB/s of them, a 128 x 256 one 5.8;
+# - 64 fp16 (128 bytes) along d is one row of the swizzled shared-memory tile;
+# - sm_86, sm_120 and gfx942 have 64 to 99 KiB of shared memory: fewer stages.
+_TABLE = {
+    ("sums", "sm_80", 2): Tile(64, 128, 64, 8, 3),
+    ("sums", "sm_80", 4): Tile(64, 128, 32, 8, 3),
+    ("sums", "sm_86", 2): Tile(64, 128, 64, 8, 2),
+    ("sums", "sm_86", 1): Tile(64, 128, 64, 8, 3),
+    ("sums", "sm_86", 4): Tile(64, 64, 32, 8, 2),
+    ("sums", "sm_90", 1): Tile(128, 128, 64, 8, 4, tma=True),
+    ("sums", "sm_90", 2): Tile(128, 128, 64, 8, 4, tma=True),
+    ("sums", "sm_90", 4): Tile(64, 128, 32, 8, 3),
+    ("sums", "sm_100", 1): Tile(64, 128, 64, 8, 4, tma=True),
+    ("sums", "sm_100", 2): Tile(64, 128, 64, 8, 4, tma=True),
+    ("sums", "sm_100", 4): Tile(64, 128, 32, 8, 3),
+    ("sums", "gfx942", 2): Tile(128, 128, 32, 8, 2),
+    ("sums", "gfx942", 4): Tile(64, 64, 32, 4, 1),
+    ("weights", "sm_80", 2): Tile(128, 128, 64, 8, 3),
+    ("weights", "sm_80", 4): Tile(128, 64, 32, 8, 3),
+    ("weights", "sm_86", 2): Tile(128, 128, 64, 8, 2),
+    ("weights", "sm_86", 1): Tile(128, 128, 64, 8, 3),
+    ("weights", "sm_86", 4): Tile(64, 64, 32, 4, 2),
+    ("weights", "sm_90", 1): Tile(128, 256, 64, 8, 3, tma=True),
+    ("weights", "sm_90", 2): Tile(128, 256, 64, 8, 3, tma=True),
+    ("weights", "sm_90", 4): Tile(128, 64, 32, 8, 3),
+    ("weights", "sm_100", 1): Tile(128, 128, 64, 8, 4, tma=True),
+    ("weights", "sm_100", 2): Tile(128, 128, 64, 8, 4, tma=True),
+    ("weights", "sm_100", 4): Tile(128, 64, 32, 8, 3),
+    ("weights", "gfx942", 2): Tile(128, 128, 32, 8, 2),
+    ("weights", "gfx942", 4): Tile(64, 64, 32, 4, 1),
+    ("products", "sm_80", 2): Tile(128, 128, 64, 8, 3),
+    ("products", "sm_80", 4): Tile(64, 64, 32, 4, 3),
+    ("products", "sm_86", 2): Tile(128, 128, 64, 8, 2),
+    ("products", "sm_86", 4): Tile(64, 64, 32, 4, 2),
+    ("products", "sm_90", 2): Tile(128, 128, 64, 8, 4, tma=True),
+    ("products", "sm_90", 4): Tile(64, 64, 32, 4, 3),
+    ("products", "sm_100", 2): Tile(128, 128, 64, 8, 4, tma=True),
+    ("products", "sm_100", 4): Tile(64, 64, 32, 8, 3),
+    ("products", "gfx942", 2): Tile(128, 128, 32, 8, 2),
+    ("products", "gfx942", 4): Tile(64, 64, 32, 4, 1),
+}
+# Two exponentials an element, or the triangle's mask, want more registers: there the tiles above
+# spill.
+_CROWDED = {
+    **{("weights", "sm_90", size): Tile(128, 128, 64, 8, 4, tma=True) for size in (1, 2)},
+    **{("sums", "sm_90", size): Tile(64, 128, 64, 8, 4, tma=True) for size in (1, 2)},
+    **{("sums", "sm_100", size): Tile(64, 64, 64, 8, 4, tma=True) for size in (1, 2)},
+    ("sums", "sm_100", 4): Tile(64, 64, 32, 8, 3),
+}
+
+
+def tile(kernel: str, arch: str, itemsize: int, plain: bool = True) -> Tile:
+    """The tile of "sums", "weights" or "products" for operands of ``itemsize`` bytes.
+
+    ``plain``: one exponential an element, and no triangle to stay above.
+    """
+    if arch == "interpreter":
+        return _INTERPRETER
+    # Ada and consumer Blackwell have the shared memory and the warp-level products of sm_86.
+    arch = "sm_86" if arch in ("sm_89", "sm_120") else arch
+    if not plain and (kernel, arch, itemsize) in _CROWDED:
+        return _CROWDED[kernel, arch, itemsize]
+    return _TABLE[kernel, arch, itemsize]
+
+
+@cache
+def architecture(device: torch.device) -> tuple[str, int]:
+    """(name in the table, multiprocessors) of a GPU; ("interpreter", 4) for the CPU."""
+    if device.type != "cuda":
+        return "interpreter", 4
+    found = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return "gfx942", found.multi_processor_count
+    return nearest(found.major, found.minor), found.multi_processor_count
+
+
+def nearest(major: int, minor: int) -> str:
+    """The row of the table for a compute capability."""
+    if major == 8:
+        return {0: "sm_80", 9: "sm_89"}.get(minor, "sm_86")
+    return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_120")

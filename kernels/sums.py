@@ -1,0 +1,499 @@
+r"""Stage 2: the sums of exp(a s_ij) over all but the positives, by row and by column.
+
+    rest_row_i = log sum_{j != p(i)} exp(a s_ij)
+    rest_col_j = log sum_{i: p(i) != j} exp(a s_ij)
+
+Tile walk: a program owns BLOCK_F rows of the *fixed* side (anchors) and walks a share of the tiles
+of BLOCK_T rows of the *moving* side (candidates). A tile is acc = moving fixed^T, so the moving
+rows lie along the axis that one warp holds: their sum is a few shuffles a tile, stored as one
+partial per program. The fixed rows' sums stay apart element by element in registers until the walk
+ends, one addition a tile. Nothing N x N is stored.
+
+The partials, (fixed blocks, N) and (shares, M), are added by a second kernel in a fixed order, so a
+repeat run gives the same bits; strips of fixed blocks keep them within PARTIAL_BYTES.
+
+BOUNDED: exp2(a' s), a' = a log2(e), needs no maximum while a + log 2N <= 60 (problem.py);
+otherwise every partial carries the maximum it is relative to, which serves any temperature, also
+one that the host does not know. UPPER, for a view with itself: only j > i is computed, and both
+sums of it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import (
+    LN2,
+    LOG2E,
+    Layout,
+    cdiv,
+    launch,
+    load_scale,
+    load_tile,
+    softplus,
+    tile_dot,
+    tile_source,
+)
+from .configs import Tile
+
+PARTIAL_BYTES = 64 * 2**20
+PARTS, BLOCK = 8, 64
+
+
+@triton.jit(
+    do_not_specialize=[
+        "first_fixed",
+        "n_fixed",
+        "n_moving",
+        "offset",
+        "fixed_blocks",
+        "tiles_per_share",
+    ]
+)
+def _sums_kernel(
+    fixed,
+    moving,
+    fixed_sum,
+    fixed_max,
+    moving_sum,
+    moving_max,
+    scale,
+    first_fixed,
+    n_fixed,
+    n_moving,
+    stride_z,
+    offset,
+    fixed_blocks,
+    tiles_per_share,
+    operand_scale,
+    D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    MOVING: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    UPPER: tl.constexpr,
+    SCALE_TENSOR: tl.constexpr,
+    TMA: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    block = tl.program_id(0) % fixed_blocks
+    share = tl.program_id(0) // fixed_blocks
+    local_f = block * BLOCK_F
+    start_f = first_fixed + local_f
+    offs_f = start_f + tl.arange(0, BLOCK_F)
+    a2 = load_scale(scale, SCALE_TENSOR) * LOG2E * operand_scale
+
+    first = share * tiles_per_share
+    last = tl.minimum(first + tiles_per_share, tl.cdiv(n_moving, BLOCK_T))
+    if UPPER:
+        first = tl.maximum(first, start_f // BLOCK_T)
+    total = tl.zeros((BLOCK_T, BLOCK_F), tl.float32)
+    peak = tl.full((BLOCK_F,), float("-inf"), tl.float32)
+    mass = tl.zeros((BLOCK_F,), tl.float32)
+    # Partials of the moving rows: one line of moving_sum a fixed block.
+    moving_sum += block.to(tl.int64) * n_moving
+    moving_max += block.to(tl.int64) * n_moving
+    for tile in tl.range(first, last, flatten=FLATTEN):
+        start_t = tile * BLOCK_T
+        acc = tl.zeros((BLOCK_T, BLOCK_F), tl.float32)
+        for k in range(0, D, BLOCK_K):
+            b_moving = load_tile(moving, start_t, k, n_moving, stride_z, BLOCK_T, BLOCK_K, TMA)
+            b_fixed = load_tile(fixed, start_f, k, n_fixed, stride_z, BLOCK_F, BLOCK_K, TMA)
+            acc = tile_dot(b_moving, b_fixed.T, acc, PRECISION)
+        offs_t = start_t + tl.arange(0, BLOCK_T)
+        # Only tiles at an edge or on the diagonal pay for a mask.
+        ragged = (start_t + BLOCK_T > n_moving) | (start_f + BLOCK_F > n_fixed)
+        if UPPER:
+            masked = ragged | (start_t < start_f + BLOCK_F)
+        else:
+            meets = (start_t < start_f + offset + BLOCK_F) & (start_t + BLOCK_T > start_f + offset)
+            masked = ragged | meets
+        if BOUNDED:
+            e = tl.exp2(acc * a2)
+            if masked:
+                e = tl.where(_kept(offs_t, offs_f, n_moving, n_fixed, offset, UPPER), e, 0.0)
+            total += e
+            if MOVING:
+                tl.store(moving_sum + offs_t, tl.sum(e, 1), mask=offs_t < n_moving)
+        else:
+            x = acc * a2
+            if masked:
+                keep = _kept(offs_t, offs_f, n_moving, n_fixed, offset, UPPER)
+                x = tl.where(keep, x, float("-inf"))
+            new_peak = tl.maximum(peak, tl.max(x, 0))
+            base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+            mass = mass * tl.exp2(peak - base) + tl.sum(tl.exp2(x - base[None, :]), 0)
+            peak = new_peak
+            if MOVING:
+                high = tl.max(x, 1)
+                base_t = tl.where(high == float("-inf"), 0.0, high)
+                part = tl.sum(tl.exp2(x - base_t[:, None]), 1)
+                tl.store(moving_sum + offs_t, part, mask=offs_t < n_moving)
+                tl.store(moving_max + offs_t, high, mask=offs_t < n_moving)
+    local = local_f + tl.arange(0, BLOCK_F)
+    where = share.to(tl.int64) * (fixed_blocks * BLOCK_F) + local
+    if BOUNDED:
+        tl.store(fixed_sum + where, tl.sum(total, 0))
+    else:
+        tl.store(fixed_sum + where, mass)
+        tl.store(fixed_max + where, peak)
+
+
+@triton.jit
+def _kept(offs_t, offs_f, n_moving, n_fixed, offset, UPPER: tl.constexpr):
+    """(T, F): inside both sides, and not the positive (UPPER: above the diagonal)."""
+    inside = (offs_t < n_moving)[:, None] & (offs_f < n_fixed)[None, :]
+    if UPPER:
+        return inside & (offs_t[:, None] > offs_f[None, :])
+    else:
+        return inside & (offs_t[:, None] != offs_f[None, :] + offset)
+
+
+@triton.jit
+def _log_of_parts(
+    sums,
+    peaks,
+    offs,
+    mask,
+    parts,
+    stride,
+    BOUNDED: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """log of the sum of ``parts`` lines of partials at ``offs``: fp64 (BLOCK,)."""
+    offs_p = tl.arange(0, PARTS)
+    total = tl.zeros((BLOCK,), tl.float64)
+    top = tl.zeros((BLOCK,), tl.float32)
+    if not BOUNDED:
+        top += float("-inf")
+        for p in range(0, parts, PARTS):
+            where = (p + offs_p).to(tl.int64)[:, None] * stride + offs[None, :]
+            keep = (p + offs_p < parts)[:, None] & mask[None, :]
+            top = tl.maximum(top, tl.max(tl.load(peaks + where, mask=keep, other=float("-inf")), 0))
+        top = tl.where(top == float("-inf"), 0.0, top)
+    for p in range(0, parts, PARTS):
+        where = (p + offs_p).to(tl.int64)[:, None] * stride + offs[None, :]
+        keep = (p + offs_p < parts)[:, None] & mask[None, :]
+        part = tl.load(sums + where, mask=keep, other=0.0).to(tl.float64)
+        if not BOUNDED:
+            peak = tl.load(peaks + where, mask=keep, other=float("-inf"))
+            part *= tl.exp2((peak - top[None, :]).to(tl.float64))
+        total += tl.sum(part, 0)
+    return tl.log(total) + top.to(tl.float64) * LN2
+
+
+@triton.jit
+def _add_logs(a, b):
+    """log(exp(a) + exp(b)) in fp64; -inf is an empty sum."""
+    high = tl.maximum(a, b)
+    base = tl.where(high == float("-inf"), 0.0, high)
+    return tl.log(tl.exp(a - base) + tl.exp(b - base)) + base
+
+
+@triton.jit(do_not_specialize=["n", "parts", "stride"])
+def _fold_kernel(
+    sums,
+    peaks,
+    into,
+    n,
+    parts,
+    stride,
+    FIRST: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < n
+    found = _log_of_parts(sums, peaks, offs, mask, parts, stride, BOUNDED, PARTS, BLOCK)
+    if not FIRST:
+        found = _add_logs(found, tl.load(into + offs, mask=mask, other=0.0))
+    tl.store(into + offs, found, mask=mask)
+
+
+@triton.jit(do_not_specialize=["m", "n", "offset", "row_parts", "row_stride", "col_parts"])
+def _combine_kernel(
+    row_sum,
+    row_max,
+    col_sum,
+    col_max,
+    rest_row,
+    rest_col,
+    positives,
+    row_lse,
+    col_lse,
+    nll_row,
+    nll_col,
+    loss,
+    scale,
+    scale_low,
+    m,
+    n,
+    offset,
+    row_parts,
+    row_stride,
+    col_parts,
+    FOLDED: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    SCALE_TENSOR: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    offs_c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    offs_r = offs_c - offset
+    mask_c = offs_c < n
+    mask_r = (offs_r >= 0) & (offs_r < m)
+    if SCALE_TENSOR:
+        a = tl.load(scale).to(tl.float64)
+    else:
+        a = tl.full((), 0.0, tl.float64) + scale + scale_low
+    logit = tl.load(positives + offs_r, mask=mask_r, other=0.0) * a
+    if FOLDED:
+        rest = tl.load(rest_row + offs_r, mask=mask_r, other=0.0)
+    else:
+        rest = _log_of_parts(
+            row_sum, row_max, offs_r, mask_r, row_parts, row_stride, BOUNDED, PARTS, BLOCK
+        )
+    nll = softplus(rest - logit)
+    tl.store(nll_row + offs_r, nll, mask=mask_r)
+    tl.store(row_lse + offs_r, logit + nll, mask=mask_r)
+    per_row = nll
+    if SYMMETRIC:
+        if FOLDED:
+            rest = tl.load(rest_col + offs_c, mask=mask_c, other=0.0)
+        else:
+            rest = _log_of_parts(
+                col_sum, col_max, offs_c, mask_c, col_parts, n, BOUNDED, PARTS, BLOCK
+            )
+        nll = softplus(rest - logit)
+        tl.store(nll_col + offs_r, nll, mask=mask_r)
+        tl.store(col_lse + offs_c, tl.where(mask_r, logit + nll, rest), mask=mask_c)
+        per_row = 0.5 * (per_row + nll)
+    if PER_ROW:
+        tl.store(loss + offs_r, per_row.to(tl.float32), mask=mask_r)
+    else:
+        tl.store(loss + tl.program_id(0), tl.sum(tl.where(mask_r, per_row, 0.0)))
+
+
+@triton.jit(do_not_specialize=["n"])
+def _total_kernel(parts, loss, n, factor, BLOCK: tl.constexpr):
+    """The blocks' losses to one, in a fixed order."""
+    total = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, n, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        total += tl.load(parts + offs, mask=offs < n, other=0.0)
+    tl.store(loss, (tl.sum(total) / factor).to(tl.float32))
+
+
+class Partials:
+    """The partial sums of one strip of fixed rows, and what is needed to add them up."""
+
+    def __init__(self, rows: int, n: int, shares: int, tile: Tile, moving: bool, bounded: bool, z):
+        self.blocks = cdiv(rows, tile.rows)
+        self.shares = shares
+        self.row_stride = self.blocks * tile.rows
+
+        def buffer(lines: int, length: int) -> Tensor:
+            return torch.empty(lines * length, dtype=torch.float32, device=z.device)
+
+        self.row_sum = buffer(shares, self.row_stride)
+        self.col_sum = buffer(self.blocks, n) if moving else self.row_sum
+        self.row_max, self.col_max = self.row_sum, self.col_sum
+        if not bounded:
+            self.row_max = buffer(shares, self.row_stride)
+            self.col_max = buffer(self.blocks, n) if moving else self.row_max
+
+
+def strips(m: int, n: int, tile: Tile, moving: bool, bounded: bool) -> list[slice]:
+    """The fixed rows in strips whose partials stay within PARTIAL_BYTES."""
+    rows = m
+    if moving:
+        line = 4 * n * (1 if bounded else 2)
+        rows = max(1, PARTIAL_BYTES // line) * tile.rows
+    return [slice(start, min(start + rows, m)) for start in range(0, m, rows)]
+
+
+def partial_sums(
+    layout: Layout,
+    z1: Tensor,
+    z2: Tensor,
+    strip: slice,
+    scale,
+    offset: int,
+    tile: Tile,
+    programs: int,
+    *,
+    moving: bool,
+    bounded: bool,
+    upper: bool = False,
+) -> Partials:
+    """One launch: partials of the anchors in ``strip`` (z1) against all candidates (z2)."""
+    n = len(z2)
+    tiles = cdiv(n, tile.columns)
+    blocks = cdiv(strip.stop - strip.start, tile.rows)
+    share_tiles = cdiv(tiles, max(1, min(tiles, cdiv(programs, blocks))))
+    shares = cdiv(tiles, share_tiles)
+    parts = Partials(strip.stop - strip.start, n, shares, tile, moving, bounded, z1)
+    if upper:  # tiles below the diagonal are not visited
+        parts.col_sum.zero_()
+        if not bounded:
+            parts.col_max.fill_(float("-inf"))
+    fixed, walked = layout.operand(z1), layout.operand(z2)
+    fp8 = layout.precision == "fp8"
+    launch(
+        _sums_kernel,
+        (blocks * shares,),
+        tile_source(fixed, tile.rows, tile.inner, tile.tma),
+        tile_source(walked, tile.columns, tile.inner, tile.tma),
+        parts.row_sum,
+        parts.row_max,
+        parts.col_sum,
+        parts.col_max,
+        scale,
+        strip.start,
+        len(z1),
+        n,
+        fixed.stride(0),
+        offset,
+        blocks,
+        share_tiles,
+        layout.fp8_scale**-2 if fp8 else 1.0,
+        D=layout.pitch,
+        BLOCK_T=tile.columns,
+        BLOCK_F=tile.rows,
+        BLOCK_K=tile.inner,
+        MOVING=moving,
+        BOUNDED=bounded,
+        UPPER=upper,
+        SCALE_TENSOR=isinstance(scale, Tensor),
+        TMA=tile.tma,
+        FLATTEN=tile.flatten,
+        PRECISION=layout.dot_precision,
+        warps=tile.warps,
+        stages=tile.stages,
+    )
+    return parts
+
+
+def fold(sums: Tensor, peaks: Tensor, into: Tensor, parts: int, stride: int, first, bounded):
+    """``into`` (n,) fp64 log-sums: set (``first``) or increased by lines of partials."""
+    launch(
+        _fold_kernel,
+        (cdiv(len(into), BLOCK),),
+        sums,
+        peaks,
+        into,
+        len(into),
+        parts,
+        stride,
+        FIRST=first,
+        BOUNDED=bounded,
+        PARTS=PARTS,
+        BLOCK=BLOCK,
+        warps=4,
+        stages=2,
+    )
+
+
+def log_sums(
+    layout: Layout, z1, z2, scale, offset, tile, programs, *, moving, bounded, upper=False
+):
+    """(rest_row (M,), rest_col (N,) or None) in fp64, over strips."""
+    row = torch.empty(len(z1), dtype=torch.float64, device=z1.device)
+    col = torch.empty(len(z2), dtype=torch.float64, device=z1.device) if moving else None
+    for strip in strips(len(z1), len(z2), tile, moving, bounded):
+        parts = partial_sums(
+            layout, z1, z2, strip, scale, offset, tile, programs,
+            moving=moving, bounded=bounded, upper=upper,
+        )  # fmt: skip
+        fold(
+            parts.row_sum, parts.row_max, row[strip], parts.shares, parts.row_stride, True, bounded
+        )
+        if moving:
+            first = strip.start == 0
+            fold(parts.col_sum, parts.col_max, col, parts.blocks, len(z2), first, bounded)
+    return row, col
+
+
+def combine(problem, positives, scale, *, bounded, parts: Partials | None, rest=(None, None)):
+    """Loss (scalar or (M,), fp32), row_lse, col_lse, nll_row, nll_col in one or two launches.
+
+    From the partials of a single strip, or from ``rest``, the log-sums of several.
+    """
+    m, n, device = problem.rows, problem.candidates, positives.device
+
+    def statistic(length: int) -> Tensor:
+        return torch.empty(length, dtype=torch.float64, device=device)
+
+    row_lse, nll_row = statistic(m), statistic(m)
+    col_lse = statistic(n if problem.symmetric else 0)
+    nll_col = statistic(m if problem.symmetric else 0)
+    per_row = problem.reduction == "none"
+    blocks = cdiv(n, BLOCK)
+    if per_row:
+        losses = torch.empty(m, dtype=torch.float32, device=device)
+    else:
+        losses = statistic(blocks)
+    tensor = isinstance(scale, Tensor)
+    # The positive's logit deserves a in fp64: as the sum of two fp32 arguments.
+    high, low = scale, 0.0
+    if not tensor:
+        high = float(np.float32(scale))
+        low = scale - high
+    launch(
+        _combine_kernel,
+        (blocks,),
+        parts.row_sum if parts else losses,
+        parts.row_max if parts else losses,
+        parts.col_sum if parts else losses,
+        parts.col_max if parts else losses,
+        losses if parts else rest[0],
+        losses if parts or not problem.symmetric else rest[1],
+        positives,
+        row_lse,
+        col_lse if problem.symmetric else row_lse,
+        nll_row,
+        nll_col if problem.symmetric else nll_row,
+        losses,
+        high,
+        low,
+        m,
+        n,
+        problem.row_offset,
+        parts.shares if parts else 0,
+        parts.row_stride if parts else 0,
+        parts.blocks if parts else 0,
+        FOLDED=parts is None,
+        SYMMETRIC=problem.symmetric,
+        PER_ROW=per_row,
+        BOUNDED=bounded,
+        SCALE_TENSOR=tensor,
+        PARTS=PARTS,
+        BLOCK=BLOCK,
+        warps=4,
+        stages=2,
+    )
+    if per_row:
+        return losses, row_lse, col_lse, nll_row, nll_col
+    loss = torch.empty((), dtype=torch.float32, device=device)
+    launch(
+        _total_kernel,
+        (1,),
+        losses,
+        loss,
+        blocks,
+        float(m) if problem.reduction == "mean" else 1.0,
+        BLOCK=1024,
+        warps=4,
+        stages=1,
+    )
+    return loss, row_lse, col_lse, nll_row, nll_col

@@ -1,0 +1,271 @@
+r"""Stage 3: the weights of the gradient, one super-block at a time, ready for the tensor cores.
+
+    P_ij = STORE (w_i exp(a s_ij - row_lse_i) + v_j exp(a s_ij - col_lse_j)),   0 at the positives
+
+w_i and v_j are upstream gradients relative to the largest; with both directions each exponential is
+a probability, so |P| <= 2 STORE = 2^14 however large N is, and fp16 keeps entries normal down to
+probabilities of 2^-27. The positives' own term is not in P: its p - 1 cancels, and rounded operands
+would lose it; ``finish`` adds it in fp32.
+
+BOUNDED folds both directions into one exponential, exp2(a' s) (f_i + g_j) with f_i = STORE w_i /
+exp(row_lse_i); otherwise each direction has its own, relative to its log-sum.
+
+Tile walk: a program owns one BLOCK_M x BLOCK_N tile; ``group`` tile rows at a time share their
+column tiles in L2. Written: the super-block, padded with zeros to whole tiles, so the products need
+no mask along it.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import LOG2E, Layout, cdiv, expm1, launch, load_scale, load_tile, tile_dot, tile_source
+from .configs import Tile
+
+STORE = 2.0**13
+BLOCK = 128
+
+
+@triton.jit(do_not_specialize=["m", "n", "offset"])
+def _factors_kernel(
+    upstream,
+    largest,
+    row_lse,
+    col_lse,
+    nll_row,
+    nll_col,
+    row_factor,
+    col_factor,
+    row_shift,
+    col_shift,
+    diagonal,
+    m,
+    n,
+    offset,
+    store,
+    PER_ROW: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    offs_c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    offs_r = offs_c - offset
+    mask_c = offs_c < n
+    mask_r = (offs_r >= 0) & (offs_r < m)
+    weight = tl.where(mask_r, 1.0, 0.0).to(tl.float64) * store
+    if PER_ROW:
+        top = tl.load(largest).to(tl.float64)
+        inverse = tl.where(top == 0.0, 0.0, 1.0 / tl.where(top == 0.0, 1.0, top))
+        weight *= tl.load(upstream + offs_r, mask=mask_r, other=0.0).to(tl.float64) * inverse
+    diag = weight * expm1(-tl.load(nll_row + offs_r, mask=mask_r, other=0.0))
+    lse = tl.load(row_lse + offs_r, mask=mask_r, other=0.0)
+    if BOUNDED:
+        tl.store(row_factor + offs_r, (weight * tl.exp(-lse)).to(tl.float32), mask=mask_r)
+    else:
+        tl.store(row_factor + offs_r, weight.to(tl.float32), mask=mask_r)
+        tl.store(row_shift + offs_r, (lse * LOG2E).to(tl.float32), mask=mask_r)
+    if SYMMETRIC:
+        diag += weight * expm1(-tl.load(nll_col + offs_r, mask=mask_r, other=0.0))
+        lse = tl.load(col_lse + offs_c, mask=mask_c, other=0.0)
+        if BOUNDED:
+            factor = tl.where(mask_r, weight * tl.exp(-lse), 0.0)
+            tl.store(col_factor + offs_c, factor.to(tl.float32), mask=mask_c)
+        else:
+            tl.store(col_factor + offs_c, weight.to(tl.float32), mask=mask_c)
+            tl.store(col_shift + offs_c, (lse * LOG2E).to(tl.float32), mask=mask_c)
+    tl.store(diagonal + offs_r, diag.to(tl.float32), mask=mask_r)
+
+
+@triton.jit
+def _grouped(pid, blocks_m, blocks_n, GROUP: tl.constexpr):
+    """(row, column) of tile ``pid``: GROUP rows of tiles are walked column by column."""
+    in_group = GROUP * blocks_n
+    first = pid // in_group * GROUP
+    size = tl.minimum(blocks_m - first, GROUP)
+    return first + pid % in_group % size, pid % in_group // size
+
+
+@triton.jit(
+    do_not_specialize=["first_m", "first_n", "last_m", "last_n", "offset", "blocks_m", "blocks_n"]
+)
+def _weights_kernel(
+    z1,
+    z2,
+    row_factor,
+    col_factor,
+    row_shift,
+    col_shift,
+    out,
+    scale,
+    first_m,
+    first_n,
+    last_m,
+    last_n,
+    stride_z,
+    stride_out,
+    offset,
+    blocks_m,
+    blocks_n,
+    operand_scale,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    SCALE_TENSOR: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    tile_m, tile_n = _grouped(tl.program_id(0), blocks_m, blocks_n, GROUP)
+    start_m = first_m + tile_m * BLOCK_M
+    start_n = first_n + tile_n * BLOCK_N
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, D, BLOCK_K):
+        a = load_tile(z1, start_m, k, last_m, stride_z, BLOCK_M, BLOCK_K, TMA)
+        b = load_tile(z2, start_n, k, last_n, stride_z, BLOCK_N, BLOCK_K, TMA)
+        acc = tile_dot(a, b.T, acc, PRECISION)
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    mask_m = offs_m < last_m
+    mask_n = offs_n < last_n
+    a2 = load_scale(scale, SCALE_TENSOR) * LOG2E * operand_scale
+    # Outside the super-block the factors are zero, and with them the padding.
+    by_row = tl.load(row_factor + offs_m, mask=mask_m, other=0.0)[:, None]
+    if SYMMETRIC:
+        by_col = tl.load(col_factor + offs_n, mask=mask_n, other=0.0)[None, :]
+    if BOUNDED:
+        g = tl.exp2(acc * a2)
+        if SYMMETRIC:
+            g *= by_row + by_col
+        else:
+            g *= by_row
+    else:
+        x = acc * a2
+        shift = tl.load(row_shift + offs_m, mask=mask_m, other=float("inf"))[:, None]
+        g = tl.exp2(x - shift) * by_row
+        if SYMMETRIC:
+            shift = tl.load(col_shift + offs_n, mask=mask_n, other=float("inf"))[None, :]
+            g += tl.exp2(x - shift) * by_col
+    ragged = (start_m + BLOCK_M > last_m) | (start_n + BLOCK_N > last_n)
+    meets = (start_n < start_m + offset + BLOCK_M) & (start_n + BLOCK_N > start_m + offset)
+    if ragged | meets:
+        keep = mask_m[:, None] & mask_n[None, :] & (offs_n[None, :] != offs_m[:, None] + offset)
+        g = tl.where(keep, g, 0.0)
+    row = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None] * stride_out
+    column = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    tl.store(out + row + column, g.to(out.dtype.element_ty))
+
+
+class Factors:
+    """What a tile of weights is made with: per-row and per-column fp32, and the positives' terms.
+
+    ``diagonal`` (M,) is STORE-scaled like P. Without ``bounded`` the shifts are the log-sums in
+    base 2.
+    """
+
+    def __init__(self, m: int, n: int, symmetric: bool, bounded: bool, device) -> None:
+        def vector(length: int) -> Tensor:
+            return torch.empty(length, dtype=torch.float32, device=device)
+
+        self.row, self.diagonal = vector(m), vector(m)
+        self.col = vector(n) if symmetric else self.row
+        self.row_shift = self.row if bounded else vector(m)
+        self.col_shift = vector(n) if symmetric and not bounded else self.row_shift
+        self.symmetric, self.bounded = symmetric, bounded
+
+
+def factors(problem, saved, upstream: Tensor, largest: Tensor | None, bounded: bool) -> Factors:
+    """One launch. ``largest`` = max |upstream| for reduction "none", else None (weights 1)."""
+    found = Factors(problem.rows, problem.candidates, problem.symmetric, bounded, upstream.device)
+    launch(
+        _factors_kernel,
+        (cdiv(problem.candidates, BLOCK),),
+        upstream,
+        upstream if largest is None else largest,
+        saved.row_lse,
+        saved.col_lse if problem.symmetric else saved.row_lse,
+        saved.nll_row,
+        saved.nll_col if problem.symmetric else saved.nll_row,
+        found.row,
+        found.col,
+        found.row_shift,
+        found.col_shift,
+        found.diagonal,
+        problem.rows,
+        problem.candidates,
+        problem.row_offset,
+        STORE,
+        PER_ROW=largest is not None,
+        SYMMETRIC=problem.symmetric,
+        BOUNDED=bounded,
+        BLOCK=BLOCK,
+        warps=4,
+        stages=1,
+    )
+    return found
+
+
+def padded(rows: slice, columns: slice, tile: Tile) -> tuple[int, int]:
+    """Extent of a super-block in whole tiles."""
+    return (
+        cdiv(rows.stop - rows.start, tile.rows) * tile.rows,
+        cdiv(columns.stop - columns.start, tile.columns) * tile.columns,
+    )
+
+
+def weights(
+    layout: Layout,
+    z1: Tensor,
+    z2: Tensor,
+    found: Factors,
+    scale,
+    offset: int,
+    rows: slice,
+    columns: slice,
+    out: Tensor,
+    tile: Tile,
+) -> Tensor:
+    """One launch: the super-block ``rows`` x ``columns`` of P into ``out``'s memory, padded."""
+    height, width = padded(rows, columns, tile)
+    block = out[: height * width].view(height, width)
+    a, b = layout.operand(z1), layout.operand(z2)
+    launch(
+        _weights_kernel,
+        (height // tile.rows * (width // tile.columns),),
+        tile_source(a, tile.rows, tile.inner, tile.tma),
+        tile_source(b, tile.columns, tile.inner, tile.tma),
+        found.row,
+        found.col,
+        found.row_shift,
+        found.col_shift,
+        block,
+        scale,
+        rows.start,
+        columns.start,
+        rows.stop,
+        columns.stop,
+        a.stride(0),
+        width,
+        offset,
+        height // tile.rows,
+        width // tile.columns,
+        layout.fp8_scale**-2 if layout.precision == "fp8" else 1.0,
+        D=layout.pitch,
+        BLOCK_M=tile.rows,
+        BLOCK_N=tile.columns,
+        BLOCK_K=tile.inner,
+        GROUP=tile.group,
+        SYMMETRIC=found.symmetric,
+        BOUNDED=found.bounded,
+        SCALE_TENSOR=isinstance(scale, Tensor),
+        TMA=tile.tma,
+        PRECISION=layout.dot_precision,
+        warps=tile.warps,
+        stages=tile.stages,
+    )
+    return block

@@ -1,0 +1,403 @@
+"""The Triton kernels through Triton's interpreter: every option, on a machine without a GPU.
+
+``tests/test_triton_gate.py`` compiles the same kernels for GPUs; ``tests/test_triton_gpu.py`` runs
+them on one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import test_loss_exact as exact
+import torch
+
+from directclr_fast import dispatch, fast_directclr_loss, last_backend, ops
+from directclr_fast.backends import triton as backend
+from directclr_fast.problem import Problem
+from directclr_fast.testing import eager_loss, evaluate, make_views, relative_error
+
+triton = pytest.importorskip("triton")
+if torch.cuda.is_available():
+    pytest.skip("with a GPU, test_triton_gpu.py runs the compiled kernels", allow_module_level=True)
+
+from directclr_fast.kernels import common, configs, sums  # noqa: E402
+from triton.runtime import interpreter  # noqa: E402
+
+if not common.INTERPRETED.value:
+    pytest.skip("Triton was imported before the tests could set it", allow_module_level=True)
+
+# numpy's, for log(0) and exp2 of large numbers
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+COARSE = configs.Tile(128, 128, 64, 1, 1)  # fewer, larger steps for the interpreter
+
+
+@pytest.fixture(autouse=True)
+def rounding(monkeypatch):
+    """GPUs round to nearest where the interpreter cuts bits off (to bf16 and fp8)."""
+    narrow = {"bf16": torch.bfloat16, "fp8e4nv": torch.float8_e4m3fn}
+    plain = interpreter._convert_float
+
+    def convert(value, source, target, mode):
+        if source.name == "fp32" and target.name in narrow:
+            wide = torch.from_numpy(np.ascontiguousarray(value).reshape(-1))
+            found = wide.to(narrow[target.name])
+            bits = found.view(torch.int16 if target.name == "bf16" else torch.uint8).numpy()
+            unsigned = np.uint16 if target.name == "bf16" else np.uint8
+            return bits.view(unsigned).reshape(value.shape)
+        return plain(value, source, target, mode)
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert)
+
+
+@pytest.fixture
+def coarse(monkeypatch):
+    monkeypatch.setattr(configs, "_INTERPRETER", COARSE)
+
+
+def problem(**changes) -> Problem:
+    given = {
+        "rows": 64,
+        "candidates": 64,
+        "width": 32,
+        "dim": 16,
+        "dtype": torch.float32,
+        "device_type": "cuda",
+        "temperature": 0.1,
+    }
+    return Problem(**(given | changes))
+
+
+# ------------------------------------------------------------------------------ how exact
+
+
+@pytest.mark.parametrize("chunk", range(6))
+def test_generated_cases_match_the_reference(chunk):
+    """Every option in fp32-grade precision: at most twice eager's error, and ulps of a s."""
+    for seed in range(12 * chunk, 12 * (chunk + 1)):
+        case = exact.generated_case(seed)
+        r1, r2, upstream, options = exact.arguments_of(case, torch.float32)
+        wide = dict(options)
+        if isinstance(options["temperature"], torch.Tensor):
+            options["temperature"] = options["temperature"].float()
+            wide["temperature"] = options["temperature"].double()
+        ours = evaluate(
+            fast_directclr_loss, r1, r2, upstream=upstream, backend="triton",
+            workspace_bytes=case["workspace"], **options,
+        )  # fmt: skip
+        assert last_backend() == "triton"
+        truth = evaluate(fast_directclr_loss, r1.double(), r2.double(), upstream=upstream, **wide)
+        eager = evaluate(eager_loss, r1, r2, upstream=upstream, **options)
+        ulps = torch.finfo(torch.float32).eps / torch.finfo(torch.float64).eps
+        slack = exact.conditioning(case, r1.double(), r2.double(), upstream)
+        for name, got, want, plain in zip(ours._fields, ours, truth, eager):
+            if want is None:
+                continue
+            size = float(want.norm())
+            allowed = (2 * relative_error(plain, want) + 1e-6) * size + ulps * slack[name]
+            error = float((got.double() - want).norm())
+            assert error <= allowed or error < 1e-12, (error, allowed, name, case)
+
+
+# Of the gradient against fp64, N = 256, d = 360; eager under bf16 autocast makes 2e-3 to 5e-2.
+ALLOWED = {"fp16": 5e-4, "bf16": 4e-3, "tf32": 2e-6, "highest": 2e-6, "fp8": 3e-2}
+
+
+def autocast_loss(r1, r2, dim, **options):
+    with torch.autocast("cpu", torch.bfloat16):
+        return eager_loss(r1, r2, dim, **options).float()
+
+
+@pytest.mark.parametrize("kind", ["unrelated", "views", "converged", "clustered"])
+@pytest.mark.parametrize("precision", ALLOWED)
+def test_each_precision_keeps_its_error(coarse, precision, kind):
+    r1, r2 = make_views(256, 400, kind=kind, dtype=torch.float32)
+    truth = evaluate(eager_loss, r1.double(), r2.double(), 360)
+    people = evaluate(autocast_loss, r1, r2, 360)
+    ours = evaluate(fast_directclr_loss, r1, r2, 360, backend="triton", precision=precision)
+    for got, want, theirs in zip(ours[1:3], truth[1:3], people[1:3]):
+        error = relative_error(got, want)
+        assert error < ALLOWED[precision]
+        assert error <= 2 * relative_error(theirs, want)
+
+
+@pytest.mark.parametrize("precision,allowed", [("fp16", 1e-3), ("bf16", 8e-3), ("fp8", None)])
+def test_a_positive_with_probability_099(coarse, precision, allowed):
+    """p - 1 cancels: where the positive is not exact, this is where the gradient is lost."""
+    r1, _ = make_views(256, 360, kind="unrelated", dtype=torch.float32)
+    # Cosine c between the views: p = 0.99 where exp(10 c) is 99 times the other rows' sum.
+    noise = torch.randn(r1.shape, generator=torch.Generator().manual_seed(1))
+    noise -= (noise * r1).sum(1, True) / (r1 * r1).sum(1, True) * r1
+    tangent = noise / noise.norm(dim=1, keepdim=True) * r1.norm(dim=1, keepdim=True)
+    r2 = r1 + 0.16 * tangent
+    truth = evaluate(eager_loss, r1.double(), r2.double(), None)
+    assert 0.98 < float(torch.exp(-truth.loss)) < 0.995
+    people = evaluate(autocast_loss, r1, r2, None)
+    ours = evaluate(fast_directclr_loss, r1, r2, None, backend="triton", precision=precision)
+    bound = relative_error(people.dr1, truth.dr1) if allowed is None else allowed
+    assert relative_error(ours.dr1, truth.dr1) < bound
+    assert relative_error(ours.dr2, truth.dr2) < bound
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.02])
+def test_converged_pairs(temperature):
+    exact.test_a_converged_pair_keeps_its_relative_accuracy("triton", temperature)
+
+
+@pytest.mark.parametrize("temperature", [0.001, 0.1, 10.0])
+def test_hard_rows(temperature):
+    exact.test_hard_rows_stay_finite_and_right("triton", temperature)
+
+
+@pytest.mark.parametrize("negatives", ["cross", "both"])
+def test_rows_shorter_than_eps(negatives):
+    exact.test_rows_shorter_than_eps_are_divided_by_it("triton", negatives)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
+def test_nan_and_inf(bad):
+    exact.test_nan_and_inf_reach_the_loss("triton", bad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("negatives", ["cross", "both"])
+def test_half_inputs_are_at_most_as_wrong_as_eager(dtype, negatives):
+    r1, r2 = make_views(65, 90, kind="views", dtype=dtype)
+    options = {"dim": 67, "negatives": negatives}
+    truth = evaluate(eager_loss, r1.double(), r2.double(), **options)
+    eager = evaluate(eager_loss, r1, r2, **options)
+    ours = evaluate(fast_directclr_loss, r1, r2, backend="triton", **options)
+    assert ours.dr1.dtype == dtype
+    for got, want, plain in zip(ours[:3], truth, eager):
+        assert relative_error(got, want) <= 2 * relative_error(plain, want) + 1e-3
+
+
+# ------------------------------------------------------------------------------ one result
+
+
+def runs_of(r1, r2, **options):
+    upstream = torch.tensor(0.7)
+    options = {"dim": 40, "backend": "triton", "precision": "fp16"} | options
+    return evaluate(fast_directclr_loss, r1, r2, upstream=upstream, **options)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.005, torch.tensor(0.1)], ids=str)
+@pytest.mark.parametrize("negatives", ["cross", "both"])
+def test_repeat_runs_are_bitwise_equal(negatives, temperature):
+    r1, r2 = make_views(70, 48, dtype=torch.float32)
+    first, second = (
+        runs_of(r1, r2, negatives=negatives, temperature=temperature) for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second) if a is not None)
+
+
+@pytest.mark.parametrize("changes", [{"tma": True}, {"flatten": True}, {"group": 1}], ids=str)
+def test_descriptors_flattening_and_grouping_change_no_bit(monkeypatch, changes):
+    r1, r2 = make_views(70, 48, candidates=75, dtype=torch.float32)
+    plain = runs_of(r1, r2)
+    monkeypatch.setattr(
+        configs, "_INTERPRETER", dataclasses.replace(configs._INTERPRETER, **changes)
+    )
+    other = runs_of(r1, r2)
+    assert all(torch.equal(a, b) for a, b in zip(plain[:3], other))
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.005], ids=str)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("negatives", ["cross", "both"])
+def test_strips_and_superblocks_give_the_same_result(
+    monkeypatch, negatives, symmetric, temperature
+):
+    r1, r2 = make_views(100, 48, dtype=torch.float32)
+    options = {"negatives": negatives, "symmetric": symmetric, "temperature": temperature}
+    whole = runs_of(r1, r2, precision="highest", **options)
+    monkeypatch.setattr(sums, "PARTIAL_BYTES", 1)
+    cut = runs_of(r1, r2, precision="highest", workspace_bytes=4 * 32 * 32, **options)
+    for a, b in zip(whole[:3], cut):
+        assert relative_error(a, b) < 2e-6
+
+
+def test_a_row_beyond_two_to_the_31_elements(tmp_path):
+    """Addresses are formed in int64: rows a sparse file apart, 4 GiB into it and beyond."""
+    stride, rows = 2**30 + 8, 3
+    with open(tmp_path / "rows", "wb") as file:
+        file.truncate(2 * (stride * rows))
+    memory = np.memmap(tmp_path / "rows", dtype=np.float16, mode="r+", shape=(rows * stride,))
+    far = torch.as_strided(torch.from_numpy(memory), (rows, 20), (stride, 1))
+    r1, r2 = make_views(rows, 20, dtype=torch.float16)
+    far.copy_(r1)
+    near = runs_of(r1, r2, dim=16)
+    ours = runs_of(far, r2, dim=16)
+    assert all(torch.equal(a, b) for a, b in zip(near[:3], ours))
+
+
+# ------------------------------------------------------------------------------ as a citizen
+
+
+def test_the_same_tensor_twice_and_one_side_without_gradient():
+    r1, r2 = (r.requires_grad_() for r in make_views(20, 24, dtype=torch.float32))
+    both = torch.autograd.grad(fast_directclr_loss(r1, r1, 20, backend="triton"), r1)[0]
+    wide = r1.detach().double().requires_grad_()
+    want = torch.autograd.grad(eager_loss(wide, wide, 20), wide)[0]
+    assert float((both.double() - want).norm()) < 1e-6 * float(want.norm()) + 1e-8
+    full = torch.autograd.grad(fast_directclr_loss(r1, r2, 20, backend="triton"), (r1, r2))
+    one = torch.autograd.grad(fast_directclr_loss(r1.detach(), r2, 20, backend="triton"), r2)[0]
+    other = torch.autograd.grad(fast_directclr_loss(r1, r2.detach(), 20, backend="triton"), r1)[0]
+    assert torch.equal(full[0], other) and torch.equal(full[1], one)
+    t = torch.tensor(0.1, requires_grad=True)
+    plain = [r.detach() for r in (r1, r2)]
+    alone = torch.autograd.grad(fast_directclr_loss(*plain, 20, t, backend="triton"), t)[0]
+    wide = [r.double() for r in plain]
+    t64 = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    want = torch.autograd.grad(eager_loss(*wide, 20, t64), t64)[0]
+    assert relative_error(alone, want) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "columns,changes",
+    [
+        (None, {}),
+        (None, {"precision": "fp8", "symmetric": False}),
+        (torch.tensor([[1, 2, 30], [3, 0, 4]]), {"negatives": "both", "reduction": "none"}),
+    ],
+    ids=["slice", "fp8-one-direction", "groups-both"],
+)
+def test_opcheck(columns, changes):
+    r1, r2 = (r.requires_grad_() for r in make_views(19, 32, dtype=torch.float32))
+    options = ops.Options(0.1, 20, "cross", True, "mean", 0, "auto", "triton", -1, 1e-12)
+    options = options._replace(**changes)
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(
+        ops.loss_forward, (r1, r2, columns, None, True, *options), test_utils=tests
+    )
+
+
+def test_compiled_equals_eager():
+    torch._dynamo.reset()
+    r1, r2 = make_views(33, 32, dtype=torch.float32)
+    compiled = torch.compile(fast_directclr_loss, fullgraph=True)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        ours = evaluate(compiled, r1, r2, 20, backend="triton")
+    eager = evaluate(fast_directclr_loss, r1, r2, 20, backend="triton")
+    for a, b in zip(ours[:3], eager):
+        assert relative_error(a, b) < 1e-7
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Names of the kernels launched, in order; everything else still runs."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    names = []
+    plain = common.Launcher.__call__
+
+    def counted(self, kernel, grid, *args, **options):
+        names.append(kernel.fn.__name__)
+        with _disable_current_modes():  # what the interpreter does is not counted
+            return plain(self, kernel, grid, *args, **options)
+
+    monkeypatch.setattr(common.Launcher, "__call__", counted)
+    return names
+
+
+def test_four_launches_forward_and_five_backward(launches):
+    """And no other operation on a device tensor of a size worth a launch."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Computing(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = function.__name__.partition(".")[0]
+            if name not in FREE:
+                others.append(name)
+            return function(*args, **(kwargs or {}))
+
+    # Views, allocation and bookkeeping: no kernel on a GPU.
+    FREE = {"empty", "empty_like", "new_empty", "slice", "select", "unsqueeze", "view", "detach",
+            "as_strided", "alias", "_unsafe_view", "empty_strided", "t", "transpose"}  # fmt: skip
+    others: list[str] = []
+    r1, r2 = (r.requires_grad_() for r in make_views(64, 48, dtype=torch.float32))
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    with Computing():
+        loss = fast_directclr_loss(r1, r2, 40, backend="triton", precision="fp16")
+    assert launches == ["_normalize_kernel", "_sums_kernel", "_combine_kernel", "_total_kernel"]
+    assert others == []
+    del launches[:]
+    with torch.autograd.set_multithreading_enabled(False), Computing():
+        torch.autograd.grad(loss, (r1, r2), torch.ones(()))
+    assert launches == [
+        "_factors_kernel", "_weights_kernel", "_product_kernel", "_product_kernel",
+        "_finish_kernel",
+    ]  # fmt: skip
+    assert set(others) <= {"ones"}
+
+
+# ------------------------------------------------------------------------------ choices
+
+
+def test_automatic_choice_never_takes_interpreted_kernels():
+    assert backend.why_not(problem(device_type="cpu")) == []
+    assert dispatch.choose(problem(device_type="cpu")) != "triton"
+
+
+def test_gpu_tensors_take_triton():
+    assert dispatch.choose(problem()) == "triton"
+    assert dispatch.choose(problem(dtype=torch.float64)) == "torch"
+    assert "negatives 'same'" in backend.why_not(problem(negatives="same"))[0]
+
+
+def test_automatic_precision_rounds_only_where_eager_would():
+    assert backend.precision(problem()) == "highest"
+    assert backend.precision(problem(mixed=True)) == "fp16"
+    assert backend.precision(problem(dtype=torch.bfloat16)) == "fp16"
+    assert backend.precision(problem(precision="tf32", mixed=True)) == "tf32"
+
+
+def test_autocast_and_the_process_setting_reach_the_backend():
+    seen = []
+    plain = backend.precision
+
+    def noted(problem):
+        seen.append(plain(problem))
+        return seen[-1]
+
+    r1, r2 = make_views(8, 16, dtype=torch.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "precision", noted)
+        fast_directclr_loss(r1, r2, 8, backend="triton")
+        with torch.autocast("cpu", torch.bfloat16):
+            fast_directclr_loss(r1, r2, 8, backend="triton")
+        assert seen[0] == "highest" and seen[-1] == "fp16"
+        patch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+        fast_directclr_loss(r1, r2, 8, backend="triton")
+        assert seen[-1] == "fp16"
+        # A graph made under one setting finishes under another.
+        r1.requires_grad_()
+        loss = fast_directclr_loss(r1, r2, 8, backend="triton")
+        patch.undo()
+        assert torch.autograd.grad(loss, r1)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (63, 65), (4096, 4096), (131072, 1000), (500, 10**6)])
+@pytest.mark.parametrize("workspace", [None, 0, 10**6, 2**31])
+def test_superblocks_fit_the_workspace(size, workspace):
+    stages = backend.TritonStages("sm_90")
+    asked = problem(rows=size[0], candidates=size[1], precision="fp16", workspace_bytes=workspace)
+    layout = stages._layout(asked)
+    tile = stages._tile("weights", layout, torch.device("cpu"))
+    rows, columns = stages._superblock(asked, layout, tile)
+    assert rows % tile.rows == 0 and columns % tile.columns == 0
+    limit = backend.DEFAULT_WORKSPACE_BYTES if workspace is None else workspace
+    assert 2 * rows * columns <= max(limit, 2 * tile.rows * tile.columns)
+
+
+@pytest.mark.parametrize("arch", configs.SHARED_BYTES)
+def test_product_tiles_divide_the_padding_of_weight_tiles(arch):
+    """``products`` reads P in its own tiles without a mask along the padding."""
+    for itemsize in (2, 4):
+        for plain in (True, False):
+            outer = configs.tile("weights", arch, itemsize, plain)
+            inner = configs.tile("products", arch, itemsize)
+            assert outer.rows % inner.rows == 0 and outer.columns % inner.rows == 0
+            assert outer.rows % inner.inner == 0 and outer.columns % inner.inner == 0
+            assert 64 % configs.tile("sums", arch, itemsize, plain).inner == 0

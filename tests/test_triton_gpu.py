@@ -1,0 +1,242 @@
+"""The Triton backend on a GPU: what only one can tell. Skipped, with its reason, elsewhere."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from directclr_fast import fast_directclr_loss, last_backend
+from directclr_fast.testing import eager_loss, evaluate, make_views, relative_error
+
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA device", allow_module_level=True)
+
+# Against fp64, on rows as make_views draws them; DESIGN's table per precision with a margin of 2.
+ALLOWED = {"fp16": 1e-3, "bf16": 8e-3, "tf32": 2e-3, "highest": 4e-6, "fp8": 6e-2}
+SHAPES = [
+    (1, 4, 3), (2, 17, 17), (3, 5, 5), (7, 64, 16), (63, 200, 127), (64, 200, 128), (65, 200, 129),
+    (127, 64, 1), (129, 2048, 360), (1000, 2048, 360), (4097, 2048, 360), (1031, 2048, 2047),
+    (2048, 2048, 2048), (4096, 512, 256),
+]  # fmt: skip
+gpu = "cuda"
+
+
+def supported(precision: str) -> bool:
+    return precision != "fp8" or torch.cuda.get_device_capability() >= (8, 9)
+
+
+def views(rows, width, kind="views", dtype=torch.float32, **more):
+    return make_views(rows, width, kind=kind, dtype=dtype, device=gpu, **more)
+
+
+def truth_of(r1, r2, dim, **options):
+    return evaluate(eager_loss, r1.double(), r2.double(), dim, **options)
+
+
+def ours(r1, r2, dim, **options):
+    found = evaluate(fast_directclr_loss, r1, r2, dim, backend="triton", **options)
+    assert last_backend() == "triton"
+    return found
+
+
+@pytest.mark.parametrize("precision", ALLOWED)
+@pytest.mark.parametrize("rows,width,dim", SHAPES)
+def test_every_shape_and_precision(rows, width, dim, precision):
+    if not supported(precision):
+        pytest.skip("this GPU has no fp8 products")
+    r1, r2 = views(rows, width)
+    found = ours(r1, r2, dim, precision=precision)
+    for got, want in zip(found[:3], truth_of(r1, r2, dim)):
+        absolute = float((got.double() - want).norm())
+        # One row, or one column, leaves gradients that are all rounding.
+        assert relative_error(got, want) < ALLOWED[precision] or absolute < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["unrelated", "views", "converged", "clustered"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp8"])
+def test_no_worse_than_eager_autocast(precision, kind):
+    if not supported(precision):
+        pytest.skip("this GPU has no fp8 products")
+    r1, r2 = views(2048, 360, kind)
+
+    def autocast(a, b, dim, **options):
+        with torch.autocast("cuda", torch.bfloat16):
+            return eager_loss(a, b, dim, **options).float()
+
+    truth = truth_of(r1, r2, 360)
+    people = evaluate(autocast, r1, r2, 360)
+    found = ours(r1, r2, 360, precision=precision)
+    factor = 2.0 if precision == "fp8" else 1.0
+    for got, want, theirs in zip(found[1:3], truth[1:3], people[1:3]):
+        assert relative_error(got, want) <= factor * relative_error(theirs, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("negatives", ["cross", "both"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_options_at_most_twice_as_wrong_as_eager(negatives, symmetric, dtype):
+    r1, r2 = views(700, 512, dtype=dtype)
+    columns = torch.stack([torch.randperm(512)[:100] for _ in range(3)]).to(gpu)
+    floor = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    for more in (
+        {"dim": 360},
+        {"dim": 360, "temperature": 0.005},
+        {"dim": 360, "temperature": torch.tensor(0.07, device=gpu)},
+        {"dim": 360, "reduction": "none"},
+        {"dim": None, "columns": columns},
+    ):
+        options = {"negatives": negatives, "symmetric": symmetric} | more
+        dim = options.pop("dim")
+        wide = dict(options)
+        if isinstance(options.get("temperature"), torch.Tensor):
+            wide["temperature"] = options["temperature"].double()
+        want = truth_of(r1, r2, dim, **wide)
+        plain = evaluate(eager_loss, r1, r2, dim, **options)
+        for got, true, eager in zip(ours(r1, r2, dim, **options), want, plain):
+            if true is not None:
+                assert relative_error(got, true) <= 2 * relative_error(eager, true) + floor, more
+
+
+def test_superblocks_and_strips_agree_with_one_of_each(monkeypatch):
+    from directclr_fast.kernels import sums
+
+    r1, r2 = views(3000, 512)
+    whole = ours(r1, r2, 360, precision="fp16")
+    monkeypatch.setattr(sums, "PARTIAL_BYTES", 2**20)
+    cut = ours(r1, r2, 360, precision="fp16", workspace_bytes=2**20)
+    for a, b in zip(whole[:3], cut):
+        assert relative_error(a, b) < 1e-5
+
+
+@pytest.mark.parametrize("negatives", ["cross", "both"])
+def test_a_thousand_repeats_are_bitwise_equal(negatives):
+    r1, r2 = (r.requires_grad_() for r in views(1111, 512))
+
+    def run():
+        loss = fast_directclr_loss(r1, r2, 360, negatives=negatives, precision="fp16")
+        return loss, *torch.autograd.grad(loss, (r1, r2))
+
+    first = run()
+    same = torch.ones((), dtype=torch.bool, device=gpu)
+    for _ in range(1000):
+        for a, b in zip(first, run()):
+            same &= (a == b).all()
+    assert bool(same)
+
+
+@pytest.mark.parametrize("temperature", ["number", "tensor"])
+def test_nothing_waits_for_the_device(temperature):
+    r1, r2 = (r.requires_grad_() for r in views(512, 512))
+    t = 0.1 if temperature == "number" else torch.tensor(0.1, device=gpu, requires_grad=True)
+    fast_directclr_loss(r1, r2, 360, t).backward()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        fast_directclr_loss(r1, r2, 360, t).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_launch_counts_seen_by_the_profiler():
+    r1, r2 = (r.requires_grad_() for r in views(4096, 2048))
+    fast_directclr_loss(r1, r2, 360, precision="fp16").backward()
+
+    def kernels(function) -> list[str]:
+        activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities) as profile:
+            function()
+            torch.cuda.synchronize()
+        events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        return [e.name for e in events if not e.name.startswith("Mem")]
+
+    found = {}
+    one = torch.ones((), device=gpu)
+    loss = None
+
+    def forward():
+        nonlocal loss
+        loss = fast_directclr_loss(r1, r2, 360, precision="fp16")
+
+    found["forward"] = kernels(forward)
+    found["backward"] = kernels(lambda: torch.autograd.grad(loss, (r1, r2), one))
+    assert 1 <= len(found["forward"]) <= 4, found
+    assert 1 <= len(found["backward"]) <= 5, found
+
+
+def test_graph_capture_and_replay():
+    r1, r2 = (r.requires_grad_() for r in views(777, 512))
+
+    def step():
+        loss = fast_directclr_loss(r1, r2, 360, precision="fp16")
+        return loss, *torch.autograd.grad(loss, (r1, r2))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    fresh = views(777, 512, seed=5)
+    with torch.no_grad():
+        r1.copy_(fresh[0]), r2.copy_(fresh[1])
+    graph.replay()
+    replayed = [value.clone() for value in captured]
+    assert all(torch.equal(a, b) for a, b in zip(replayed, step()))
+
+
+def test_streams_other_than_the_default():
+    r1, r2 = views(900, 512)
+    want = ours(r1, r2, 360, precision="fp16")
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    torch.cuda.synchronize()
+    found = []
+    for stream in streams:
+        with torch.cuda.stream(stream):
+            found.append(ours(r1, r2, 360, precision="fp16"))
+    torch.cuda.synchronize()
+    for one in found:
+        assert all(torch.equal(a, b) for a, b in zip(want[:3], one))
+
+
+def test_compiled_equals_eager():
+    torch._dynamo.reset()
+    r1, r2 = views(700, 512)
+    compiled = torch.compile(fast_directclr_loss, fullgraph=True)
+    a = evaluate(compiled, r1, r2, 360, precision="fp16")
+    b = evaluate(fast_directclr_loss, r1, r2, 360, precision="fp16")
+    assert all(relative_error(x, y) < 1e-6 for x, y in zip(a[:3], b))
+
+
+@pytest.mark.slow
+def test_more_than_two_to_the_31_elements():
+    """1.2 million rows of 2048: row offsets beyond int32 in r, z, dz and the gradient."""
+    rows, width, dim = 1_200_000, 2048, 32
+    if torch.cuda.get_device_properties(0).total_memory < 40 * 2**30:
+        pytest.skip("needs 40 GiB")
+    generator = torch.Generator(gpu).manual_seed(0)
+    r1 = torch.empty(rows, width, dtype=torch.bfloat16, device=gpu)
+    r1.normal_(generator=generator)
+    r2 = r1[-2048:].clone()  # the last rows, with their own candidates
+    r1.requires_grad_()
+    loss = fast_directclr_loss(r1[-2048:], r2, dim)
+    (grad,) = torch.autograd.grad(loss, r1)
+    near = r1.detach()[-2048:].clone().requires_grad_()
+    want = fast_directclr_loss(near, r2, dim)
+    (expected,) = torch.autograd.grad(want, near)
+    assert torch.equal(loss, want) and torch.equal(grad[-2048:], expected)
+    assert not grad[:-2048].any()
+    # And all of them as one side.
+    few = r1.detach()[:1024].clone().requires_grad_()
+    all_rows = r1.detach().requires_grad_()
+    loss = fast_directclr_loss(few, all_rows, dim)
+    d_few, d_all = torch.autograd.grad(loss, (few, all_rows))
+    assert loss.isfinite() and d_few.isfinite().all() and d_all[-5:, :dim].abs().sum() >= 0
+    z = torch.nn.functional.normalize(r1.detach()[:, :dim].float(), dim=1)
+    s = torch.nn.functional.normalize(few.detach()[:, :dim].float(), dim=1) @ z.T / 0.1
+    row = torch.logsumexp(s.double(), 1)
+    col = torch.logsumexp(s[:, :1024].double(), 0)
+    expected = ((row + col) / 2 - s.diagonal().double()).mean()
+    assert abs(float(loss) - float(expected)) < 1e-3 * abs(float(expected))
