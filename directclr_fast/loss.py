@@ -31,7 +31,8 @@ class LossStats(NamedTuple):
     ``row_lse`` (M,): log-sum-exp over the candidates of each anchor of view 1; ``col_lse`` (N,):
     the same for view 2, None for one direction; ``positives`` (M,): the positive logits. For
     grouped columns each has a leading dimension G. The loss of row i is
-    (row_lse_i + col_lse_i) / 2 - positives_i, or row_lse_i - positives_i for one direction.
+    (row_lse_i + col_lse_i) / 2 - positives_i, or row_lse_i - positives_i for one direction. Over
+    several processes they are those of this process's rows, col_lse too.
     """
 
     row_lse: Tensor
@@ -50,6 +51,8 @@ def fast_directclr_loss(
     symmetric: bool = True,
     reduction: str = "mean",
     group=None,
+    gather: str = "auto",
+    even_batches: bool = False,
     precision: str = "auto",
     backend: str = "auto",
     workspace_bytes: int | None = None,
@@ -79,14 +82,30 @@ def fast_directclr_loss(
             neither normalises nor divides by the temperature, and materialises N x N.
         symmetric: average both directions; False takes the anchors of r1 only.
         reduction: "mean", "sum", or "none" for one loss per row, (M,).
-        group: None, a ProcessGroup or "world". Only groups of one process in this version.
+        group: None, a ProcessGroup or "world": r1 and r2 are this process's rows, equally many of
+            both, of a batch that lies over its processes; all of them must call, and must run the
+            backward pass. See below.
+        gather: "all" holds z2 of the whole batch in every process, "ring" passes blocks round,
+            "auto" takes the ring where the former would need over 4 GiB.
+        even_batches: promises that every process has as many rows and asks the same. Without it a
+            small message between the hosts per call says so, or raises in all of them; a promise
+            that does not hold ends in a hang or in wrong numbers.
         precision: "auto", "fp16", "bf16", "tf32", "fp8" or "highest": that of the products; a
-            backend without it says so. "highest" keeps fp32 inputs free of TF32 and bf16.
+            backend without it says so. "highest" keeps fp32 inputs free of TF32 and bf16. "auto"
+            on a GPU rounds operands to fp16 for half-precision inputs, under autocast and where
+            ``torch.set_float32_matmul_precision`` allows rounding, and is "highest" elsewhere.
         backend: "auto" or a name from :mod:`directclr_fast.dispatch`.
         workspace_bytes: limit of the scratch memory; None takes the backend's default. A larger
             workspace may keep similarity tiles for the backward pass and save their recompute.
         eps: rows shorter than this are divided by it, as in ``torch.nn.functional.normalize``.
         return_stats: also return :class:`LossStats`, at no extra pass over the similarities.
+
+    Over W processes "mean" and "sum" run over the whole batch, and every process returns the same
+    bits; "none" returns its own rows. A process's gradient of r1 and r2 is that of the sum over
+    processes of upstream x loss, for "mean" and "sum" W times that of the loss: after
+    DistributedDataParallel's averaging, parameters have exactly the gradient of the whole batch,
+    whether or not all processes have equally many rows. A tensor temperature receives its whole
+    gradient in every one of them. There is no second derivative and no negatives "same".
 
     Returns:
         The loss, 0-dim or (M,), fp32 (fp64 for fp64 inputs), or ``(loss, LossStats)``.
@@ -95,48 +114,21 @@ def fast_directclr_loss(
         TypeError, ValueError: an argument of the wrong kind, shape, dtype, device or range.
         NotImplementedError: no backend, or not the one named, has this combination.
     """
-    _check_views(r1, r2)
-    index, grouped = _check_columns(columns, r1)
-    dim = _check_dim(dim, r1) if index is None else 0
-    _check_choice("negatives", negatives, NEGATIVES)
-    _check_choice("reduction", reduction, REDUCTIONS)
-    _check_choice("precision", precision, PRECISIONS)
-    _check_choice("backend", backend, BACKENDS)
-    if not isinstance(symmetric, bool):
-        raise TypeError(f"symmetric: expected True or False, got {symmetric!r}")
-    value, tensor = _check_temperature(temperature, r1, negatives)
-    if negatives != "cross" and r1.shape[0] != r2.shape[0]:
-        raise ValueError(
-            f"r2: expected {r1.shape[0]} rows like r1 with negatives={negatives!r}, "
-            f"got {r2.shape[0]}"
-        )
-    if not _is_number(eps) or not 0.0 < eps < math.inf:
-        raise ValueError(f"eps: expected a positive finite number, got {eps!r}")
-    if workspace_bytes is None:
-        workspace_bytes = -1
-    elif not isinstance(workspace_bytes, int) or workspace_bytes < 0:
-        raise ValueError(
-            f"workspace_bytes: expected None or a number of bytes >= 0, got {workspace_bytes!r}"
-        )
-    distributed.check_group(group)
 
-    options = ops.Options(
-        temperature=value,
-        dim=dim,
-        negatives=negatives,
-        symmetric=symmetric,
-        reduction=reduction,
-        row_offset=0,
-        precision=precision,
-        backend=backend,
-        workspace_bytes=workspace_bytes,
-        eps=float(eps),
-    )
-    loss, *stats = _run(r1, r2, index, tensor, options)
+    def check():
+        return _checked(
+            r1, r2, dim, temperature, columns, negatives, symmetric, reduction, gather,
+            even_batches, precision, backend, workspace_bytes, eps,
+        )  # fmt: skip
+
+    if distributed.size(group) > 1:
+        loss, *stats = distributed.loss(group, gather, even_batches, check)
+    else:
+        loss, *stats = _run(*check(), return_stats)
     if not return_stats:
         return loss
     stats = [value.detach().to(loss.dtype) for value in stats]
-    if not grouped:
+    if columns is None or _index_tensor(columns).dim() == 1:
         stats = [value[0] for value in stats]
     return loss, LossStats(stats[0], stats[1] if symmetric else None, stats[2])
 
@@ -147,6 +139,9 @@ def info_nce(
     temperature: float | Tensor = 0.1,
     *,
     reduction: str = "mean",
+    group=None,
+    gather: str = "auto",
+    even_batches: bool = False,
     precision: str = "auto",
     backend: str = "auto",
     workspace_bytes: int | None = None,
@@ -166,6 +161,9 @@ def info_nce(
         temperature,
         symmetric=False,
         reduction=reduction,
+        group=group,
+        gather=gather,
+        even_batches=even_batches,
         precision=precision,
         backend=backend,
         workspace_bytes=workspace_bytes,
@@ -192,6 +190,8 @@ class DirectCLRLoss(nn.Module):
         symmetric: bool = True,
         reduction: str = "mean",
         group=None,
+        gather: str = "auto",
+        even_batches: bool = False,
         precision: str = "auto",
         backend: str = "auto",
         workspace_bytes: int | None = None,
@@ -211,6 +211,8 @@ class DirectCLRLoss(nn.Module):
             "symmetric": symmetric,
             "reduction": reduction,
             "group": group,
+            "gather": gather,
+            "even_batches": even_batches,
             "precision": precision,
             "backend": backend,
             "workspace_bytes": workspace_bytes,
@@ -249,18 +251,66 @@ class DirectCLRLoss(nn.Module):
         return f"{taken}, temperature={value:.4g}, learnable_temperature={learned}"
 
 
-def _run(r1: Tensor, r2: Tensor, index: Tensor | None, temperature: Tensor | None, options):
-    """(loss, row_lse, col_lse, positive logits) by the registered op, eagerly, or the reference."""
+def _checked(
+    r1, r2, dim, temperature, columns, negatives, symmetric, reduction, gather, even_batches,
+    precision, backend, workspace_bytes, eps,
+):  # fmt: skip
+    """(r1, r2, (G, d) columns or None, tensor temperature or None, options), or raises."""
+    _check_views(r1, r2)
+    index = _check_columns(columns, r1)
+    dim = _check_dim(dim, r1) if index is None else 0
+    _check_choice("negatives", negatives, NEGATIVES)
+    _check_choice("reduction", reduction, REDUCTIONS)
+    _check_choice("precision", precision, PRECISIONS)
+    _check_choice("backend", backend, BACKENDS)
+    _check_choice("gather", gather, distributed.GATHERS)
+    if not isinstance(symmetric, bool):
+        raise TypeError(f"symmetric: expected True or False, got {symmetric!r}")
+    if not isinstance(even_batches, bool):
+        raise TypeError(f"even_batches: expected True or False, got {even_batches!r}")
+    value, tensor = _check_temperature(temperature, r1, negatives)
+    if negatives != "cross" and r1.shape[0] != r2.shape[0]:
+        raise ValueError(
+            f"r2: expected {r1.shape[0]} rows like r1 with negatives={negatives!r}, "
+            f"got {r2.shape[0]}"
+        )
+    if not _is_number(eps) or not 0.0 < eps < math.inf:
+        raise ValueError(f"eps: expected a positive finite number, got {eps!r}")
+    if workspace_bytes is None:
+        workspace_bytes = -1
+    elif not isinstance(workspace_bytes, int) or workspace_bytes < 0:
+        raise ValueError(
+            f"workspace_bytes: expected None or a number of bytes >= 0, got {workspace_bytes!r}"
+        )
+    options = ops.Options(
+        temperature=value,
+        dim=dim,
+        negatives=negatives,
+        symmetric=symmetric,
+        reduction=reduction,
+        row_offset=0,
+        precision=precision,
+        backend=backend,
+        workspace_bytes=workspace_bytes,
+        eps=float(eps),
+        mixed=_mixed(r1),
+    )
+    return r1, r2, index, tensor, options
+
+
+def _run(
+    r1: Tensor, r2: Tensor, index: Tensor | None, temperature: Tensor | None, options, stats: bool
+):
+    """(loss, row_lse, col_lse, positive logits) by the registered op, eagerly, or the reference.
+
+    The logits are None without ``stats``: they would be one launch more.
+    """
     if torch.compiler.is_compiling():
         if options.backend != "reference" and options.negatives != "same":
             loss, *saved = ops.loss_forward(r1, r2, index, temperature, True, *options)
             saved = ops.Saved(*saved)
-            return (
-                loss,
-                saved.row_lse,
-                saved.col_lse,
-                _logits(saved.positives, temperature, options),
-            )
+            logits = _logits(saved.positives, temperature, options) if stats else None
+            return loss, saved.row_lse, saved.col_lse, logits
         problem = ops.problem_of(options, r1, r2, index, temperature)
         return reference.loss(problem, r1, r2, index, temperature)
     problem = ops.problem_of(options, r1, r2, index, temperature)
@@ -277,13 +327,20 @@ def _run(r1: Tensor, r2: Tensor, index: Tensor | None, temperature: Tensor | Non
         or (temperature is not None and temperature.requires_grad)
     )
     loss, row_lse, col_lse, cosines = ops.Loss.apply(r1, r2, index, temperature, keep, options)
-    return loss, row_lse, col_lse, _logits(cosines, temperature, options)
+    logits = _logits(cosines, temperature, options) if stats else None
+    return loss, row_lse, col_lse, logits
 
 
 def _logits(cosines: Tensor, temperature: Tensor | None, options) -> Tensor:
     if temperature is None:
         return cosines.detach() / options.temperature
     return cosines.detach() / temperature.detach().to(cosines)
+
+
+def _mixed(r: Tensor) -> bool:
+    """Whether autocast is on, so that eager PyTorch would round operands: precision "auto"."""
+    kind = r.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def _is_number(value) -> bool:
@@ -402,12 +459,12 @@ def _check_index_values(index: Tensor, width: int | None) -> None:
         )
 
 
-def _check_columns(columns, r1: Tensor) -> tuple[Tensor | None, bool]:
-    """((G, d) index on the device of r1 or None, whether the caller gave groups)."""
+def _check_columns(columns, r1: Tensor) -> Tensor | None:
+    """(G, d) index on the device of r1, or None."""
     if columns is None:
-        return None, False
+        return None
     index = _index_tensor(columns)
     # Values are read only where that waits for no device and breaks no graph.
     if index.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_index_values(index, r1.shape[1])
-    return index.reshape(-1, index.shape[-1]).contiguous().to(r1.device), index.dim() == 2
+    return index.reshape(-1, index.shape[-1]).contiguous().to(r1.device)

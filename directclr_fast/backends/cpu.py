@@ -157,7 +157,7 @@ class CpuStages:
         offset = problem.row_offset
         own = slice(offset, offset + problem.rows)
         diagonal = None
-        if problem.precision == "bf16":
+        if problem.precision == "bf16" and offset < problem.candidates:
             # The positives' own term stays out of the rounded products: two near views differ by
             # less than bf16 rounds, and that difference is what a converged gradient points along.
             diagonal = pair.diagonal.float()[:, None]
