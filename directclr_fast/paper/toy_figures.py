@@ -1,0 +1,220 @@
+"""Pictures of the toy tasks, drawn from the JSON that ``toy.run`` writes and from nothing else.
+
+Lines are means over seeds, bands and bars one standard deviation over seeds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from ..plots import figure
+
+_LOSS = {"released": "released loss", "paper": "the paper's Eq. 2"}
+
+
+@contextlib.contextmanager
+def _panels(path: Path, found: dict, columns: int, size: tuple[float, float]) -> Iterator:
+    """Axes (losses, columns) of one figure, rows titled by their loss."""
+    losses = list(found["losses"])
+    with figure(path, size=(size[0] * columns, size[1] * len(losses) + 0.4)) as axes:
+        drawing = axes.figure
+        axes.remove()
+        drawing.suptitle(
+            f"{found['title']}\n{found['seeds']} seeds, {found['steps']} steps, "
+            "mean and standard deviation",
+            fontsize="medium",
+        )
+        grid = drawing.subplots(len(losses), columns, squeeze=False)
+        for row, loss in zip(grid, losses):
+            for panel in row:
+                panel.grid(alpha=0.3)
+                panel.set_title(_LOSS[loss], fontsize="small")
+        yield dict(zip(losses, grid))
+
+
+def _band(axes, x, values: dict, **style) -> None:
+    """Mean over seeds with a band of one standard deviation."""
+    mean, spread = np.array(values["mean"]), np.array(values["spread"])
+    (line,) = axes.plot(x, mean, **style)
+    axes.fill_between(
+        x, mean - spread, mean + spread, color=line.get_color(), alpha=0.2, linewidth=0
+    )
+
+
+def _time(axes, times: list[int], label: str) -> None:
+    axes.set_xscale("symlog", linthresh=1)  # linear from step 0 to step 1
+    axes.set_xlim(0, times[-1])
+    axes.set_xlabel("SGD step")
+    axes.set_ylabel(label)
+
+
+def _rank(axes, found: dict) -> None:
+    axes.set_xlabel("rank")
+    axes.set_xticks(range(1, found["width"] + 1, 3))
+
+
+def _colour(i: int, n: int):
+    from matplotlib import colormaps
+
+    return colormaps["viridis"](0.95 * i / max(n - 1, 1))
+
+
+def _augmentation(found: dict, path: Path) -> None:
+    with _panels(path, found, 3, (4.4, 3.2)) as grid:
+        for loss, (over_time, final, count) in grid.items():
+            result = found["losses"][loss]
+            rows, times = result["variants"], result["times"]
+            for i, row in enumerate(rows):
+                style = {"color": _colour(i, len(rows))}
+                _band(over_time, times, row["curves"]["clean"], linestyle="--", **style)
+                _band(over_time, times, row["curves"]["noisy"], **style)
+                weights = {k: v[0] for k, v in row["final"]["weights"].items()}
+                label = f"k = {row['strength']:g}"
+                _band(final, range(1, found["width"] + 1), weights, label=label, **style)
+            over_time.set_yscale("log")
+            _time(over_time, times, "singular values of W:\nclean columns (dashed), noisy (solid)")
+            final.set_yscale("log")
+            final.set_ylim(1e-2, None)
+            _rank(final, found)
+            final.set_ylabel("singular value of W at the end")
+            final.legend(fontsize="x-small")
+            k = [row["strength"] for row in rows]
+            for name, label in (
+                ("collapsed", "below e$^{-10}$"),
+                ("small", f"below {found['small_below_share_of_largest']:g} of the largest"),
+            ):
+                values = [row["final"][name] for row in rows]
+                mean, spread = ([v[part] for v in values] for part in ("mean", "spread"))
+                count.errorbar(k, mean, spread, marker="o", capsize=3, label=label)
+            count.set_ylim(-0.5, found["width"] + 0.5)
+            count.set_xlabel("augmentation strength k")
+            count.set_ylabel("eigenvalues of the embedding")
+            count.legend(fontsize="x-small")
+
+
+def _regularization(found: dict, path: Path) -> None:
+    with _panels(path, found, 3, (4.2, 3.2)) as grid:
+        for loss, panels in grid.items():
+            result = found["losses"][loss]
+            (row,) = result["variants"]
+            curves = row["curves"]
+            layers = [
+                {part: np.array(v)[:, layer] for part, v in curves["log_weights"].items()}
+                for layer in range(2)
+            ]
+            embedding = {part: np.array(v) for part, v in curves["log_embedding"].items()}
+            start, end = (curves["collapsed"]["mean"][t] for t in (0, -1))
+            labels = ("log singular value of W$_1$", "log singular value of W$_2$")
+            labels += ("log eigenvalue of the embedding",)
+            for panel, values, label in zip(panels, (*layers, embedding), labels):
+                for j in range(found["width"]):
+                    one = {part: v[:, j] for part, v in values.items()}
+                    _band(
+                        panel,
+                        result["times"],
+                        one,
+                        color=_colour(j, found["width"]),
+                        linewidth=1,
+                    )
+                _time(panel, result["times"], label)
+            panels[2].axhline(np.log(found["collapsed_below"]), color="tab:red", linestyle=":")
+            panels[2].set_title(
+                f"{_LOSS[loss]}: below e$^{{-10}}$: {start:.1f} at the start, {end:.1f} at the end",
+                fontsize="small",
+            )
+
+
+def _depth(found: dict, path: Path) -> None:
+    starts = {
+        "random": ("each layer exp(-0.35 j)", "tab:blue"),
+        "aligned": ("product exp(-0.7 j), aligned", "tab:orange"),
+    }
+    with _panels(path, found, 3, (4.2, 3.2)) as grid:
+        for loss, (count, *spectra) in grid.items():
+            rows = found["losses"][loss]["variants"]
+            for (start, (label, colour)), spectrum in zip(starts.items(), spectra):
+                some = [row for row in rows if row["start"] == start]
+                depth = [row["layers"] for row in some]
+                for when, at, style in (("end", -1, "-o"), ("start", 0, ":s")):
+                    values = [row["curves"]["collapsed"] for row in some]
+                    mean, spread = ([v[p][at] for v in values] for p in ("mean", "spread"))
+                    text = f"{label}, {when}"
+                    count.errorbar(
+                        depth, mean, spread, fmt=style, color=colour, capsize=3, label=text
+                    )
+                for i, row in enumerate(some):
+                    _band(
+                        spectrum,
+                        range(1, found["width"] + 1),
+                        row["final"]["log_embedding"],
+                        color=_colour(i, len(some)),
+                        label=f"{row['layers']} layer{'s' * (row['layers'] > 1)}",
+                    )
+                spectrum.axhline(np.log(found["collapsed_below"]), color="tab:red", linestyle=":")
+                spectrum.set_title(f"{_LOSS[loss]}, {label}", fontsize="small")
+                _rank(spectrum, found)
+                spectrum.set_ylabel("log eigenvalue of the embedding, end")
+                spectrum.legend(fontsize="x-small")
+            count.set_ylim(-0.5, found["width"] + 0.5)
+            count.set_xlabel("linear layers")
+            count.set_ylabel("eigenvalues below e$^{-10}$")
+            count.legend(fontsize="x-small")
+
+
+def _alignment(found: dict, path: Path) -> None:
+    with _panels(path, found, 3, (4.0, 3.3)) as grid:
+        for loss, (over_time, *matrices) in grid.items():
+            result = found["losses"][loss]
+            rows, times = result["variants"], result["times"]
+            for i, row in enumerate(rows):
+                # Before a direction is above the threshold there is nothing to be aligned.
+                alive = [t for t, live in enumerate(row["curves"]["live"]["mean"]) if live >= 1]
+                for name, style in (("alignment", "-"), ("diagonal", ":")):
+                    curve = {p: np.array(v)[alive] for p, v in row["curves"][name].items()}
+                    label = f"start x {row['scale']:g}" if style == "-" else None
+                    colour = _colour(i, len(rows))
+                    _band(
+                        over_time,
+                        np.array(times)[alive],
+                        curve,
+                        color=colour,
+                        linestyle=style,
+                        label=label,
+                    )
+            _time(
+                over_time, times, "live directions: alignment by group\n(dotted: mean |A$_{kk}$|)"
+            )
+            over_time.set_ylim(-0.1, 1.1)
+            over_time.legend(fontsize="x-small")
+            for panel, row in zip(matrices, (rows[0], rows[-1])):
+                panel.grid(False)
+                panel.imshow(row["final"]["matrix"], vmin=0, vmax=1, cmap="magma")
+                panel.set_title(
+                    f"{_LOSS[loss]}: |A| at the end, start x {row['scale']:g}, seed 0",
+                    fontsize="small",
+                )
+                panel.set_xlabel("left singular vector of W$_1$")
+                panel.set_ylabel("right singular vector of W$_2$")
+
+
+_DRAWINGS = {
+    "augmentation": _augmentation,
+    "regularization": _regularization,
+    "depth": _depth,
+    "alignment": _alignment,
+}
+
+
+def draw(found: dict, path: str | Path) -> None:
+    """Draws the JSON of ``toy.run`` as a picture at ``path``."""
+    _DRAWINGS[found["task"]](found, Path(path))
+    from PIL import Image  # comes with matplotlib
+
+    # Bands of many tints: a palette makes the file a third as large, and looks the same.
+    with Image.open(path) as picture:
+        small = picture.convert("RGB").quantize(128, dither=Image.Dither.NONE)
+    small.save(path, optimize=True)
