@@ -1,10 +1,11 @@
-"""``directclr-fast``: train, probe, spectrum, demo and doctor."""
+"""``directclr-fast``: train, probe, spectrum, toy, demo and doctor."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -14,22 +15,64 @@ from . import __version__
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns 0, or 2 after printing what was wrong in one sentence."""
+    """Runs one command and returns its exit code; what was wrong is printed in one sentence.
+
+    0: done. 1: training failed on the way (disk, memory, device). 2: refused, or diverged. 75:
+    stopped by a signal, after saving. 130: interrupted at once.
+    """
     arguments = _parser().parse_args(argv)
+    if getattr(arguments, "max_restarts", None):
+        return _restarting(arguments)
+    return _run(arguments)
+
+
+def _run(arguments: argparse.Namespace, *more) -> int:
+    from .train import supervise
+
+    # Under torchrun what is the same on every rank is said by the first.
+    rank = int(os.environ.get("RANK", "0"))
+
+    def note(message, *_, **__) -> None:
+        if rank == 0:
+            print(f"note: {message}", file=sys.stderr)
+
+    def say(text: str) -> None:
+        if rank == 0:
+            # Errors of torch may span lines.
+            print(f"directclr-fast: {' '.join(text.split())}", file=sys.stderr)
+
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
+        warnings.showwarning = note
         try:
-            arguments.run(arguments)
+            arguments.run(arguments, *more)
             return 0
         except KeyboardInterrupt:
-            print("directclr-fast: interrupted", file=sys.stderr)
-            return 130
+            say("interrupted")
+            return supervise.INTERRUPTED
+        except supervise.TrainingStopped as stopped:
+            say(str(stopped))
+            return supervise.STOPPED
         except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
             if arguments.debug:
                 raise
-            # Errors of torch may span lines.
-            print(f"directclr-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
-            return 2
+            code = getattr(error, "exit_code", supervise.REFUSED)
+            if rank and isinstance(error, OSError | RuntimeError):  # may be of this rank alone
+                print(f"directclr-fast: rank {rank}: error: {error}", file=sys.stderr)
+            say(f"error: {error}")
+            return code
+
+
+def _restarting(arguments: argparse.Namespace) -> int:
+    from .train import supervise
+
+    expected = "at least 0" if arguments.max_restarts < 0 else None
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        expected = "it given to torchrun, and --resume here"
+    if expected is not None:
+        problem = f"max_restarts: expected {expected}, got {arguments.max_restarts}"
+        print(f"directclr-fast: error: {problem}", file=sys.stderr)
+        return supervise.REFUSED
+    return supervise.restarting(_run, arguments, arguments.max_restarts)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -82,6 +125,14 @@ def _parser() -> argparse.ArgumentParser:
     spectrum.add_argument("--out", help="folder (default: that of the checkpoint)")
     spectrum.set_defaults(run=_spectrum)
 
+    toy = commands.add_parser("toy", help="the paper's two mechanisms of collapse, as figures")
+    toy.add_argument("task", help="augmentation, regularization, depth, alignment")
+    toy.add_argument("--out", default="runs/toy", help="folder of toy-TASK.png and .json")
+    toy.add_argument("--loss", default="both", help="released, paper (Eq. 2), both (default)")
+    toy.add_argument("--seeds", type=int, default=5, help="runs 0 to N - 1, default 5")
+    toy.add_argument("--steps", type=int, default=10_000, help="of SGD, default 10000")
+    toy.set_defaults(run=_toy)
+
     demo = commands.add_parser("demo", help="train, probe and draw on handwritten digits")
     demo.add_argument("--out", default="runs/demo", help="folder, an older demo is overwritten")
     demo.add_argument("--epochs", type=int, default=None)
@@ -115,6 +166,14 @@ def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
     add("--epochs", type=int)
     add("--warmup-epochs", type=int)
     add("--amp", help="none, bf16, fp16 (default none)")
+    add("--chunk-size", type=int, help="images encoded at a time: a batch beyond memory; exact")
+    add(
+        "--cache-bn",
+        help="what BatchNorm normalises such a chunk by: 'chunk', its own statistics; 'two-pass', "
+        "the whole batch's from an extra pass, without their gradient; 'frozen-stats', the running "
+        "ones, which then stay",
+    )
+    add("--max-skipped", type=int, help="stop after this many steps in a row with nan (default 10)")
     add("--compile", action="store_true", default=None, help="torch.compile the encoder")
     add("--channels-last", action=argparse.BooleanOptionalAction, default=None)
     add("--device", help="cpu, cuda, ... (default: cuda where there is one)")
@@ -125,21 +184,33 @@ def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
     add("--log-every", type=int, help="steps between log lines (default 1)")
     add("--checkpoint-dir", help="folder of the runs (default runs)")
     add("--name", help="folder of this run (default directclr)")
+    add("--max-restarts", type=int, help="resume by itself after a crash, this often (default 0)")
     start = parser.add_mutually_exclusive_group()
-    start.add_argument("--resume", action="store_true", help="continue from the run's checkpoint")
+    start.add_argument(
+        "--resume", action="store_true", help="continue from the run's checkpoint, if it has one"
+    )
     start.add_argument("--overwrite", action="store_true", help="start anew where a checkpoint is")
 
 
-def _train(arguments: argparse.Namespace) -> None:
+def _train(arguments: argparse.Namespace, on_step=None) -> None:
+    from .train import ranks, supervise
     from .train.config import TrainConfig
-    from .train.loop import Trainer
+    from .train.loop import Trainer, TrainingDiverged
 
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     given = {k: v for k, v in vars(arguments).items() if k in names and v is not None}
-    trainer = Trainer(TrainConfig(**given), resume=arguments.resume, overwrite=arguments.overwrite)
-    result = trainer.run()
-    backend = result["backend"] or "not needed"  # a finished run that is resumed takes no step
-    print(f"done: step {result['step']}, loss backend {backend}, {result['folder']}")
+    start = {"resume": arguments.resume, "overwrite": arguments.overwrite}
+    with ranks.launched():
+        trainer = Trainer(TrainConfig(**given), **start)
+        try:
+            result = trainer.run(on_step)
+        except (OSError, RuntimeError) as error:  # of the machine, not of the settings
+            if not isinstance(error, TrainingDiverged):
+                error.exit_code = supervise.FAILED
+            raise
+    if trainer.ranks.rank == 0:
+        backend = result["backend"] or "not needed"  # a finished run that is resumed takes no step
+        print(f"done: step {result['step']}, loss backend {backend}, {result['folder']}")
 
 
 def _out(arguments: argparse.Namespace) -> Path:
@@ -255,6 +326,15 @@ def _print_spectra(spectra: dict[str, dict]) -> None:
             f"(eigenvalue at most {values['threshold']:g} of the largest{few}), "
             f"effective rank {values['effective_rank']:.1f}"
         )
+
+
+def _toy(arguments: argparse.Namespace) -> None:
+    from .paper import toy
+
+    settings = {key: getattr(arguments, key) for key in ("out", "loss", "seeds", "steps")}
+    found = toy.run(arguments.task, **settings)
+    print("\n".join(toy.lines(found)))
+    print(f"{found['seconds']:.0f} s; toy-{found['task']}.json, .png in {arguments.out}")
 
 
 def _demo(arguments: argparse.Namespace) -> None:

@@ -130,7 +130,7 @@ def test_untrained_baseline_is_where_the_run_started(trained, tmp_path):
     trainers = []
 
     class Spy(Trainer):
-        def run(self):
+        def run(self, on_step=None):
             trainers.append({k: v.clone() for k, v in self.model.encoder.state_dict().items()})
             raise KeyboardInterrupt
 
@@ -279,7 +279,7 @@ def test_no_command(capsys):
 
 def test_errors_of_several_lines_and_interrupts(capsys, monkeypatch, tmp_path):
     def fail(error):
-        def run(self):
+        def run(self, on_step=None):
             raise error
 
         monkeypatch.setattr(Trainer, "run", run)

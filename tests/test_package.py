@@ -69,7 +69,13 @@ def test_extras_and_python_versions_are_as_documented():
     assert 'requires-python = ">=3.10"' in text
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/design.md", "bench/README.md"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "README.md", "docs/design.md", "docs/paper.md", "docs/scaling.md", "bench/README.md",
+        "csrc/README.md", "kernels/README.md",
+    ],
+)  # fmt: skip
 def test_links_resolve(name):
     page = ROOT / name
     for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
-import os
 import random
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
@@ -260,42 +256,6 @@ def test_global_random_state_decides_nothing(run_dir):
     assert untimed(run_dir / "seeded")[0]["loss"] != untimed(run_dir / "quiet")[0]["loss"]
 
 
-def test_killed_runs_resume_bitwise(run_dir):
-    """kill -9 at random moments, a checkpoint being written much of the time."""
-    flags = {**TINY, "data": "fake:n=48,size=8,channels=1", "epochs": 20, "save_every": 1}
-    steps = 60
-    command = [sys.executable, "-m", "directclr_fast", "train", "--checkpoint-dir", str(run_dir)]
-    for name, value in flags.items():
-        command += [f"--{name.replace('_', '-')}", str(value)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    quiet = {"env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    subprocess.run([*command, "--name", "whole"], check=True, **quiet)
-
-    log = run_dir / "killed" / "log.jsonl"
-    chance = random.Random(0)
-    for attempt in range(3):
-        goal = 6 + 15 * attempt + chance.randrange(8)
-        resume = ["--resume"] if attempt else []
-        with subprocess.Popen([*command, "--name", "killed", *resume], **quiet) as child:
-            try:
-                while child.poll() is None and (
-                    not log.exists() or log.read_bytes().count(b"\n") < goal
-                ):
-                    time.sleep(0.002)
-                time.sleep(chance.random() * 0.1)
-            finally:
-                child.send_signal(signal.SIGKILL)
-            assert child.wait() == -signal.SIGKILL, child.stderr.read()
-        assert 0 < checkpoint.load(run_dir / "killed")["step"] < steps
-    subprocess.run([*command, "--name", "killed", "--resume"], check=True, **quiet)
-    assert_same(state_of(run_dir / "killed")["model"], state_of(run_dir / "whole")["model"])
-    assert_same(state_of(run_dir / "killed")["optimizer"], state_of(run_dir / "whole")["optimizer"])
-    assert untimed(run_dir / "killed") == untimed(run_dir / "whole")
-    assert [r["step"] for r in untimed(run_dir / "whole")] == list(range(1, steps + 1))
-    left = sorted(p.name for p in (run_dir / "killed").iterdir())
-    assert left == ["checkpoint.previous.pt", "checkpoint.pt", "config.json", "log.jsonl"]
-
-
 def test_damaged_checkpoint_gives_way_to_the_previous(run_dir):
     train(run_dir, "whole", save_every=3, max_steps=9)
     train(run_dir, "run", save_every=3, max_steps=6)
@@ -378,34 +338,120 @@ def test_losses_are_read_seldom(run_dir, monkeypatch):
     assert [r["step"] for r in log_of(run_dir / "run")[1]] == list(range(1, 13))
 
 
-def spoil_loss(trainer, step):
+# ---------------------------------------------------------------- steps that are left out
+
+
+def spoiled(run_dir, how, steps, on_host=True, **settings):
+    """A trainer whose loss, or the gradient of whose first weight alone, is not finite in steps."""
+    config = {**TINY, "checkpoint_dir": str(run_dir), "name": "run", **settings}
+    trainer = Trainer(TrainConfig(**config), progress=False)
+    trainer.guard.on_host = on_host
     forward = trainer.model.objective.forward
-    trainer.model.objective.forward = lambda *r: (
-        forward(*r) + (math.nan if trainer.step == step - 1 else 0.0)
-    )
 
+    def now(value, otherwise):
+        return value if trainer.step + 1 in steps else otherwise
 
-@pytest.mark.parametrize("how", ["loss", "gradient"])
-@pytest.mark.parametrize("log_every", [1, 100])
-def test_divergence_keeps_the_last_good_checkpoint(how, log_every, run_dir):
-    settings = {"save_every": 2, "log_every": log_every}
-    config = TrainConfig(**{**TINY, **settings, "checkpoint_dir": str(run_dir), "name": "run"})
-    trainer = Trainer(config, progress=False)
     if how == "loss":  # its gradient is still finite
-        spoil_loss(trainer, step=6)
-    else:  # the loss of that step is still finite
-        trainer.model.encoder.stem[0].weight.register_hook(
-            lambda g: g * (math.inf if trainer.step == 5 else 1.0)
-        )
-    with pytest.raises(TrainingDiverged, match=r"nan or inf by step 6; the last good .*\.pt$"):
+        trainer.model.objective.forward = lambda *r: forward(*r) + now(math.nan, 0.0)
+    else:
+        trainer.model.encoder.stem[0].weight.register_hook(lambda g: g * now(math.inf, 1.0))
+    return trainer
+
+
+def everything(trainer):
+    """Copies of all that a step changes but the images and the schedule."""
+    parts = (trainer.model.state_dict(), trainer.optimizer.state_dict()["state"])
+    return copy.deepcopy([{k: v for k, v in part.items()} for part in parts])
+
+
+@pytest.mark.parametrize("on_host", [True, False])
+@pytest.mark.parametrize("how", ["loss", "gradient"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"optimizer": "lars", "learning_rate": 4.8}, {"optimizer": "sgd", "mode": "simclr"}],
+    ids=["adamw", "lars", "sgd-simclr"],
+)
+def test_a_step_that_is_not_finite_changes_nothing(settings, how, on_host, run_dir):
+    trainer = spoiled(run_dir, how, {4}, on_host, max_steps=6, **settings)
+    step, seen = trainer.guard.step, []
+
+    def between(loss):
+        before = everything(trainer)
+        for buffer, old in zip(trainer.guard.statistics, trainer.guard.before):
+            seen.append(not torch.equal(buffer, old))
+        step(loss)
+        seen.append((trainer.step + 1, before, everything(trainer)))
+
+    trainer.guard.step = between
+    statistics = []
+    start = trainer.guard.start
+    trainer.guard.start = lambda: (
+        start(), statistics.append([b.clone() for b in trainer.guard.statistics])
+    )  # fmt: skip
+    trainer.run()
+    assert any(x is True for x in seen)  # the forward pass had moved the running statistics
+    updates = {x[0]: x[1:] for x in seen if isinstance(x, tuple)}
+    weights = {name for name, _ in trainer.model.named_parameters()}
+    for number, (before, after) in updates.items():
+        same = [torch.equal(before[0][k], after[0][k]) for k in weights]
+        assert all(same) == (number == 4), number
+    if updates[4][0][1]:
+        assert_same(updates[4][0][1], updates[4][1][1])
+    assert len(updates[4][0][1]) == len(weights)
+    assert_same(statistics[3], statistics[4])
+    assert not torch.equal(statistics[2][0], statistics[3][0])
+    records = log_of(run_dir / "run")[1]
+    assert [r["skipped"] for r in records] == [0, 0, 0, 1, 1, 1]
+    lost = [r["step"] for r in records if r["loss"] == "nan"]
+    assert lost == ([4] if how == "loss" else [])
+
+
+def test_both_ways_of_leaving_out_train_alike(run_dir):
+    """Putting back on the device, as on GPUs, and looking from the host: the same bits."""
+    for name, on_host in (("host", True), ("device", False)):
+        trainer = spoiled(run_dir, "gradient", {1, 4, 5}, on_host, name=name)
+        trainer.run()
+        assert trainer.guard.counts.tolist() == [3, 0]
+    assert_same(state_of(run_dir / "host"), state_of(run_dir / "device"))
+    assert untimed(run_dir / "host") == untimed(run_dir / "device")
+
+
+@pytest.mark.parametrize("log_every", [1, 100])
+@pytest.mark.parametrize("on_host", [True, False])
+def test_divergence_keeps_the_last_good_checkpoint(on_host, log_every, run_dir):
+    settings = {"save_every": 2, "log_every": log_every, "max_skipped": 4}
+    trainer = spoiled(run_dir, "loss", set(range(6, 99)), on_host, **settings)
+    text = r"nan or inf in 4 steps in a row by step 9; the last good .*\.pt$"
+    with pytest.raises(TrainingDiverged, match=text):
         trainer.run()
     assert trainer.log.closed
     state = checkpoint.load(run_dir / "run")
     assert state["step"] == 4 and all(v.isfinite().all() for v in state["model"].values())
+    if log_every == 1:
+        assert [r["loss"] == "nan" for r in log_of(run_dir / "run")[1]] == [False] * 5 + [True] * 4
     train(run_dir, "run", **settings, resume=True)
     assert [r["step"] for r in log_of(run_dir / "run")[1]] == (
         list(range(1, STEPS + 1)) if log_every == 1 else [STEPS]
     )
+
+
+def test_a_gpu_is_asked_seldom(run_dir):
+    trainer = spoiled(run_dir, "loss", set(range(6, 99)), False, save_every=99, max_skipped=4)
+    with pytest.raises(TrainingDiverged, match="in 7 steps in a row by step 12; there is no"):
+        trainer.run()
+
+
+def test_a_checkpoint_that_is_due_waits_for_a_step_that_is_taken(run_dir, monkeypatch):
+    saved, save = [], checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda p, s: (saved.append(s["step"]), save(p, s)))
+    spoiled(run_dir, "loss", {4, 5, 8}, save_every=4, max_steps=10).run()
+    assert saved == [6, 9, 10]
+
+
+def test_what_was_skipped_is_remembered(run_dir):
+    spoiled(run_dir, "loss", {2, 5}, max_steps=6).run()
+    train(run_dir, "run", max_steps=8, resume=True)
+    assert [r["skipped"] for r in log_of(run_dir / "run")[1]] == [0, 1, 1, 1, 2, 2, 2, 2]
 
 
 def test_divergence_before_any_checkpoint_says_so(run_dir):
@@ -413,14 +459,41 @@ def test_divergence_before_any_checkpoint_says_so(run_dir):
         train(run_dir, "run", optimizer="sgd", learning_rate=1e30)
 
 
-def test_divergence_is_seen_where_the_loss_is_read(run_dir, monkeypatch):
-    monkeypatch.setattr(loop, "READ_EVERY", -1.0)
-    config = TrainConfig(**{**TINY, "save_every": 100, "checkpoint_dir": str(run_dir)})
-    trainer = Trainer(config, progress=False)
-    spoil_loss(trainer, step=4)
-    with pytest.raises(TrainingDiverged, match="by step 4; there is no checkpoint yet"):
+def test_weights_that_are_not_finite_are_not_saved(run_dir):
+    trainer = spoiled(run_dir, "loss", {}, save_every=2)
+    step = trainer.optimizer.step
+
+    def far():
+        step()
+        if trainer.step == 5:  # a finite gradient can do that
+            trainer.model.head.weight.data.fill_(math.inf)
+
+    trainer.optimizer.step = far
+    with pytest.raises(TrainingDiverged, match=r"nan or inf by step 6; the last good .*\.pt$"):
         trainer.run()
-    assert [r["loss"] for r in log_of(trainer.folder)[1]][3:] == ["nan"]
+    assert checkpoint.load(run_dir / "run")["step"] == 4
+
+
+def test_gradient_scaler(run_dir, monkeypatch):
+    """As fp16 on a GPU uses it: a power of two changes no bits, an overflow halves it and skips."""
+    train(run_dir, "plain", max_steps=6)
+    real, scale = torch.amp.GradScaler, 2.0**10
+
+    def scaler(device, enabled):
+        return real(device, init_scale=scale, enabled=True)
+
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+    trainer, _ = train(run_dir, "scaled", max_steps=6)
+    assert trainer.guard.on_host and trainer.scaler.get_scale() == scale
+    assert_same(state_of(run_dir / "scaled")["model"], state_of(run_dir / "plain")["model"])
+    assert_same(untimed(run_dir / "scaled"), untimed(run_dir / "plain"))
+    scale = 2.0**127
+    trainer, _ = train(run_dir, "overflow", max_steps=6, max_skipped=99)
+    count = trainer.guard.counts[0].item()
+    assert 0 < count < 6 and trainer.scaler.get_scale() == scale / 2**count
+    # The checkpoint carries the scale on.
+    trainer, _ = train(run_dir, "overflow", max_steps=7, resume=True)
+    assert trainer.guard.counts[0] == count and trainer.scaler.get_scale() == scale / 2**count
 
 
 # ---------------------------------------------------------------- refusals

@@ -157,7 +157,7 @@ def test_identity_parameters_give_the_image_back():
         "factors": torch.ones(4, 3),
         "order": torch.arange(3).expand(4, 3),
         "hue": torch.zeros(4),
-        "hue_rows": torch.arange(4),
+        "hue_place": torch.arange(4),
         "grey": torch.zeros(4, dtype=torch.bool),
         "sigma": torch.zeros(4),
         "solarise": torch.zeros(4, dtype=torch.bool),
@@ -211,7 +211,9 @@ def test_released_pair():
         torch.testing.assert_close(low, torch.tensor([0.6, 0.6, 0.8]), atol=0.01, rtol=0)
         torch.testing.assert_close(high, torch.tensor([1.4, 1.4, 1.2]), atol=0.01, rtol=0)
         assert p["hue"].abs().max() == pytest.approx(0.1, abs=0.002)
-        assert p["hue_rows"].sort().values.equal(torch.arange(4000))
+        fours = p["hue_place"].view(-1, 4)
+        assert fours.sort(1).values.equal(torch.arange(4).expand(1000, 4))
+        assert len(fours.unique(dim=0)) == 24
         assert p["sigma"].max() <= 2 and p["sigma"][p["sigma"] > 0].min() >= 0.1
         codes = (p["order"] * torch.tensor([9, 3, 1])).sum(1)
         assert codes.unique().numel() == 6
@@ -311,6 +313,21 @@ def test_a_large_batch_is_made_in_pieces(monkeypatch):
     one, _ = make(x, generator())
     assert sizes == [4, 4, 2] * 2
     assert one.flatten(1).unique(dim=0).shape[0] == 10
+
+
+@pytest.mark.parametrize(("preset", "size", "channels"), CASES)
+@pytest.mark.parametrize("ends", [[0, 4, 12, 23], [0, 5, 6, 14, 23], list(range(24))])
+def test_a_sample_s_view_does_not_depend_on_the_division_of_the_batch(
+    ends, preset, size, channels, monkeypatch
+):
+    """What ranks and chunks rely on: parameters of the whole batch, applied to parts of it."""
+    x, make = images(23, channels, 32), views.make_views(preset, size, channels)
+    want = make(x, generator(3))
+    monkeypatch.setattr(views, "CHUNK", 8 * channels * 32 * 32)  # in pieces of 8
+    drawn = make.sample(23, 32, 32, generator(3))
+    for view, params, whole in zip((make.first, make.second), drawn, want):
+        parts = [view.rows(x[a:b], params, a) for a, b in zip(ends, ends[1:])]
+        assert torch.equal(torch.cat(parts), whole)
 
 
 def test_float_images_are_taken_as_they_are():

@@ -13,6 +13,7 @@ import torch
 from ..problem import NEGATIVES
 from .data import SETS
 from .encoders import ENCODERS
+from .gradcache import RULES
 from .objective import MODES
 from .optim import OPTIMIZERS
 from .views import PRESETS
@@ -97,6 +98,9 @@ class TrainConfig:
     epochs: int | None = None
     warmup_epochs: int | None = None
     amp: str = "none"
+    chunk_size: int | None = None  # images encoded at a time; None: the whole batch (gradcache.py)
+    cache_bn: str | None = None  # what BatchNorm does then, one of gradcache.RULES
+    max_skipped: int = 10  # steps in a row without a finite loss and gradient, after which it stops
     compile: bool = False
     channels_last: bool = True
     device: str = "auto"
@@ -111,7 +115,7 @@ class TrainConfig:
     # What may differ between a checkpoint and the run that resumes it.
     FREE = (
         "data_root", "download", "device", "workers", "max_steps", "save_every", "log_every",
-        "checkpoint_dir", "name", "compile", "loss",
+        "checkpoint_dir", "name", "compile", "loss", "chunk_size", "cache_bn", "max_skipped",
     )  # fmt: skip
 
     def resolve(self) -> TrainConfig:
@@ -147,9 +151,15 @@ class TrainConfig:
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+        if self.cache_bn is not None and self.cache_bn not in RULES:
+            allowed = ", ".join(RULES)
+            raise ValueError(f"cache_bn: expected one of {allowed}, got {self.cache_bn!r}")
+        if self.cache_bn is not None and self.chunk_size is None:
+            raise ValueError(f"cache_bn: expected chunk_size with it, got {self.cache_bn!r} alone")
         at_least = {
             "batch_size": 2, "epochs": 1, "warmup_epochs": 0, "image_size": 2, "workers": 0,
             "log_every": 1, "dim": 1, "max_steps": 1, "save_every": 1, "seed": 0,
+            "chunk_size": 1, "max_skipped": 1,
         }  # fmt: skip
         for name, low in at_least.items():
             value = getattr(self, name)

@@ -268,14 +268,14 @@ class EpochSampler:
     """Shuffled batches of indices; the order is a function of (seed, epoch) alone.
 
     n, batch_size: images of the set and of a batch, the latter over all ranks together. Rank r of W
-    takes the r-th of W contiguous parts of every batch, so that W ranks together see what one
-    process would.
+    takes the r-th of W contiguous parts of every batch, as equal as can be (`share`), so that W
+    ranks together see what one process would, and a run may go on with another W.
     drop_last: leave out the images that do not fill the last batch; they change with the epoch.
-    `what` names the images in the error: ValueError if a batch holds more than the set, or cannot
-    be shared evenly by the ranks.
+    `what` names the images in the error: ValueError if a batch holds more than the set, or fewer
+    than the ranks.
 
-    Iterating gives the epoch's batches, int64 (batch_size / W,), from `position` to its end and
-    moves nothing, so that workers may read ahead: whoever trains moves `position`, and calls
+    Iterating gives this rank's share of the epoch's batches, int64 (b,), from `position` to its end
+    and moves nothing, so that workers may read ahead: whoever trains moves `position`, and calls
     `next_epoch` at the end (see Batches).
     """
 
@@ -296,11 +296,10 @@ class EpochSampler:
             raise ValueError(f"batch size: expected at most {n} (the {what}), got {batch_size}")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank: expected 0 to {world_size - 1}, got {rank}")
-        if batch_size % world_size or (not drop_last and (n % batch_size) % world_size):
-            last = "" if drop_last else f" and a last one of {n % batch_size}"
-            raise ValueError(
-                f"batch size: expected a multiple of the {world_size} ranks, got {batch_size}{last}"
-            )
+        last = batch_size if drop_last else n % batch_size or batch_size
+        if min(batch_size, last) < world_size:
+            got = batch_size if last == batch_size else f"{batch_size} and a last one of {last}"
+            raise ValueError(f"batch size: expected at least the {world_size} ranks, got {got}")
         self.n, self.batch_size, self.seed, self.drop_last = n, batch_size, seed, drop_last
         self.rank, self.world_size = rank, world_size
         self.epoch = self.position = 0
@@ -317,7 +316,11 @@ class EpochSampler:
     def __iter__(self) -> Iterator[Tensor]:
         batches = self.order(self.epoch).split(self.batch_size)[: len(self)]
         for batch in batches[self.position :]:
-            yield batch.tensor_split(self.world_size)[self.rank]
+            yield batch[self.share(len(batch))]
+
+    def share(self, n: int) -> slice:
+        """Which of the n images of a batch are this rank's."""
+        return slice(*(n * r // self.world_size for r in (self.rank, self.rank + 1)))
 
     def next_epoch(self) -> None:
         """To the first batch of the next epoch."""

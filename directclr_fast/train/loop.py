@@ -5,11 +5,16 @@ that BatchNorm sees the views apart, as in the paper), takes the mode's loss, an
 cross-entropy of a linear head on the detached representation of view 1, which only measures.
 Everything random comes from generators whose state the checkpoint holds, so a resumed run on the
 CPU is bitwise the run that was not interrupted.
+
+Under torchrun every rank runs this: it draws the batch and the views' parameters of all ranks,
+takes its rows, and meets the others in BatchNorm, the loss and the mean of the gradients, so that W
+ranks are one process up to rounding. Rank 0 alone reads and writes files and shows anything.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import math
 import os
@@ -23,29 +28,39 @@ from typing import IO
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .. import __version__
 from ..dispatch import last_backend
 from . import checkpoint, data, encoders, views
+from .batchnorm import synchronise
 from .config import TrainConfig
+from .gradcache import GradientCache
+from .guard import Guard
 from .objective import Objective
 from .optim import build_optimizer, learning_rate
+from .ranks import Ranks
+from .supervise import Signals, TrainingStopped
 
 READ_EVERY = 0.25  # seconds between reads of losses from the device: each waits for its queue
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss or a weight became NaN or infinite; the last good checkpoint is kept."""
+    """Losses, gradients or a weight stayed NaN or infinite; the last good checkpoint is kept."""
 
 
 class Model(nn.Module):
     """Encoder, mode and online head of a run; ``width`` R, the encoder's representation size.
 
     The weights are a function of the settings alone, and the caller's random state is left as is.
+    ``ranks``: those over which a batch lies.
     """
 
-    def __init__(self, config: TrainConfig, channels: int, classes: int) -> None:
+    def __init__(
+        self, config: TrainConfig, channels: int, classes: int, ranks: Ranks | None = None
+    ) -> None:
         super().__init__()
+        self.ranks = ranks or Ranks()
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.seed)
             self.encoder = encoders.build(
@@ -59,9 +74,30 @@ class Model(nn.Module):
                 temperature=config.temperature,
                 negatives=config.negatives,
                 backend="reference" if config.loss == "reference" else "auto",
+                group=self.ranks.group,
                 seed=config.seed,
             )
             self.head = nn.Linear(self.width, classes)
+
+    def forward(self, view1, view2=None, labels=None):
+        """:meth:`losses` of two views (B, C, S, S); of one alone its representation (B, R)."""
+        r1 = self.encoder(view1)
+        return r1 if view2 is None else self.losses(r1, self.encoder(view2), labels)
+
+    def losses(self, r1, r2, labels) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Loss of the mode, loss and accuracy of the head, of the batch of all ranks.
+
+        r1, r2 (B, R), labels (B,). Gradients are such that their mean over the ranks is that of the
+        whole batch.
+        """
+        loss = self.objective(r1, r2)
+        scores = self.head(r1.detach())
+        # Unlabelled images have label -1; a batch may hold nothing else.
+        counts = torch.stack(((labels >= 0).sum(), (scores.detach().argmax(1) == labels).sum()))
+        known, right = self.ranks.sum(counts)
+        known = known.clamp_min(1)
+        head_loss = nn.functional.cross_entropy(scores, labels, ignore_index=-1, reduction="sum")
+        return loss, head_loss * self.ranks.size / known, right / known
 
 
 def load_model(path: str | os.PathLike, device: str = "cpu") -> tuple[TrainConfig, Model, dict]:
@@ -80,6 +116,8 @@ class Trainer:
     ``log_every`` steps) and ``checkpoint.pt``. ``resume`` continues from the folder's checkpoint,
     where there is one; without it a folder that holds one is refused unless ``overwrite``. Nothing
     there is changed before ``run``.
+
+    Where torch.distributed is initialised the run is shared by its processes, which all do this.
     """
 
     def __init__(
@@ -92,21 +130,15 @@ class Trainer:
     ) -> None:
         config = config.resolve()
         self.config = config
-        self.progress = progress
+        self.ranks = ranks = Ranks.joined()
+        self.progress = progress and ranks.rank == 0
         self.folder = Path(config.checkpoint_dir) / config.name
         self.path = self.folder / "checkpoint.pt"
-        state = self._start_from(resume, overwrite)
+        state = ranks.first(lambda: self._start_from(resume, overwrite))
 
-        torch.manual_seed(config.seed)
-        self.device = torch.device(config.device)
-        dataset = data.load(
-            config.data,
-            root=config.data_root,
-            download=config.download,
-            train=True,
-            image_size=config.image_size,
-            seed=config.seed,
-        )
+        torch.manual_seed(config.seed + ranks.rank)
+        self.device = ranks.device(torch.device(config.device))
+        dataset = self._load_data()
         self.channels, self.classes = dataset.shape[0], dataset.num_classes
         if isinstance(dataset, data.ImageSet):
             dataset = dataset.to(self.device)
@@ -114,25 +146,60 @@ class Trainer:
             len(dataset),
             config.batch_size,
             config.seed,
+            rank=ranks.rank,
+            world_size=ranks.size,
             what=f"training images of {config.data}",
         )
         self.batches = data.Batches(dataset, self.sampler, self.device, config.workers)
         self.make_views = views.make_views(config.views, config.image_size, self.channels)
         self.view_generator = torch.Generator(self.device).manual_seed(config.seed + 1)
 
-        self.model = Model(config, self.channels, self.classes).to(self.device)
+        self.model = self.module = Model(config, self.channels, self.classes, ranks).to(self.device)
         if config.channels_last:
             self.model.encoder.to(memory_format=torch.channels_last)
-        self.encode = torch.compile(self.model.encoder) if config.compile else self.model.encoder
+        if ranks.size > 1:
+            if config.chunk_size is None:  # the ranks may differ in their number of chunks
+                self.model.encoder = synchronise(self.model.encoder)
+            self.model.objective = synchronise(self.model.objective)
+            gpu = [self.device] if self.device.type == "cuda" else None
+            # The ranks' buffers agree already. Torch 2.15 has a new name for that.
+            names = inspect.signature(DistributedDataParallel).parameters
+            name = {"forward_sync_buffers", "broadcast_buffers"} & set(names)
+            self.module = DistributedDataParallel(self.model, gpu, **{max(name): False})
+        if config.compile:
+            self.model.encoder.compile()
         self.optimizer = build_optimizer(
             config.optimizer, self.model, config.learning_rate, config.weight_decay
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
+        self.guard = Guard(self.model, self.optimizer, self.scaler, ranks)
+        self.cache = None
+        if config.chunk_size is not None:
+            self.cache = GradientCache(
+                self.model, self.module, config.chunk_size, config.cache_bn, self._autocast, ranks
+            )
         self.step = 0
-        self.finite = torch.ones((), dtype=torch.bool, device=self.device)
         self.log_bytes = None  # of the log that belong to `step`; None: a new run
         if state is not None:
             self._restore(state)
+
+    def _load_data(self) -> data.ImageSet | data.FolderSet:
+        config, download = self.config, self.config.download
+
+        def load(download: bool):
+            return data.load(
+                config.data,
+                root=config.data_root,
+                download=download,
+                train=True,
+                image_size=config.image_size,
+                seed=config.seed,
+            )
+
+        if download and self.ranks.size > 1:  # one fetches, the others find it
+            self.ranks.first(lambda: load(True) and None)
+            download = False
+        return load(download)
 
     # ------------------------------------------------------------------------ the run
 
@@ -144,9 +211,12 @@ class Trainer:
     def run(self, on_step: Callable[[dict], None] | None = None) -> dict:
         """Trains to the end and returns the last log line with totals.
 
-        ``on_step`` is called with each log line, some steps after its own. Raises
-        :class:`TrainingDiverged` where the loss or a weight stopped being finite; the last good
-        checkpoint is kept.
+        ``on_step`` is called with each log line, some steps after its own, on rank 0. A step whose
+        loss or gradient is not finite changes nothing but the log's ``skipped``. Raises
+        :class:`TrainingDiverged` after ``max_skipped`` of them in a row (on a GPU, up to twice as
+        many) or where a weight is not finite: the last good checkpoint is kept. SIGTERM or SIGINT
+        raise :class:`TrainingStopped` at the end of the step, after a checkpoint, unless that step
+        was skipped.
         """
         last = self.total_steps
         if self.config.max_steps is not None:
@@ -154,28 +224,38 @@ class Trainer:
         save_every = self.config.save_every or len(self.sampler)
         self.record, self.waiting, self.read_at = {"step": self.step}, [], 0.0
         self.clock = None
-        with self._files() as self.log, self._bar(last) as bar:
+        due = False
+        signals = Signals(impatient=self.ranks.size == 1)
+        with self._files() as self.log, self._bar(last) as bar, signals:
             show = (bar,) if on_step is None else (bar, on_step)
             self.model.train()
             while self.step < last:
                 for images, labels, _ in self.batches:
                     values = self._train_step(images, labels)
                     self.step += 1
-                    self._tick(len(images))
+                    self._tick()
                     end = self.step == last
                     if self.step % self.config.log_every == 0 or end:
                         self.waiting.append((self.step, *values))
-                    saving = self.step % save_every == 0 or end
-                    if saving or time.perf_counter() - self.read_at > READ_EVERY:
+                    due |= self.step % save_every == 0
+                    stop = self.ranks.any(signals.caught is not None)
+                    if due or stop or end or time.perf_counter() - self.read_at > READ_EVERY:
                         self._write_log(show)
-                    if saving:
+                    in_a_row = self._skipped_in_a_row(due or stop or end)
+                    # While steps are skipped nothing has proved the weights, so the last
+                    # checkpoint stays.
+                    if end or (due or stop) and not in_a_row:
                         self._save()
+                        due = False
+                    if stop and not end:
+                        raise self._stopped(signals, saved=not in_a_row)
                     if end:
                         break
-        return {**self.record, "backend": last_backend(), "folder": str(self.folder)}
+        last_line = {**self.record, "step": self.step}
+        return {**last_line, "backend": last_backend(), "folder": str(self.folder)}
 
-    def _train_step(self, images, labels) -> tuple[float, torch.Tensor, torch.Tensor]:
-        """One update; learning rate, loss and online accuracy, the latter two on the device."""
+    def _train_step(self, images, labels) -> tuple[float, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One update; learning rate and, on the device, loss, online accuracy, steps skipped."""
         config = self.config
         rate = learning_rate(
             self.step,
@@ -185,36 +265,62 @@ class Trainer:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        view1, view2 = self.make_views(images, self.view_generator)
-        if config.channels_last:
-            view1 = view1.contiguous(memory_format=torch.channels_last)
-            view2 = view2.contiguous(memory_format=torch.channels_last)
-        dtype = torch.float16 if config.amp == "fp16" else torch.bfloat16
-        with torch.autocast(self.device.type, dtype, enabled=config.amp != "none"):
-            r1, r2 = self.encode(view1), self.encode(view2)
-            loss = self.model.objective(r1, r2)
-            scores = self.model.head(r1.detach())
-            # Unlabelled images have label -1; a batch may hold nothing else.
-            known = (labels >= 0).sum().clamp_min(1)
-            head_loss = nn.functional.cross_entropy(
-                scores, labels, ignore_index=-1, reduction="sum"
-            )
-            head_loss = head_loss / known
+        make = self._views(images)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss + head_loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.finite &= torch.isfinite(loss.detach())
-        accuracy = (scores.detach().argmax(1) == labels).sum() / known
-        return rate, loss.detach(), accuracy
+        self.guard.start()
+        if self.cache is not None:
+            loss, accuracy = self.cache.backward(make, labels, self.scaler.scale)
+        else:
+            view1, view2 = (make(which, slice(0, len(images))) for which in (0, 1))
+            with self._autocast():
+                loss, head_loss, accuracy = self.module(view1, view2, labels)
+            self.scaler.scale(loss + head_loss).backward()
+        self.guard.step(loss)
+        return rate, loss.detach(), accuracy, self.guard.counts[0].clone()
+
+    def _views(self, images) -> Callable[[int, slice], torch.Tensor]:
+        """``make(which, rows)``: these rows of view 0 or 1 of ``images``, this rank's, in the
+        encoder's layout. What they depend on is drawn here, for the batch of all ranks."""
+        batch, config = self.config.batch_size, self.config
+        drawn = self.make_views.sample(batch, *images.shape[2:], self.view_generator)
+        first = self.sampler.share(batch).start
+        layout = torch.channels_last if config.channels_last else torch.contiguous_format
+
+        def make(which: int, rows: slice) -> torch.Tensor:
+            view = (self.make_views.first, self.make_views.second)[which]
+            made = view.rows(images[rows], drawn[which], first + rows.start)
+            return made.contiguous(memory_format=layout)
+
+        return make
+
+    def _autocast(self):
+        dtype = torch.float16 if self.config.amp == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype, enabled=self.config.amp != "none")
+
+    def _skipped_in_a_row(self, now: bool) -> int:
+        """Steps skipped in a row until now; TrainingDiverged at ``max_skipped``.
+
+        Asked of the device only where that costs nothing, ``now``, and every ``max_skipped`` steps;
+        0 in between. The same steps on every rank.
+        """
+        if not (now or self.guard.on_host or self.step % self.config.max_skipped == 0):
+            return 0
+        in_a_row = int(self.guard.counts[1])
+        if in_a_row >= self.config.max_skipped:
+            raise self._diverged(f"in {in_a_row} steps in a row ")
+        return in_a_row
 
     # ------------------------------------------------------------------------ checkpoints
 
     def _save(self) -> None:
-        # A finite loss may still have sent the weights off with its gradient.
+        # A finite gradient may still have sent the weights off.
         values = [v for v in self.model.state_dict().values() if v.is_floating_point()]
-        if not torch.stack([self.finite, *(v.isfinite().all() for v in values)]).all():
+        if not torch.stack([v.isfinite().all() for v in values]).all():
             raise self._diverged()
+        random_states = self.ranks.gather(checkpoint.rng_state(self.view_generator))
+        self.ranks.first(lambda: self._write(*random_states))
+
+    def _write(self, random_state: dict, *of_other_ranks: dict) -> None:
         os.fsync(self.log.fileno())
         self.log_bytes = self.log.tell()
         checkpoint.save(
@@ -228,17 +334,29 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "sampler": self.sampler.state_dict(),
-                "rng": checkpoint.rng_state(self.view_generator),
+                "skipped": self.guard.counts.cpu(),
+                "rng": random_state,
+                "rng_of_other_ranks": list(of_other_ranks),
                 "log_bytes": self.log_bytes,
             },
         )
 
-    def _diverged(self) -> TrainingDiverged:
-        kept = f"the last good checkpoint is {self.path}"
+    def _diverged(self, how: str = "") -> TrainingDiverged:
         return TrainingDiverged(
-            f"loss: expected finite numbers, got nan or inf by step {self.step}; "
-            + (kept if self.path.exists() else "there is no checkpoint yet")
+            f"loss: expected finite numbers, got nan or inf {how}by step {self.step}; "
+            + self._last_checkpoint("the last good checkpoint is")
         )
+
+    def _stopped(self, signals: Signals, saved: bool) -> TrainingStopped:
+        kept = "saved, continue with --resume:" if saved else "the last good checkpoint is"
+        caught = signals.caught or "a signal to another rank"
+        return TrainingStopped(
+            f"stopped by {caught} after step {self.step}; {self._last_checkpoint(kept)}"
+        )
+
+    def _last_checkpoint(self, introduction: str) -> str:
+        there = self.path.exists()
+        return f"{introduction} {self.path}" if there else "there is no checkpoint yet"
 
     def _start_from(self, resume: bool, overwrite: bool) -> dict | None:
         """The checkpoint to continue from, None to start anew."""
@@ -265,21 +383,38 @@ class Trainer:
                     f"{name}: expected {saved.get(name)!r} as in the checkpoint being resumed, "
                     f"got {value!r}"
                 )
+            if name in ("chunk_size", "cache_bn") and saved.get(name) != value:
+                # Allowed, as "frozen-stats" lives on it, but BatchNorm acts otherwise from here on.
+                warnings.warn(
+                    f"{name}: {saved.get(name)!r} in the checkpoint being resumed, now {value!r}",
+                    stacklevel=2,
+                )
 
     def _restore(self, state: dict) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.sampler.load_state_dict(state["sampler"])
-        checkpoint.set_rng_state(state["rng"], self.view_generator)
         self.step = state["step"]
+        self.guard.counts.copy_(state.get("skipped", torch.zeros(2)))
+        random_states = [state["rng"], *state.get("rng_of_other_ranks", [])]
+        known = self.ranks.rank < len(random_states)
+        checkpoint.set_rng_state(
+            random_states[self.ranks.rank if known else 0], self.view_generator
+        )
+        if not known:  # more ranks than there were; the views are drawn alike by all
+            torch.manual_seed(self.config.seed + self.ranks.rank + self.step * self.ranks.size)
         self.log_bytes = state["log_bytes"]
 
     # ------------------------------------------------------------------------ what is shown
 
     @contextlib.contextmanager
     def _files(self) -> Iterator[IO]:
-        """Writes config.json and opens the log where `step` left it."""
+        """Writes config.json and opens the log where `step` left it; rank 0 alone."""
+        if self.ranks.rank > 0:
+            with open(os.devnull, "w") as nowhere:
+                yield nowhere
+            return
         with checkpoint.replacing(self.folder / "config.json") as file:
             file.write(json.dumps(self.config.to_dict(), indent=2) + "\n")
         log = self.folder / "log.jsonl"
@@ -295,6 +430,7 @@ class Trainer:
                     "directclr_fast": __version__,
                     "torch": torch.__version__,
                     "device": str(self.device),
+                    "ranks": self.ranks.size,
                     "threads": torch.get_num_threads(),
                     "parameters": sum(p.numel() for p in self.model.parameters()),
                     "steps": self.total_steps,
@@ -302,28 +438,30 @@ class Trainer:
                 file.write(json.dumps(header) + "\n")
             yield file
 
-    def _tick(self, images: int) -> None:
+    def _tick(self) -> None:
         """Counts images from the first step of this process on, which is left out (warm-up)."""
         if self.clock is None:
             self.clock, self.images = time.perf_counter(), 0
         else:
-            self.images += images
+            self.images += self.config.batch_size
 
     def _write_log(self, show: Sequence[Callable[[dict], None]]) -> None:
         """A line for each step that waits for one, and the same to each of ``show``."""
-        if not self.waiting:
+        waiting, self.waiting = self.waiting, []
+        if not waiting or self.ranks.rank > 0:
             return
-        steps, rates, *values = zip(*self.waiting)
-        losses, accuracies = torch.stack([torch.stack(v).float() for v in values]).tolist()
-        self.waiting, self.read_at = [], time.perf_counter()
+        steps, rates, *values = zip(*waiting)
+        losses, accuracies, skips = torch.stack([torch.stack(v).double() for v in values]).tolist()
+        self.read_at = time.perf_counter()
         speed = round(self.images / (self.read_at - self.clock), 1) if self.images else None
-        for step, rate, loss, accuracy in zip(steps, rates, losses, accuracies):
+        for step, rate, loss, accuracy, skipped in zip(steps, rates, losses, accuracies, skips):
             self.record = {
                 "step": step,
                 "epoch": round(step / len(self.sampler), 4),
                 "loss": loss if math.isfinite(loss) else repr(loss),  # JSON has no nan
                 "accuracy": accuracy,
                 "learning_rate": rate,
+                "skipped": int(skipped),
                 "images_per_second": speed,
             }
             self.log.write(json.dumps(self.record) + "\n")
@@ -331,8 +469,6 @@ class Trainer:
             for call in show:
                 call(self.record)
         self.log.flush()
-        if not all(map(math.isfinite, losses)):
-            raise self._diverged()
 
     def _bar(self, last: int):
         return _Progress(self.progress, self.step, last, self._banner())
@@ -344,6 +480,8 @@ class Trainer:
             f"{config.mode}{dim} on {config.data}: {config.encoder} (R {self.model.width}), "
             f"batch {config.batch_size}, {config.epochs} epochs of {len(self.sampler)} steps, "
             f"{config.optimizer} {config.learning_rate:g}, {self.device}, amp {config.amp}"
+            + (f", {self.ranks.size} ranks" if self.ranks.size > 1 else "")
+            + (f", by chunks of {config.chunk_size}" if self.cache else "")
         )
 
 

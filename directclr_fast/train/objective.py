@@ -40,6 +40,7 @@ class Objective(nn.Module):
         dim: columns of "directclr", 1 to R; None takes :func:`default_dim`.
         temperature, negatives: of the loss.
         backend: of the loss; "reference" materialises N x N.
+        group: processes over which the batch lies, as for the loss.
         seed: of the permutation of "group".
     """
 
@@ -52,6 +53,7 @@ class Objective(nn.Module):
         temperature: float = 0.1,
         negatives: str = "cross",
         backend: str = "auto",
+        group: str | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -70,6 +72,7 @@ class Objective(nn.Module):
             "temperature": temperature,
             "negatives": negatives,
             "backend": backend,
+            "group": group,
         }
         self.projector = nn.Identity()
         columns = None

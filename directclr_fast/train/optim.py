@@ -110,7 +110,8 @@ def build_optimizer(
     if name == "sgd":
         return torch.optim.SGD(groups, lr, momentum)
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr)
+        # Fused on a GPU: there it counts its steps on the device (see guard.py).
+        return torch.optim.AdamW(groups, lr, fused=params[0].is_cuda or None)
     raise ValueError(f"optimizer: expected one of {', '.join(OPTIMIZERS)}, got {name!r}")
 
 

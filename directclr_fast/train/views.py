@@ -41,6 +41,7 @@ GREY_MEAN, GREY_STD = 0.449, 0.226  # their averages, for every other number of 
 LUMA = (0.2989, 0.587, 0.114)
 PRESETS = ("imagenet", "small", "affine")
 CHUNK = 2**26  # elements augmented at a time: 256 MiB in fp32, whatever the batch
+FOUR = 4  # rows that have the four places of the hue between them
 
 
 def _rows(v: Tensor) -> Tensor:
@@ -204,6 +205,12 @@ class _Draw:
     def chance(self, p: float) -> Tensor:
         return torch.rand(self.n, **self.how) < p
 
+    def places(self) -> Tensor:
+        """(n,) a permutation of 0..3 for each four rows, of 0..r-1 for r rows that are left."""
+        keys = torch.rand(-(-self.n // FOUR) * FOUR, **self.how)
+        keys[self.n :] = 2
+        return keys.view(-1, FOUR).argsort(1).flatten()[: self.n]
+
 
 def draw_box(
     draw: _Draw, h: int, w: int, scale: tuple[float, float], ratio: tuple[float, float]
@@ -232,25 +239,41 @@ def draw_box(
 
 @dataclass(frozen=True)
 class _View:
-    """Calling with (images, generator) draws and applies; see `View` and `AffineView`."""
+    """Parameters are drawn (`sample`) for a whole batch and applied (`rows`) to any part of it: a
+    sample's view does not depend on how the batch is divided. See `View` and `AffineView`."""
 
     size: int
     channels: int
 
-    @torch.no_grad()
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        self._check(images)
+        return self.rows(images, self.sample(len(images), *images.shape[2:], generator))
+
+    @torch.no_grad()
+    def rows(self, images: Tensor, params: dict[str, Tensor], first: int = 0) -> Tensor:
+        """The view of `images` (B, C, H, W), which are samples first .. first + B of those that
+        `params` was drawn for: fp32 (B, C, S, S)."""
+        self._check(images)
+        b, c, h, w = images.shape
+        out = torch.empty(b, c, self.size, self.size, device=images.device)
+        step = max(FOUR, CHUNK // (c * max(h * w, self.size**2)) // FOUR * FOUR)
+        start = -(first % FOUR)
+        for i in range(start, b, step):  # over pieces that bound the memory, not over samples
+            low, high = max(i, 0), min(i + step, b)
+            part, there = images[low:high], slice(first + i, first + high + -(first + high) % FOUR)
+            drawn = {k: v[there].to(images.device, non_blocking=True) for k, v in params.items()}
+            # Whole fours of the drawn batch (see hue_place): what fills them up is thrown away.
+            ahead = low - i
+            behind = len(next(iter(drawn.values()))) - ahead - len(part)
+            if ahead or behind:
+                part = F.pad(part, (0, 0) * 3 + (ahead, behind))
+            out[low:high] = self.apply(part, drawn)[ahead : ahead + high - low]
+        return out
+
+    def _check(self, images: Tensor) -> None:
         if images.dim() != 4 or images.shape[1] != self.channels:
             expected = f"(B, {self.channels}, H, W)"
             raise ValueError(f"images: expected shape {expected}, got {tuple(images.shape)}")
-        b, c, h, w = images.shape
-        out = torch.empty(b, c, self.size, self.size, device=images.device)
-        step = max(1, CHUNK // (c * max(h * w, self.size**2)))
-        for i in range(0, b, step):  # over pieces that bound the memory, not over samples
-            part = images[i : i + step]
-            params = self.sample(len(part), h, w, generator)
-            params = {k: v.to(images.device, non_blocking=True) for k, v in params.items()}
-            out[i : i + step] = self.apply(part, params)
-        return out
 
     def sample(self, n: int, h: int, w: int, generator: torch.Generator) -> dict[str, Tensor]:
         raise NotImplementedError
@@ -275,7 +298,11 @@ class View(_View):
     solarise_p: float = 0.0
 
     def sample(self, n: int, h: int, w: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Parameters of n images of h x w pixels, n rows each, on the generator's device."""
+        """Parameters of n images of h x w pixels, n rows each, on the generator's device.
+
+        hue_place: when in the jitter a row's hue is turned, 0..3, each once in every four rows, so
+        that every part of whole fours has equally many of each and shapes are static.
+        """
         draw = _Draw(n, generator)
         blends = self.strength[: 3 if self.channels == 3 else 2]
         on = draw.chance(self.jitter_p)
@@ -287,7 +314,7 @@ class View(_View):
             "factors": torch.where(on[:, None], factors, 1),
             "order": draw.uniform(0, 1, len(blends)).argsort(1),
             "hue": torch.where(on, hue, 0),
-            "hue_rows": torch.randperm(n, **draw.how),
+            "hue_place": draw.places(),
             "grey": draw.chance(self.grey_p),
             "sigma": torch.where(draw.chance(self.blur_p), draw.uniform(*self.sigma), 0),
             "solarise": draw.chance(self.solarise_p),
@@ -298,7 +325,8 @@ class View(_View):
         p = params
         with torch.autocast(images.device.type, enabled=False):
             x = crop_resize(as_float(images), p["box"], self.size, p["flip"])
-            x = jitter(x, p["factors"], p["order"], p["hue"], p["hue_rows"])
+            hue_rows = p["hue_place"].argsort(stable=True)
+            x = jitter(x, p["factors"], p["order"], p["hue"], hue_rows)
             if self.channels == 3:
                 x = torch.where(_rows(p["grey"]), grey(x), x)
             if self.blur_p > 0:
@@ -357,6 +385,11 @@ class Views:
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         return self.first(images, generator), self.second(images, generator)
+
+    def sample(self, n: int, h: int, w: int, generator: torch.Generator) -> tuple[dict, dict]:
+        """The parameters that a call would draw for n images of h x w pixels: `first.rows` and
+        `second.rows` apply them to any part of the batch."""
+        return self.first.sample(n, h, w, generator), self.second.sample(n, h, w, generator)
 
 
 def make_views(preset: str, image_size: int, channels: int = 3) -> Views:

@@ -1,0 +1,293 @@
+"""Training by several processes under Gloo is training by one: weights, views, faults, resumes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_train_run import TINY, assert_same, log_of, state_of, train
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_gloo_available() or not hasattr(os, "fork"), reason="needs Gloo, fork"
+)
+FEW = {**TINY, "optimizer": "sgd", "learning_rate": 0.01, "epochs": 2, "max_steps": 4}
+
+# Imports once and forks the ranks. The script defines main(rank), with train as in test_train_run.
+LAUNCH = r"""
+import json, os, socket, sys, time
+import torch
+import torch.distributed as dist
+from directclr_fast.train import checkpoint, loop, ranks
+from directclr_fast.train.config import TrainConfig
+from directclr_fast.train.loop import Trainer, TrainingDiverged, TrainingStopped
+
+FEW = json.loads(sys.argv[3])
+
+def trainer(name, *, resume=False, overwrite=False, **settings):
+    config = TrainConfig(**{**FEW, "checkpoint_dir": sys.argv[2], "name": name, **settings})
+    return Trainer(config, resume=resume, overwrite=overwrite, progress=False)
+
+def train(name, **settings):
+    return trainer(name, **settings).run()
+
+exec(sys.argv[4])
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+world, children = int(sys.argv[1]), []
+for rank in range(world):
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
+            os.environ.update({k: str(v) for k, v in names.items()}, MASTER_ADDR="127.0.0.1")
+            with ranks.launched():
+                main(rank)
+            code = 0
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    children.append(child)
+codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+sys.exit(any(codes))
+"""
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small gain nothing from threads and lose much where other work runs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def launch(world, run_dir, script, timeout=120):
+    """Runs ``main(rank)`` of the script in ``world`` processes."""
+    import json
+
+    command = [sys.executable, "-c", LAUNCH, str(world), str(run_dir), json.dumps(FEW), script]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+        start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            pytest.fail(f"no end after {timeout} s: {process.communicate()[0]}")
+    assert process.returncode == 0, output
+    return output
+
+
+def apart(a, b, only=""):
+    """Difference of two runs' weights and statistics, relative to their size. Taken together: the
+    residual branches start at zero, where ReLU has its kink and rounding may decide."""
+
+    def values(folder):
+        named = state_of(folder)["model"].items()
+        return torch.cat([v.double().flatten() for k, v in named if only in k and "num" not in k])
+
+    a, b = values(a), values(b)
+    return ((a - b).norm() / b.norm()).item()
+
+
+RUNS = {
+    "directclr": {},
+    "uneven": {"batch_size": 17},
+    "simclr": {"mode": "simclr"},
+    "group-lars": {"mode": "group", "optimizer": "lars", "learning_rate": 1.0},
+    "both": {"negatives": "both"},
+    "chunk": {"chunk_size": 4, "cache_bn": "chunk", "mode": "simclr"},
+    "two-pass": {"chunk_size": 3, "cache_bn": "two-pass", "mode": "single"},
+    "two-pass-start": {"chunk_size": 3, "cache_bn": "two-pass", "max_steps": 1},
+    "frozen": {"chunk_size": 5, "cache_bn": "frozen-stats", "batch_size": 17},
+}
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Folder of RUNS trained by two processes, and of what was seen on the way."""
+    folder = tmp_path_factory.mktemp("pairs")
+    script = f"""
+def main(rank):
+    for name, settings in {RUNS!r}.items():
+        run = trainer(name, **settings)
+        seen = []
+        run.model.encoder.register_forward_pre_hook(lambda m, x: seen.append(x[0].clone()))
+        run.run()
+        torch.save(seen, f"{folder}/{{name}}-{{rank}}.pt")
+        weights = torch.cat([v.double().flatten() for v in run.model.state_dict().values()])
+        others = [torch.empty_like(weights) for _ in range(2)]
+        dist.all_gather(others, weights)
+        assert torch.equal(*others), name
+"""
+    launch(2, folder, script)
+    return folder
+
+
+@pytest.mark.parametrize("name", [n for n in RUNS if n != "two-pass-start"])
+def test_two_ranks_are_one_process(name, pairs, run_dir):
+    train(run_dir, name, **{**FEW, **RUNS[name]})
+    # Running statistics move once for each of a rank's chunks, and these are half as many.
+    only = "weight" if name == "chunk" else ""
+    # The chunks lie elsewhere: deeper statistics are pooled over others, as "two-pass" says itself.
+    bound = 0.02 if name == "two-pass" else 1e-5
+    assert apart(pairs / name, run_dir / name, only) < bound
+    ours, theirs = ([r for r in log_of(d / name)[1]] for d in (pairs, run_dir))
+    if name != "two-pass":
+        assert [r["loss"] for r in ours] == pytest.approx([r["loss"] for r in theirs], rel=1e-5)
+        assert [r["accuracy"] for r in ours] == [r["accuracy"] for r in theirs]
+    train(run_dir, "start", **{**FEW, **RUNS[name], "max_steps": 1})
+    assert apart(run_dir / name, run_dir / "start", only) > 1e-3  # it has moved
+
+
+def test_two_pass_statistics_are_of_all_ranks(pairs, run_dir):
+    """The first BatchNorm's do not depend on the chunks, so they show it exactly."""
+    name = "two-pass-start"
+    train(run_dir, name, **{**FEW, **RUNS[name]})
+    assert apart(pairs / name, run_dir / name, "stem.1.running") < 1e-6
+
+
+def test_views_are_the_same_bits(pairs, run_dir):
+    from directclr_fast.train.config import TrainConfig
+    from directclr_fast.train.loop import Trainer
+
+    config = {**FEW, **RUNS["uneven"], "checkpoint_dir": str(run_dir)}
+    trainer, seen = Trainer(TrainConfig(**config), progress=False), []
+    trainer.model.encoder.register_forward_pre_hook(lambda m, x: seen.append(x[0].clone()))
+    trainer.run()
+    parts = [torch.load(pairs / f"uneven-{rank}.pt") for rank in (0, 1)]
+    assert [len(x) for x in parts[0]] == [8] * 8 and [len(x) for x in parts[1]] == [9] * 8
+    for whole, *two in zip(seen, *parts):
+        assert torch.equal(torch.cat(two), whole)
+
+
+def test_three_ranks_and_another_world_size_on_resume(run_dir):
+    """Three processes, then one, then two: the same batches, the same weights."""
+    from directclr_fast.train import checkpoint
+
+    launch(3, run_dir, "def main(rank): train('run', max_steps=2, save_every=1)")
+    assert len(checkpoint.load(run_dir / "run")["rng_of_other_ranks"]) == 2
+    train(run_dir, "run", **{**FEW, "max_steps": 3}, resume=True)
+    launch(2, run_dir, "def main(rank): train('run', resume=True)")
+    train(run_dir, "one", **FEW)
+    assert apart(run_dir / "run", run_dir / "one") < 1e-5
+    assert [r["step"] for r in log_of(run_dir / "run")[1]] == [1, 2, 3, 4]
+
+
+def test_faults(run_dir):
+    """What happens to one rank happens to all: a gradient of nan, a signal, an error of rank 0."""
+    script = """
+def spoil(run, steps):
+    if dist.get_rank() == 1:
+        run.model.encoder.stem[0].weight.register_hook(
+            lambda g: g * (float("nan") if run.step + 1 in steps else 1)
+        )
+    return run
+
+def weights(run):
+    return [v.clone() for v in run.model.state_dict().values()]
+
+def main(rank):
+    run = spoil(trainer("nan"), {3})
+    step, kept = run.guard.step, []
+    def spy(loss):
+        before = [p.detach().clone() for p in run.model.parameters()]
+        step(loss)
+        kept.append(all(map(torch.equal, before, run.model.parameters())))
+    run.guard.step = spy
+    run.run()
+    assert kept == [False, False, True, False], kept
+    assert run.guard.counts.tolist() == [1, 0]
+
+    try:
+        spoil(trainer("diverged", max_skipped=2, save_every=1), {3, 4}).run()
+        raise AssertionError
+    except TrainingDiverged as error:
+        assert "in 2 steps in a row by step 4; the last good" in str(error)
+
+    train("whole", max_steps=4)
+    run = trainer("stopped", max_steps=4)
+    step = run.guard.step
+    def signalled(loss):
+        step(loss)
+        if rank == 1 and run.step == 1:
+            os.kill(os.getpid(), 15)
+    run.guard.step = signalled
+    try:
+        run.run()
+        raise AssertionError
+    except TrainingStopped as stopped:
+        by = "SIGTERM" if rank else "a signal to another rank"
+        assert str(stopped).startswith(f"stopped by {by} after step 2; saved"), stopped
+    train("stopped", resume=True)
+
+    for error, call in (
+        (ValueError, lambda: trainer("nan")),
+        (OSError, lambda: trainer("full").run()),
+    ):
+        save = checkpoint.save
+        def full(*_):
+            raise OSError(28, "No space left on device")
+        checkpoint.save = full
+        try:
+            call()
+            raise AssertionError
+        except error as caught:
+            assert "expected a folder without" in str(caught) or "No space left" in str(caught)
+        checkpoint.save = save
+"""
+    launch(2, run_dir, script)
+    assert [r["skipped"] for r in log_of(run_dir / "nan")[1]] == [0, 0, 1, 1]
+    assert state_of(run_dir / "diverged")["step"] == 2
+    whole, stopped = state_of(run_dir / "whole"), state_of(run_dir / "stopped")
+    assert_same(stopped, whole)
+
+
+def test_the_command_under_torchrun(run_dir):
+    """Trains, says everything once, refuses in one sentence; a batch of fewer than the ranks."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "-m", "directclr_fast", "train"]
+    for name, value in {**FEW, "checkpoint_dir": run_dir, "name": "run"}.items():
+        command += [f"--{name.replace('_', '-')}", str(value)]
+    done = subprocess.run(
+        [*command, "--resume"], capture_output=True, text=True, timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("done: step 4") == 1 and done.stdout.count("2 ranks") == 1
+    assert done.stdout.count("step      4/4  loss") == 1
+    assert done.stderr.count("note: resume: no checkpoint in") == 1
+    train(run_dir, "one", **FEW)
+    assert apart(run_dir / "run", run_dir / "one") < 1e-5
+    assert log_of(run_dir / "run")[0]["ranks"] == 2
+
+
+def test_a_restarted_job_does_not_meet_its_dead(monkeypatch):
+    """torchrun's store outlives a restart, and with it the addresses of processes that are gone."""
+    from directclr_fast.train import ranks
+
+    server = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": server.port, "RANK": 0, "WORLD_SIZE": 2}
+    names |= {"LOCAL_WORLD_SIZE": 2, "TORCHELASTIC_USE_AGENT_STORE": True}
+
+    def meeting(**more):
+        for name, value in {**names, **more}.items():
+            monkeypatch.setenv(name, str(value))
+        return ranks._meeting()
+
+    assert meeting() == {}  # not started by torchrun
+    meeting(TORCHELASTIC_RESTART_COUNT=0)["store"].set("address", "of the first")
+    found = meeting(TORCHELASTIC_RESTART_COUNT=0)
+    assert found["store"].check(["address"]) and (found["rank"], found["world_size"]) == (0, 2)
+    assert not meeting(TORCHELASTIC_RESTART_COUNT=1)["store"].check(["address"])
+    assert meeting(TORCHELASTIC_RESTART_COUNT=1, LOCAL_WORLD_SIZE=1) == {}  # several nodes
