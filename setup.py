@@ -21,6 +21,7 @@ setup(
     packages=[
         "directclr_fast",
         "directclr_fast.backends",
+        "directclr_fast.bench",
         "directclr_fast.kernels",
         "directclr_fast.paper",
         "directclr_fast.train",

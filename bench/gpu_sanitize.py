@@ -1,4 +1,4 @@
-"""Small ragged calls of the Triton backend, every kernel and option, for compute-sanitizer."""
+"""Small ragged calls of the GPU backends, every kernel and option, for compute-sanitizer."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ import itertools
 
 import torch
 
-from directclr_fast import fast_directclr_loss
+from directclr_fast import dispatch, fast_directclr_loss
+from directclr_fast.problem import Problem
 from directclr_fast.testing import make_views
 
 
 def main() -> None:
     """Two shapes; every precision, negatives, groups, direction and kind of temperature."""
     device = "cuda"
-    for (rows, dim), precision in itertools.product(
-        ((129, 70), (300, 360)), ("fp16", "bf16", "tf32", "highest", "fp8")
+    for (rows, dim), precision, backend in itertools.product(
+        ((129, 70), (300, 360)), ("fp16", "bf16", "tf32", "highest", "fp8"), ("triton", "cuda")
     ):
-        if precision == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        problem = Problem(rows, rows, 400, dim, torch.float32, device, 0.1, precision=precision)
+        if dispatch.load(backend).why_not(problem):
             continue
         r1, r2 = make_views(rows, 400, dtype=torch.float32, device=device)
         r1.requires_grad_(), r2.requires_grad_()
@@ -31,9 +33,7 @@ def main() -> None:
             {"columns": columns[: 3 * (len(columns) // 3)].view(3, -1).to(device)},
             {"workspace_bytes": 2**16},
         ):
-            loss = fast_directclr_loss(
-                r1, r2, dim, precision=precision, backend="triton", **options
-            )
+            loss = fast_directclr_loss(r1, r2, dim, precision=precision, backend=backend, **options)
             loss.sum().backward()
     torch.cuda.synchronize()
     print("ran")

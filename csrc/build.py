@@ -1,4 +1,5 @@
-"""Builds `directclr_fast._cpu`: one object per instruction set, chosen at run time.
+"""Builds `directclr_fast._cpu`, one object per instruction set, chosen at run time, and, where it
+is wanted, `directclr_fast._cuda` (build_cuda.py).
 
 Used from setup.py as `ext_modules=extensions(), cmdclass={"build_ext": BuildExt}`. Needs pybind11
 and a C++17 compiler (gcc or clang); ninja, if there is one, makes rebuilds incremental. Without a
@@ -22,6 +23,9 @@ from setuptools import Extension
 from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+import build_cuda  # noqa: E402
+
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 
@@ -60,7 +64,11 @@ def sources() -> dict[str, list[str]]:
 
 def extensions() -> list[Extension]:
     headers = sorted(str(h.relative_to(HERE.parent)) for h in HERE.glob("*/*.h"))
-    return [Extension("directclr_fast._cpu", list(sources()), depends=headers)]
+    found = [Extension("directclr_fast._cpu", list(sources()), depends=headers)]
+    if build_cuda.wanted():
+        headers += sorted(str(h.relative_to(HERE.parent)) for h in HERE.glob("*/*.cuh"))
+        found.append(Extension("directclr_fast._cuda", build_cuda.sources(), depends=headers))
+    return found
 
 
 def compiler() -> list[str]:
@@ -110,6 +118,17 @@ def build(
         ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
     )
     link = [*compiler(), *shared, "-pthread", *extra, *shlex.split(os.environ.get("LDFLAGS", ""))]
+    make(commands, link, output, objects, jobs)
+
+
+def make(
+    commands: list[tuple[list[str], Path, Path]],
+    link: list[str],
+    output: Path,
+    objects: Path,
+    jobs: int,
+) -> None:
+    """Runs the compile commands, only those that are out of date if there is ninja, and links."""
     targets = [str(target) for _, _, target in commands]
     tool = ninja()
     if tool is None:
@@ -138,19 +157,35 @@ def build(
     subprocess.run([tool, "-C", str(objects), "-j", str(jobs)], check=True)
 
 
+def build_hopper(output: Path, objects: Path, jobs: int | None = None) -> None:
+    """Compiles and links `_cuda` to `output`; raises CalledProcessError or OSError."""
+    objects.mkdir(parents=True, exist_ok=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    commands = build_cuda.compile_commands(objects)
+    # Each takes some 1.5 GiB.
+    make(commands, build_cuda.link_command(), output, objects, jobs or min(os.cpu_count() or 1, 8))
+
+
 class BuildExt(build_ext):
     """Compiles with the flags of each source; a failure is a warning unless required."""
 
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        kind = ext.name.rpartition("_")[2]
+        objects = Path(self.build_temp).resolve() / f"directclr_fast_{kind}"
         try:
-            build(
-                output, Path(self.build_temp).resolve() / "directclr_fast_cpu", jobs=self.parallel
-            )
+            (build_hopper if kind == "cuda" else build)(output, objects, jobs=self.parallel)
         except (OSError, ImportError, subprocess.CalledProcessError) as error:
             if os.environ.get("DIRECTCLR_FAST_REQUIRE_EXT", "0") not in ("", "0"):
                 raise
             ext.optional = True
+            if kind == "cuda":
+                self.warn(
+                    f"directclr_fast is installed without its Hopper kernels ({error}); GPUs take "
+                    "the Triton kernels. nvcc 12.4 or later and CUTLASS are needed; "
+                    "DIRECTCLR_FAST_CUDA=0 leaves them out in silence."
+                )
+                return
             self.warn(
                 f"directclr_fast is installed without its compiled CPU kernels ({error}); it "
                 "works, on the slower PyTorch path. A C++17 compiler (gcc 12, clang 14 or later) "
@@ -160,6 +195,8 @@ class BuildExt(build_ext):
 
 if __name__ == "__main__":  # python csrc/build.py FOLDER [compiler flags]: builds FOLDER/_cpu.*.so
     folder = Path(sys.argv[1]).resolve()
-    build(
-        folder / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}", folder / "objects", sys.argv[2:]
-    )
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    if sys.argv[2:] == ["cuda"]:  # python csrc/build.py FOLDER cuda
+        build_hopper(folder / f"_cuda{suffix}", folder / "objects_cuda")
+    else:
+        build(folder / f"_cpu{suffix}", folder / "objects", sys.argv[2:])

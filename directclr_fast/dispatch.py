@@ -4,6 +4,7 @@
 name       what                                                 chosen automatically
 ========== ==================================================== ===============================
 cpu        the five stages in C++ (csrc/cpu), CPU tensors       where the extension was built
+cuda       the five stages in CUDA C++ (csrc/cuda), Hopper      where a measurement says faster
 triton     the five stages in Triton (kernels/), GPU tensors    on GPUs of capability >= 8.0
 torch      the five stages in blocked PyTorch, O(N d) memory    always available
 reference  the formula, materialises the N x N matrix           options nothing faster has
@@ -23,11 +24,12 @@ from .problem import Problem
 
 _MODULES = {
     "cpu": ".backends.cpu",
+    "cuda": ".backends.cuda",
     "triton": ".backends.triton",
     "torch": ".backends.torch_blocked",
     "reference": ".reference",
 }
-PRIORITY = ("cpu", "triton", "torch", "reference")  # fastest first
+PRIORITY = ("cpu", "cuda", "triton", "torch", "reference")  # fastest first
 BACKENDS = ("auto", *PRIORITY)
 
 _last: str | None = None
@@ -48,8 +50,8 @@ def choose(problem: Problem, backend: str = "auto") -> str:
     for name in names:
         module = load(name)
         against = module.why_not(problem)
-        if not against and backend == "auto" and only_by_name(module, problem):
-            against = ["interpreted kernels run only where they are asked for by name"]
+        if not against and backend == "auto":
+            against = [reason] if (reason := only_by_name(module, problem)) else []
         if not against:
             return name
         reasons += [f"{name}: {reason}" for reason in against]
@@ -57,10 +59,10 @@ def choose(problem: Problem, backend: str = "auto") -> str:
     raise NotImplementedError(f"{asked} this call ({describe(problem)}): " + "; ".join(reasons))
 
 
-def only_by_name(module: ModuleType, problem: Problem) -> bool:
-    """Whether ``module`` runs ``problem`` but is no choice for a user: it would be slow."""
+def only_by_name(module: ModuleType, problem: Problem) -> str | None:
+    """Why ``module``, which can run ``problem``, is no choice for a user; None where it is one."""
     asked = getattr(module, "only_by_name", None)
-    return asked is not None and asked(problem)
+    return None if asked is None else asked(problem)
 
 
 def describe(problem: Problem) -> str:

@@ -1,0 +1,187 @@
+"""Builds the Hopper kernels for sm_90a, with no GPU needed, and reads the binaries: registers,
+stack, spills, matrix instructions.
+
+    python bench/cuda_gate.py                                # a table
+    python bench/cuda_gate.py --out docs/cuda-kernels.md
+
+Exit status 1 if a kernel spills or has a stack, if ptxas serialises its wgmma (C75xx), if a tile
+product lacks Hopper's matrix instruction, TMA or multicast, or if the linked module does not load
+or names a library beyond the system's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+CSRC = Path(__file__).parents[1] / "csrc"
+SYSTEM = "linux-vdso libstdc++ libgcc_s libc. libm. ld-linux libpthread libdl librt".split()
+_spec = importlib.util.spec_from_file_location("build_cuda", CSRC / "build_cuda.py")
+build_cuda = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(build_cuda)
+
+
+def build(folder: Path, jobs: int) -> tuple[dict[str, str], Path]:
+    """Compiles and links; (what the compiler said by object, the module)."""
+
+    def run(entry) -> tuple[str, str]:
+        command, _, target = entry
+        done = subprocess.run([*command, "-o", str(target)], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{target.name}: {done.stderr[-2000:]}")
+        return target.name, done.stdout + done.stderr
+
+    commands = build_cuda.compile_commands(folder)
+    with ThreadPoolExecutor(jobs) as pool:
+        said = dict(pool.map(run, commands))
+    module = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    objects = [str(target) for _, _, target in commands]
+    subprocess.run([*build_cuda.link_command(), *objects, "-o", str(module)], check=True)
+    return said, module
+
+
+def tool(name: str) -> str:
+    """A binary tool of Triton's package, otherwise the one beside nvcc."""
+    found = importlib.util.find_spec("triton")
+    if found is not None:
+        path = Path(found.origin).parent / "backends/nvidia/bin" / name
+        if path.exists():
+            return str(path)
+    return str(Path(build_cuda.compiler()).resolve().with_name(name))
+
+
+def kernels(name: str, said: str, binary: Path) -> list[dict]:
+    """One record for each kernel of an object file."""
+    sass = subprocess.run(
+        [tool("cuobjdump"), "--dump-sass", str(binary)], capture_output=True, text=True, check=True
+    ).stdout
+    code = dict(re.findall(r"Function : (\S+)\n(.*?)(?=Function : |\Z)", sass, re.S))
+    found = []
+    for entry in re.split(r"Compiling entry function '", said)[1:]:
+        symbol = entry.partition("'")[0]
+        stack, stores, loads = re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry
+        ).groups()
+        text = code[symbol]
+        found.append(
+            {
+                "object": name,
+                "kernel": label(name, symbol),
+                "registers": int(re.search(r"Used (\d+) registers", entry)[1]),
+                "stack": int(stack),
+                "spills": int(stores) + int(loads),
+                "matrix": sorted(set(re.findall(r"\b([HQ]GMMA)\.", text))),
+                "tma": len(re.findall(r"\bUTMALDG\S*", text)),
+                "multicast": len(re.findall(r"\bUTMALDG\S*MULTICAST", text)),
+                "exponentials": len(re.findall(r"\bMUFU\.EX2", text)),
+                "shuffles": len(re.findall(r"\bSHFL", text)),
+                "wide_stores": len(re.findall(r"\bSTG\S*\.128", text)),
+            }
+        )
+    return found
+
+
+def label(name: str, symbol: str) -> str:
+    if name.startswith("product"):
+        stage = "sums" if "SumsEpilogue" in symbol else "weights"
+        return f"{stage} {name.removeprefix('product_').removesuffix('.o').replace('_', ' ')}"
+    short = re.search(r"\d+([a-z_]+_kernel)", symbol)[1]
+    halves = {"Fp16": "fp16", "Bf16": "bf16"}
+    kinds = [text for key, text in halves.items() if key in symbol]
+    source = "fp32" if re.search(r"kernelIf|ViewIf", symbol) else ""
+    source = "fp16 rows" if "kernelI6__half" in symbol else source
+    source = "bf16 rows" if "kernelI13__nv_bfloat16" in symbol else source
+    return " ".join([short, *([source] if source else []), *kinds])
+
+
+def problems(record: dict, said: str) -> list[str]:
+    """What would make a kernel unfit to ship."""
+    found = []
+    if record["spills"] or record["stack"]:
+        found.append(f"spills {record['spills']} bytes, stack {record['stack']} bytes")
+    if record["object"].startswith("product"):
+        wanted = "QGMMA" if "e4m3" in record["object"] else "HGMMA"
+        if wanted not in record["matrix"]:
+            found.append(f"no {wanted}, got {record['matrix']}")
+        if not record["tma"] or not record["multicast"]:
+            found.append("no TMA load with multicast")
+        if "C75" in said:
+            found.append("ptxas serialises wgmma: " + re.search(r"\(C75\d+\)[^\n]{0,80}", said)[0])
+        if record["registers"] > 168:
+            found.append(f"{record['registers']} registers of 384 threads, at most 168")
+    return found
+
+
+def loads(module: Path) -> list[str]:
+    """What is wrong with the linked module on a machine like this one."""
+    found = []
+    listed = subprocess.run(["ldd", str(module)], capture_output=True, text=True).stdout
+    for line in listed.splitlines():
+        if not any(name in line for name in SYSTEM):
+            found.append(f"needs {line.split()[0]}")
+    code = (
+        f"import sys; sys.path.insert(0, {str(module.parent)!r}); import _cuda; _cuda.built_with()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if done.returncode:
+        found.append(f"does not load: {done.stderr.strip().splitlines()[-1]}")
+    return found
+
+
+def main() -> int:
+    """Builds, prints the table, writes it where asked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", help="markdown file")
+    parser.add_argument("--json", help="file of the records")
+    parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 4))
+    arguments = parser.parse_args()
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        said, module = build(folder, arguments.jobs)
+        seconds = time.monotonic() - begin
+        records, wrong = [], loads(module)
+        for target, text in said.items():
+            if "Compiling entry function" not in text:
+                continue
+            for record in kernels(target, text, folder / target):
+                records.append(record)
+                wrong += [f"{record['kernel']}: {p}" for p in problems(record, text)]
+    heads = "kernel|registers|spills|matrix|TMA|EX2|SHFL|16-byte stores"
+    keys = "kernel registers spills matrix tma exponentials shuffles wide_stores".split()
+    rows = [f"| {heads.replace('|', ' | ')} |", "|" + "---|" * len(keys)]
+    for record in records:
+        values = [" ".join(v) if isinstance(v := record[key], list) else str(v) for key in keys]
+        rows.append(f"| {' | '.join(values)} |")
+    last = f"{len(records)} kernels, {len(wrong)} problems, built in {seconds:.0f} s"
+    print("\n".join([*rows, "", *wrong, last]))
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps({"kernels": records, "wrong": wrong}, indent=1))
+    if arguments.out:
+        version = subprocess.run(
+            [build_cuda.compiler(), "--version"], capture_output=True, text=True
+        ).stdout
+        release = re.search(r"release ([\d.]+)", version)[1]
+        text = (
+            "# The Hopper kernels, read off their binaries\n\n"
+            f"nvcc {release}, {build_cuda.CUTLASS.replace('==', ' ')}, sm_90a; counts of "
+            "instructions in the machine code. Written by `python bench/cuda_gate.py --out "
+            "docs/cuda-kernels.md`, no GPU needed. Tile products have 384 threads and, after "
+            "`setmaxnreg`, more registers in their consumers than the 168 they start with.\n\n"
+        )
+        Path(arguments.out).write_text(text + "\n".join(rows) + "\n")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+// The tile product of one operand type and schedule, compiled once for each line of `PRODUCTS` in
+// csrc/build_cuda.py: DIRECTCLR_OPERAND (Fp16, Bf16, E4m3) and DIRECTCLR_KIND (Cooperative,
+// Pingpong). Both stages: most of the compiler's time goes into reading CUTLASS.
+#include "product.cuh"
+#include "products.h"
+
+namespace directclr {
+namespace {
+
+struct OfFp16 {
+  using Element = cutlass::half_t;
+  using Half = Fp16;
+};
+struct OfBf16 {
+  using Element = cutlass::bfloat16_t;
+  using Half = Bf16;
+};
+struct OfE4m3 {
+  using Element = cutlass::float_e4m3_t;
+  using Half = Fp16;  // of the weights
+};
+
+#define DIRECTCLR_JOIN_(a, b) a##b
+#define DIRECTCLR_JOIN(a, b) DIRECTCLR_JOIN_(a, b)
+using Of = DIRECTCLR_JOIN(Of, DIRECTCLR_OPERAND);
+using Kind = DIRECTCLR_KIND;
+constexpr bool kPingpong = std::is_same_v<Kind, Pingpong>;
+constexpr Operand kOperand = Operand::DIRECTCLR_JOIN(k, DIRECTCLR_OPERAND);
+
+}  // namespace
+
+template <>
+std::string sums_as<kOperand, kPingpong>(const Operands& s, const SumsArguments& a,
+                                             const Stream& stream) {
+  return Product<Of::Element, Kind, SumsEpilogue<Kind>>::run(s, a, stream);
+}
+
+template <>
+std::string weights_as<kOperand, kPingpong>(const Operands& s, const WeightsArguments& a,
+                                                const Stream& stream) {
+  return Product<Of::Element, Kind, WeightsEpilogue<Kind, Of::Half>>::run(s, a, stream);
+}
+}  // namespace directclr

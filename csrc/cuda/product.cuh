@@ -1,0 +1,216 @@
+// The tile product S = A B^T of unit rows on Hopper: CUTLASS's persistent warp-specialised main
+// loop (TMA loads, wgmma, B multicast in clusters of two) under the epilogues of tile.h.
+//
+// A, B: (rows, k) and (cols, k), k contiguous, fp16, bf16 or e4m3, fp32 accumulators. Rows beyond
+// the end read as zero, by TMA, and are masked in the epilogue. An epilogue's results go to fixed
+// places, so the order in which tiles are taken does not matter and repeat runs give the same bits.
+#pragma once
+
+#include <string>
+
+#include "cute/tensor.hpp"
+#include "cutlass/cutlass.h"
+#include "cutlass/epilogue/collective/detail.hpp"
+#include "cutlass/epilogue/dispatch_policy.hpp"
+#include "cutlass/gemm/collective/collective_builder.hpp"
+#include "cutlass/gemm/device/gemm_universal_adapter.h"
+#include "cutlass/gemm/kernel/gemm_universal.hpp"
+#include "half.h"
+#include "launch.h"
+#include "tile.h"
+
+namespace directclr {
+
+// `Cooperative`: two warpgroups share a tile of 128 x 256. `Pingpong`: each has a tile of 64 x 256
+// and one's exponentials run under the other's products, which pays where k is short.
+struct Cooperative {
+  using Schedule = cutlass::gemm::KernelTmaWarpSpecializedCooperative;
+  using ScheduleFp8 = cutlass::gemm::KernelTmaWarpSpecializedCooperativeFP8FastAccum;
+  static constexpr int kHeight = 128, kGroups = 1;
+};
+struct Pingpong {
+  using Schedule = cutlass::gemm::KernelTmaWarpSpecializedPingpong;
+  using ScheduleFp8 = cutlass::gemm::KernelTmaWarpSpecializedPingpongFP8FastAccum;
+  static constexpr int kHeight = 64, kGroups = 2;
+};
+constexpr int kWidth = 256;
+constexpr int kBlocks = kWidth / 8;
+
+// The part of CUTLASS's epilogue interface that its adapter for these kernels wants and that is
+// the same for both of ours.
+template <class Params_>
+struct EpilogueBase {
+  using EpilogueSchedule = cutlass::epilogue::PtrArrayNoSmemWarpSpecialized;
+  using DispatchPolicy = EpilogueSchedule;
+  using ElementC = float;
+  using ElementD = float;
+  using ElementOutput = float;
+  using ElementAccumulator = float;
+  using ElementCompute = float;
+  using StrideC = cute::Stride<int64_t, cute::_1, int64_t>;
+  using StrideD = StrideC;
+  using GmemTiledCopyC = void;
+  using GmemTiledCopyD = void;
+  static constexpr int kOutputAlignment = 1;
+  struct ThreadEpilogueOp {
+    static constexpr int kCount = 1;
+  };
+  using Arguments = Params_;
+  using Params = Params_;
+
+  template <class Shape>
+  static constexpr Params to_underlying_arguments(const Shape&, const Arguments& args, void*) {
+    return args;
+  }
+  template <class Shape>
+  static size_t get_workspace_size(const Shape&, const Arguments&) {
+    return 0;
+  }
+  template <class Shape>
+  static cutlass::Status initialize_workspace(const Shape&, const Arguments&, void*, cudaStream_t,
+                                              cutlass::CudaHostAdapter* = nullptr) {
+    return cutlass::Status::kSuccess;
+  }
+  template <class Shape>
+  static bool can_implement(const Shape&, const Arguments&) {
+    return true;
+  }
+};
+
+__device__ __forceinline__ float exponent_scale(const Exponent& e) {
+  return (e.scale ? *e.scale : e.value) * 1.4426950408889634f * e.operands;
+}
+
+template <class Kind>
+struct SumsEpilogue : EpilogueBase<SumsArguments> {
+  static constexpr int kWarps = Kind::kHeight / kWarpRows;
+  // By group, by turn: this tile's column sums of each warp are read while the next one's may be
+  // written already, never the one after, which a barrier lies before.
+  struct SharedStorage {
+    float sums[Kind::kGroups][2][kWarps][kWidth];
+    float peaks[Kind::kGroups][2][kWarps][kWidth];
+  };
+  using TensorStorage = SharedStorage;
+
+  CUTLASS_DEVICE explicit SumsEpilogue(const Params& p) : params(p) {}
+
+  template <class Shape, class Block, class Coord, class Acc, class Mma, class Residue>
+  CUTLASS_DEVICE void operator()(Shape shape, Block, Coord coord, Acc& acc, Mma, Residue,
+                                 int thread, char* shared) {
+    static_assert(cute::size(Acc{}) == 4 * kBlocks, "a warp holds 16 rows of the tile");
+    const auto [m, n, k, l] = coord;
+    const Place place{int(m) * Kind::kHeight, int(n) * kWidth,  cute::get<0>(shape),
+                      cute::get<1>(shape),    params.step,      params.upper};
+    if (place.row >= place.rows || place.col >= place.cols) return;  // a cluster's padding
+    auto& storage = *reinterpret_cast<SharedStorage*>(shared);
+    const int group = Kind::kGroups == 1 ? 0 : cutlass::canonical_warp_group_idx() - 1;
+    auto& sums = storage.sums[group][turn];
+    auto& peaks = storage.peaks[group][turn];
+    turn ^= 1;
+    const int warp = thread / kLanes;
+    const float a2 = exponent_scale(params.exponent);
+    float* row_sum = params.row_sum + int64_t(n) * place.rows;
+    float* row_peak = params.row_peak + int64_t(n) * place.rows;
+    if (params.bounded) {
+      sums_of_warp<DeviceWarp, kBlocks, true>(acc, place, warp, Kind::kHeight, a2, params.moving,
+                                              row_sum, row_peak, sums[warp], peaks[warp]);
+    } else {
+      sums_of_warp<DeviceWarp, kBlocks, false>(acc, place, warp, Kind::kHeight, a2, params.moving,
+                                               row_sum, row_peak, sums[warp], peaks[warp]);
+    }
+    if (!params.moving) return;
+    constexpr int kThreads = kWarps * kLanes;
+    cutlass::arch::NamedBarrier::sync(kThreads, uint32_t(group));
+    CUTLASS_PRAGMA_UNROLL
+    for (int c = thread; c < kWidth; c += kThreads) {
+      if (place.col + c >= place.cols) continue;
+      const int64_t at = int64_t(m) * place.cols + place.col + c;
+      if (params.bounded) {
+        sum_of_column<true>(&sums[0][c], &peaks[0][c], kWarps, kWidth, params.col_sum + at,
+                            params.col_peak + at);
+      } else {
+        sum_of_column<false>(&sums[0][c], &peaks[0][c], kWarps, kWidth, params.col_sum + at,
+                             params.col_peak + at);
+      }
+    }
+  }
+
+  Params params;
+  int turn = 0;
+};
+
+template <class Kind, class Half>
+struct WeightsEpilogue : EpilogueBase<WeightsArguments> {
+  struct SharedStorage {};
+  using TensorStorage = SharedStorage;
+
+  CUTLASS_DEVICE explicit WeightsEpilogue(const Params& p) : params(p) {}
+
+  template <class Shape, class Block, class Coord, class Acc, class Mma, class Residue>
+  CUTLASS_DEVICE void operator()(Shape shape, Block, Coord coord, Acc& acc, Mma, Residue,
+                                 int thread, char*) {
+    const auto [m, n, k, l] = coord;
+    const Place place{int(m) * Kind::kHeight, int(n) * kWidth,  cute::get<0>(shape),
+                      cute::get<1>(shape),    params.step,      false};
+    if (place.row >= place.rows || place.col >= place.cols) return;
+    const int warp = thread / kLanes;
+    const float a2 = exponent_scale(params.exponent);
+    if (params.bounded) {
+      weights_of_warp<DeviceWarp, Half, kBlocks, true>(acc, place, warp, Kind::kHeight, a2,
+                                                       params.factors, params.out, params.pitch);
+    } else {
+      weights_of_warp<DeviceWarp, Half, kBlocks, false>(acc, place, warp, Kind::kHeight, a2,
+                                                        params.factors, params.out, params.pitch);
+    }
+  }
+
+  Params params;
+};
+
+template <class Element>
+constexpr bool kIsFp8 = std::is_same_v<Element, cutlass::float_e4m3_t>;
+
+template <class Element, class Kind, class OurEpilogue>
+struct Product {
+  static constexpr int kAlignment = 16 / sizeof(Element);
+  static constexpr int kDepth = 128 / sizeof(Element);  // one row of the swizzled tile
+  using Tile = cute::Shape<cute::Int<Kind::kHeight>, cute::Int<kWidth>, cute::Int<kDepth>>;
+  using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
+  using Schedule =
+      std::conditional_t<kIsFp8<Element>, typename Kind::ScheduleFp8, typename Kind::Schedule>;
+  using Epilogue = cutlass::epilogue::collective::detail::Sm90TmaWarpSpecializedAdapter<OurEpilogue>;
+  using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, cutlass::layout::RowMajor,
+      kAlignment, Element, cutlass::layout::ColumnMajor, kAlignment, float, Tile, Cluster,
+      cutlass::gemm::collective::StageCountAutoCarveout<int(
+          sizeof(typename OurEpilogue::SharedStorage))>,
+      Schedule>::CollectiveOp;
+  using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop,
+                                                      Epilogue, cutlass::gemm::PersistentScheduler>;
+  using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
+  static_assert(Kernel::SharedStorageSize <= 227 * 1024, "what a block of sm_90 may use");
+
+  // Empty, or what went wrong.
+  static std::string run(const Operands& s, const typename OurEpilogue::Params& epilogue,
+                         const Stream& stream) {
+    const auto* a = static_cast<const Element*>(s.a);
+    const auto* b = static_cast<const Element*>(s.b);
+    typename Gemm::Arguments args{
+        cutlass::gemm::GemmUniversalMode::kGemm,
+        {s.rows, s.cols, s.k, 1},
+        {a, {s.pitch, cute::_1{}, int64_t(0)}, b, {s.pitch, cute::_1{}, int64_t(0)}},
+        epilogue,
+        {stream.device, stream.multiprocessors}};
+    args.scheduler.max_swizzle_size = 8;  // tiles near each other share their operands in L2
+    Gemm gemm;
+    cutlass::Status status = Gemm::can_implement(args);
+    if (status == cutlass::Status::kSuccess) status = gemm.initialize(args, nullptr, stream.handle);
+    if (status == cutlass::Status::kSuccess) status = gemm.run(stream.handle);
+    if (status == cutlass::Status::kSuccess) return {};
+    const cudaError_t error = cudaGetLastError();
+    return std::string(cutlass::cutlassGetStatusString(status)) +
+           (error == cudaSuccess ? "" : std::string(", ") + cudaGetErrorString(error));
+  }
+};
+
+}  // namespace directclr

@@ -1,0 +1,229 @@
+// The O(N d) and O(N) stages as kernels: one warp a row where there are columns, one thread a
+// candidate where there are only statistics. Every sum has a fixed order.
+#include "rows.h"
+#include "statistics.h"
+#include "views.h"
+
+namespace directclr {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kRowsOfBlock = kThreads / kLanes;
+constexpr int kCombine = 64;  // candidates a block of `combine`, whose losses it adds up
+
+template <class T>
+__device__ T sum_over_warp(T x) {
+  DIRECTCLR_UNROLL
+  for (int m = 16; m >= 1; m /= 2) x += __shfl_xor_sync(0xffffffffu, x, m);
+  return x;
+}
+
+__device__ int64_t row_of_warp() {
+  return int64_t(blockIdx.x) * kRowsOfBlock + threadIdx.x / kLanes;
+}
+
+unsigned blocks(int64_t n, int step) { return unsigned((n + step - 1) / step); }
+
+std::string launched(const char* name, int64_t rows) {
+  const cudaError_t error = cudaGetLastError();
+  if (error == cudaSuccess) return {};
+  return std::string(name) + " of " + std::to_string(rows) + " rows: " + cudaGetErrorString(error);
+}
+
+// ------------------------------------------------------------------------------- normalize
+
+template <class T, class Half>
+__global__ void __launch_bounds__(kThreads)
+    normalize_kernel(Columns<const T> r1, Columns<const T> r2, Packed<Half> z1, Packed<Half> z2,
+                     float* rnorm1, float* rnorm2, double* positives, int64_t n1, int64_t n2,
+                     int64_t offset, double eps, bool both) {
+  const int64_t j = row_of_warp(), i = both ? j - offset : j;
+  const int lane = threadIdx.x % kLanes;
+  const bool has1 = i >= 0 && i < n1, has2 = both && j < n2;
+  if (!has1 && !has2) return;
+  double sums[3];
+  row_sums(r1, r2, i, j, has1, has2, lane, sums);
+  DIRECTCLR_UNROLL
+  for (double& s : sums) s = sum_over_warp(s);
+  const double inverse1 = inverse_norm(sums[0], eps), inverse2 = inverse_norm(sums[1], eps);
+  if (has1) {
+    write_unit_row(r1, z1, i, inverse1, lane);
+    if (lane == 0) rnorm1[i] = float(inverse1);
+  }
+  if (has2) {
+    write_unit_row(r2, z2, j, inverse2, lane);
+    if (lane == 0) rnorm2[j] = float(inverse2);
+  }
+  if (has1 && has2 && lane == 0) positives[i] = sums[2] * inverse1 * inverse2;
+}
+
+template <class Half>
+__global__ void __launch_bounds__(kThreads)
+    positives_kernel(Packed<Half> z1, Packed<Half> z2, double* positives, int64_t n,
+                     int64_t offset) {
+  const int64_t i = row_of_warp();
+  const int lane = threadIdx.x % kLanes;
+  if (i >= n) return;
+  const double sum = sum_over_warp(cosine_part(z1, z2, i, i + offset, lane));
+  if (lane == 0) positives[i] = sum;
+}
+
+// ------------------------------------------------------------------------------- statistics
+
+__global__ void __launch_bounds__(kThreads)
+    fold_kernel(const float* sums, const float* peaks, double* into, int64_t n, int lines,
+                int64_t stride, bool first) {
+  const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (at >= n) return;
+  const double found = log_of_parts(sums, peaks, at, lines, stride);
+  into[at] = first ? found : add_logs(found, into[at]);
+}
+
+__global__ void __launch_bounds__(kCombine) combine_kernel(CombineArguments a) {
+  const double per_row = combine_one(a, int64_t(blockIdx.x) * kCombine + threadIdx.x);
+  if (a.loss_by_row) return;
+  __shared__ double of_warps[kCombine / kLanes];
+  const double sum = sum_over_warp(per_row);
+  if (threadIdx.x % kLanes == 0) of_warps[threadIdx.x / kLanes] = sum;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  double total = 0.0;
+  for (double w : of_warps) total += w;
+  a.loss_by_block[blockIdx.x] = total;
+}
+
+__global__ void __launch_bounds__(kThreads)
+    total_kernel(const double* parts, float* loss, int64_t n, double factor) {
+  double sum = 0.0;
+  for (int64_t at = threadIdx.x; at < n; at += kThreads) sum += parts[at];
+  __shared__ double of_warps[kThreads / kLanes];
+  sum = sum_over_warp(sum);
+  if (threadIdx.x % kLanes == 0) of_warps[threadIdx.x / kLanes] = sum;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  double total = 0.0;
+  for (double w : of_warps) total += w;
+  *loss = float(total / factor);
+}
+
+__global__ void __launch_bounds__(kThreads) factors_kernel(FactorsArguments a) {
+  factors_one(a, int64_t(blockIdx.x) * kThreads + threadIdx.x);
+}
+
+// ------------------------------------------------------------------------------- finish
+
+template <class T, class Half>
+__device__ void finish_row(const FinishView<T, Half>& v, const FinishShape& s, float factor) {
+  const int64_t i = row_of_warp();
+  const int lane = threadIdx.x % kLanes;
+  if (i >= v.rows) return;
+  const float diagonal = diagonal_of(v, s, i);
+  const float dot = sum_over_warp(dot_part(v, i, diagonal, factor, lane));
+  if (v.dots && lane == 0) v.dots[i] = dot;
+  if (v.dr) write_gradient(v, s, i, diagonal, factor, dot, lane);
+}
+
+template <class T, class Half>
+__global__ void __launch_bounds__(kThreads)
+    finish_kernel(FinishView<T, Half> first, FinishView<T, Half> second, FinishShape s,
+                  float factor, const float* upstream, const float* scale, float scale_value) {
+  if (s.diagonal) factor *= *upstream * (scale ? *scale : scale_value);
+  finish_row(blockIdx.y == 0 ? first : second, s, factor);
+}
+
+template <class Half>
+__global__ void __launch_bounds__(kThreads)
+    add_positives_kernel(float* dz, Packed<Half> other, const float* diagonal, const float* factor,
+                         int64_t n, int64_t others, int64_t diagonals, int64_t to_other,
+                         int64_t to_diagonal) {
+  const int64_t i = row_of_warp();
+  if (i >= n) return;
+  const int64_t at = i + to_diagonal, from = i + to_other;
+  const bool there = at >= 0 && at < diagonals && from >= 0 && from < others;
+  add_positive(dz, other, i, to_other, there ? diagonal[at] : 0.0f, *factor,
+               int(threadIdx.x % kLanes));
+}
+
+}  // namespace
+
+std::string normalize(const Layout& layout, const View& r1, const View& r2, const int64_t* index,
+                      void* z1, void* z2, float* rnorm1, float* rnorm2, double* positives,
+                      int64_t offset, double eps, bool both, const Stream& stream) {
+  return by_types(r1.dtype, layout, [&](auto t, auto half) {
+    using T = decltype(t);
+    using Half = decltype(half);
+    // Anchors are rows of view 2 as well, moved by `offset`.
+    const int64_t rows = both ? r2.rows : r1.rows;
+    normalize_kernel<T, Half><<<blocks(rows, kRowsOfBlock), kThreads, 0, stream.handle>>>(
+        columns<T>(r1, index, layout.d), columns<T>(r2, index, layout.d), packed<Half>(layout, z1),
+        packed<Half>(layout, z2), rnorm1, rnorm2, positives, r1.rows, r2.rows, offset, eps, both);
+    return launched("normalize", rows);
+  });
+}
+
+std::string positives(const Layout& layout, const void* z1, const void* z2, double* found,
+                      int64_t n, int64_t offset, const Stream& stream) {
+  return by_half(layout, [&](auto half) {
+    using Half = decltype(half);
+    positives_kernel<Half><<<blocks(n, kRowsOfBlock), kThreads, 0, stream.handle>>>(
+        packed<Half>(layout, z1), packed<Half>(layout, z2), found, n, offset);
+    return launched("positives", n);
+  });
+}
+
+std::string fold(const float* sums, const float* peaks, double* into, int64_t n, int lines,
+                 int64_t stride, bool first, const Stream& stream) {
+  fold_kernel<<<blocks(n, kThreads), kThreads, 0, stream.handle>>>(sums, peaks, into, n, lines,
+                                                                   stride, first);
+  return launched("fold", n);
+}
+
+int64_t combine_blocks(int64_t n) { return blocks(n, kCombine); }
+
+std::string combine(const CombineArguments& a, const Stream& stream) {
+  combine_kernel<<<blocks(a.n, kCombine), kCombine, 0, stream.handle>>>(a);
+  return launched("combine", a.n);
+}
+
+std::string total(const double* parts, float* loss, int64_t n, double factor,
+                  const Stream& stream) {
+  total_kernel<<<1, kThreads, 0, stream.handle>>>(parts, loss, n, factor);
+  return launched("total", n);
+}
+
+std::string factors(const FactorsArguments& a, const Stream& stream) {
+  factors_kernel<<<blocks(a.n, kThreads), kThreads, 0, stream.handle>>>(a);
+  return launched("factors", a.n);
+}
+
+std::string finish(const Layout& layout, int dtype, const FinishSide& first,
+                   const FinishSide* second, const FinishCommon& c, const Stream& stream) {
+  return by_types(dtype, layout, [&](auto t, auto half) {
+    using T = decltype(t);
+    using Half = decltype(half);
+    const FinishSide& other = second ? *second : first;
+    const int64_t rows = first.rows > other.rows ? first.rows : other.rows;
+    const dim3 grid(blocks(rows, kRowsOfBlock), second ? 2 : 1);
+    const FinishShape shape{c.index, c.diagonal, c.diagonals, layout.d,
+                            c.width, c.largest_rnorm, c.add};
+    finish_kernel<T, Half><<<grid, kThreads, 0, stream.handle>>>(
+        finish_view<T, Half>(layout, first), finish_view<T, Half>(layout, other), shape, c.factor,
+        c.upstream, c.scale, c.scale_value);
+    return launched("finish", rows);
+  });
+}
+
+std::string add_positives(const Layout& layout, float* dz, const void* other,
+                          const float* diagonal, const float* factor, int64_t n, int64_t others,
+                          int64_t diagonals, int64_t to_other, int64_t to_diagonal,
+                          const Stream& stream) {
+  return by_half(layout, [&](auto half) {
+    using Half = decltype(half);
+    add_positives_kernel<Half><<<blocks(n, kRowsOfBlock), kThreads, 0, stream.handle>>>(
+        dz, packed<Half>(layout, other), diagonal, factor, n, others, diagonals, to_other,
+        to_diagonal);
+    return launched("add_positives", n);
+  });
+}
+
+}  // namespace directclr

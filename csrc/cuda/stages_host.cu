@@ -1,0 +1,292 @@
+// The stages of stages.h on a CPU, for tests: the functions of the kernels, lane by lane, warp by
+// warp (shuffles in lock-step) and tile by tile, behind the same binding. Tile products are plain
+// loops over the same half-precision operands. Needs nvcc and no GPU.
+#include <type_traits>
+#include <vector>
+
+#include "rows.h"
+#include "statistics.h"
+#include "tile.h"
+#include "views.h"
+
+#ifdef DIRECTCLR_CHECK_FRAGMENT
+#include "product.cuh"
+#endif
+
+namespace directclr {
+namespace {
+
+constexpr int kBlocksOfTile = kTileWidth / 8;
+using Values = Lanes<float>[4 * kBlocksOfTile];
+
+float value_of(Operand type, const void* data, int64_t at) {
+  switch (type) {
+    case Operand::kFp16: return __half2float(static_cast<const __half*>(data)[at]);
+    case Operand::kBf16: return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[at]);
+    default: {
+      const auto byte = static_cast<const __nv_fp8_storage_t*>(data)[at];
+      return __half2float(__half(__nv_cvt_fp8_to_halfraw(byte, __NV_E4M3)));
+    }
+  }
+}
+
+std::vector<float> widened(const Operands& s, const void* data, int rows) {
+  std::vector<float> x(size_t(rows) * size_t(s.k));
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int k = 0; k < s.k; ++k) x[size_t(i * s.k + k)] = value_of(s.type, data, i * s.pitch + k);
+  }
+  return x;
+}
+
+// Calls f(place, warp, values) for every warp of every tile, values as wgmma leaves them; beyond
+// the edge they are what TMA's zeros give. `after(place, m, n)` follows the warps of a tile.
+template <class F, class After>
+void by_tiles(const Operands& s, int height, int step, bool upper, F f, After after) {
+  const std::vector<float> a = widened(s, s.a, s.rows), b = widened(s, s.b, s.cols);
+  for (int m = 0; m * height < s.rows; ++m) {
+    for (int n = 0; n * kTileWidth < s.cols; ++n) {
+      const Place p{m * height, n * kTileWidth, s.rows, s.cols, step, upper};
+      for (int w = 0; w < height / kWarpRows; ++w) {
+        Values acc;
+        for (int lane = 0; lane < kLanes; ++lane) {
+          for (int i = 0; i < 4 * kBlocksOfTile; ++i) {
+            const int row = p.row + kWarpRows * w + lane / 4 + 8 * (i / 2 % 2);
+            const int col = p.col + 8 * (i / 4) + 2 * (lane % 4) + i % 2;
+            float dot = 0.0f;
+            for (int k = 0; k < s.k && row < s.rows && col < s.cols; ++k) {
+              dot += a[size_t(row) * s.k + k] * b[size_t(col) * s.k + k];
+            }
+            acc[i][lane] = dot;
+          }
+        }
+        f(p, m, n, w, acc);
+      }
+      after(p, m, n);
+    }
+  }
+}
+
+float exponent_scale_of(const Exponent& e) {
+  return (e.scale ? *e.scale : e.value) * 1.4426950408889634f * e.operands;
+}
+
+template <bool kBounded>
+void sums_as(const Operands& s, const SumsArguments& a, int height) {
+  const int warps = height / kWarpRows;
+  std::vector<float> sums(size_t(warps * kTileWidth), NAN), peaks(sums);
+  const float a2 = exponent_scale_of(a.exponent);
+  by_tiles(
+      s, height, a.step, a.upper,
+      [&](const Place& p, int, int n, int w, Values& acc) {
+        sums_of_warp<HostWarp, kBlocksOfTile, kBounded>(
+            acc, p, w, height, a2, a.moving, a.row_sum + int64_t(n) * s.rows,
+            a.row_peak + int64_t(n) * s.rows, &sums[size_t(w * kTileWidth)],
+            &peaks[size_t(w * kTileWidth)]);
+      },
+      [&](const Place& p, int m, int) {
+        for (int c = 0; a.moving && c < kTileWidth && p.col + c < p.cols; ++c) {
+          const int64_t at = int64_t(m) * s.cols + p.col + c;
+          sum_of_column<kBounded>(&sums[size_t(c)], &peaks[size_t(c)], warps, kTileWidth,
+                                  a.col_sum + at, a.col_peak + at);
+        }
+      });
+}
+
+double by_lanes(double (&lanes)[kLanes]) {  // the order of sum_over_warp
+  for (int m = 16; m >= 1; m /= 2) {
+    double next[kLanes];
+    for (int l = 0; l < kLanes; ++l) next[l] = lanes[l] + lanes[l ^ m];
+    for (int l = 0; l < kLanes; ++l) lanes[l] = next[l];
+  }
+  return lanes[0];
+}
+
+template <class T, class Half>
+void finish_rows(const FinishView<T, Half>& v, const FinishShape& s, float factor) {
+  for (int64_t i = 0; i < v.rows; ++i) {
+    const float diagonal = diagonal_of(v, s, i);
+    double lanes[kLanes];
+    for (int l = 0; l < kLanes; ++l) lanes[l] = dot_part(v, i, diagonal, factor, l);
+    const float dot = float(by_lanes(lanes));
+    if (v.dots) v.dots[i] = dot;
+    for (int l = 0; v.dr && l < kLanes; ++l) write_gradient(v, s, i, diagonal, factor, dot, l);
+  }
+}
+
+}  // namespace
+
+std::string normalize(const Layout& layout, const View& r1, const View& r2, const int64_t* index,
+                      void* z1, void* z2, float* rnorm1, float* rnorm2, double* positives,
+                      int64_t offset, double eps, bool both, const Stream&) {
+  return by_types(r1.dtype, layout, [&](auto t, auto half) {
+    using T = decltype(t);
+    using Half = decltype(half);
+    const auto x1 = columns<T>(r1, index, layout.d), x2 = columns<T>(r2, index, layout.d);
+    const auto p1 = packed<Half>(layout, z1), p2 = packed<Half>(layout, z2);
+    for (int64_t j = 0; j < (both ? r2.rows : r1.rows); ++j) {
+      const int64_t i = both ? j - offset : j;
+      const bool has1 = i >= 0 && i < r1.rows;
+      double lanes[3][kLanes], sums[3];
+      for (int l = 0; l < kLanes; ++l) {
+        double part[3];
+        row_sums(x1, x2, i, j, has1, both, l, part);
+        for (int k = 0; k < 3; ++k) lanes[k][l] = part[k];
+      }
+      for (int k = 0; k < 3; ++k) sums[k] = by_lanes(lanes[k]);
+      const double inverse1 = inverse_norm(sums[0], eps), inverse2 = inverse_norm(sums[1], eps);
+      for (int l = 0; l < kLanes; ++l) {
+        if (has1) write_unit_row(x1, p1, i, inverse1, l);
+        if (both) write_unit_row(x2, p2, j, inverse2, l);
+      }
+      if (has1) rnorm1[i] = float(inverse1);
+      if (both) rnorm2[j] = float(inverse2);
+      if (has1 && both) positives[i] = sums[2] * inverse1 * inverse2;
+    }
+    return std::string();
+  });
+}
+
+std::string positives(const Layout& layout, const void* z1, const void* z2, double* found,
+                      int64_t n, int64_t offset, const Stream&) {
+  return by_half(layout, [&](auto half) {
+    using Half = decltype(half);
+    const auto p1 = packed<Half>(layout, z1), p2 = packed<Half>(layout, z2);
+    for (int64_t i = 0; i < n; ++i) {
+      double lanes[kLanes];
+      for (int l = 0; l < kLanes; ++l) lanes[l] = cosine_part(p1, p2, i, i + offset, l);
+      found[i] = by_lanes(lanes);
+    }
+    return std::string();
+  });
+}
+
+std::string sums(const Operands& s, const SumsArguments& a, bool pingpong, const Stream&) {
+  a.bounded ? sums_as<true>(s, a, tile_height(pingpong))
+            : sums_as<false>(s, a, tile_height(pingpong));
+  return {};
+}
+
+std::string weights(const Operands& s, const WeightsArguments& a, bool pingpong, const Stream&) {
+  const int height = tile_height(pingpong);
+  const float a2 = exponent_scale_of(a.exponent);
+  const auto run = [&](auto half, auto bounded) {
+    by_tiles(
+        s, height, a.step, false,
+        [&](const Place& p, int, int, int w, Values& acc) {
+          weights_of_warp<HostWarp, decltype(half), kBlocksOfTile, decltype(bounded)::value>(
+              acc, p, w, height, a2, a.factors, a.out, a.pitch);
+        },
+        [](const Place&, int, int) {});
+  };
+  const auto with = [&](auto half) {
+    a.bounded ? run(half, std::true_type{}) : run(half, std::false_type{});
+  };
+  s.type == Operand::kBf16 ? with(Bf16{}) : with(Fp16{});
+  return {};
+}
+
+int tile_height(bool pingpong) { return pingpong ? 64 : 128; }
+
+std::string fold(const float* sums, const float* peaks, double* into, int64_t n, int lines,
+                 int64_t stride, bool first, const Stream&) {
+  for (int64_t at = 0; at < n; ++at) {
+    const double found = log_of_parts(sums, peaks, at, lines, stride);
+    into[at] = first ? found : add_logs(found, into[at]);
+  }
+  return {};
+}
+
+int64_t combine_blocks(int64_t n) { return n; }
+
+std::string combine(const CombineArguments& a, const Stream&) {
+  for (int64_t j = 0; j < a.n; ++j) {
+    const double per_row = combine_one(a, j);
+    if (!a.loss_by_row) a.loss_by_block[j] = per_row;
+  }
+  return {};
+}
+
+std::string total(const double* parts, float* loss, int64_t n, double factor, const Stream&) {
+  double sum = 0.0;
+  for (int64_t at = 0; at < n; ++at) sum += parts[at];
+  *loss = float(sum / factor);
+  return {};
+}
+
+std::string factors(const FactorsArguments& a, const Stream&) {
+  for (int64_t j = 0; j < a.n; ++j) factors_one(a, j);
+  return {};
+}
+
+std::string finish(const Layout& layout, int dtype, const FinishSide& first,
+                   const FinishSide* second, const FinishCommon& c, const Stream&) {
+  return by_types(dtype, layout, [&](auto t, auto half) {
+    using T = decltype(t);
+    using Half = decltype(half);
+    const FinishShape shape{c.index, c.diagonal, c.diagonals, layout.d,
+                            c.width, c.largest_rnorm, c.add};
+    float factor = c.factor;
+    if (c.diagonal) factor *= *c.upstream * (c.scale ? *c.scale : c.scale_value);
+    finish_rows(finish_view<T, Half>(layout, first), shape, factor);
+    if (second) finish_rows(finish_view<T, Half>(layout, *second), shape, factor);
+    return std::string();
+  });
+}
+
+std::string add_positives(const Layout& layout, float* dz, const void* other,
+                          const float* diagonal, const float* factor, int64_t n, int64_t others,
+                          int64_t diagonals, int64_t to_other, int64_t to_diagonal, const Stream&) {
+  return by_half(layout, [&](auto half) {
+    using Half = decltype(half);
+    const auto z = packed<Half>(layout, other);
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t at = i + to_diagonal, from = i + to_other;
+      const bool there = at >= 0 && at < diagonals && from >= 0 && from < others;
+      for (int l = 0; l < kLanes; ++l) {
+        add_positive(dz, z, i, to_other, there ? diagonal[at] : 0.0f, *factor, l);
+      }
+    }
+    return std::string();
+  });
+}
+
+}  // namespace directclr
+
+using namespace directclr;
+
+// Where a packed row and a stored weight lie, in elements, far beyond 2^31 of them.
+extern "C" int64_t host_row_offset(int64_t row, int64_t stride) {
+  const Packed<Fp16> z{nullptr, stride, 64, false, 1.0f};
+  return int64_t(reinterpret_cast<uintptr_t>(z.row(row)) / 2);
+}
+
+#ifdef DIRECTCLR_CHECK_FRAGMENT
+// How many values of all threads' accumulators are not where tile.h takes them to be, by CuTe's
+// own description of the product.
+extern "C" int host_fragment_mismatches() {
+  int wrong = 0;
+  const auto count = [&](auto mma, auto kind) {
+    using Kind = decltype(kind);
+    const auto coordinates = cute::make_identity_tensor(
+        cute::make_shape(cute::Int<Kind::kHeight>{}, cute::Int<kWidth>{}));
+    for (int thread = 0; thread < int(cute::size(mma)); ++thread) {
+      const auto mine = mma.get_thread_slice(thread).partition_C(coordinates);
+      if (int(cute::size(mine)) != 4 * kBlocks) ++wrong;
+      for (int i = 0; i < 4 * kBlocks; ++i) {
+        const int lane = thread % kLanes;
+        const int row = kWarpRows * (thread / kLanes) + lane / 4 + 8 * (i / 2 % 2);
+        const int col = 8 * (i / 4) + 2 * (lane % 4) + i % 2;
+        wrong += cute::get<0>(mine(i)) != row || cute::get<1>(mine(i)) != col;
+      }
+    }
+  };
+  using H = cutlass::half_t;
+  using E = cutlass::float_e4m3_t;
+  count(typename Product<H, Cooperative, SumsEpilogue<Cooperative>>::Mainloop::TiledMma{},
+        Cooperative{});
+  count(typename Product<H, Pingpong, SumsEpilogue<Pingpong>>::Mainloop::TiledMma{}, Pingpong{});
+  count(typename Product<E, Cooperative, SumsEpilogue<Cooperative>>::Mainloop::TiledMma{},
+        Cooperative{});
+  return wrong;
+}
+#endif

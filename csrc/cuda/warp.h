@@ -1,0 +1,181 @@
+// One warp in lock-step, twice: on the device a register per thread, on a host all 32 of them.
+//
+// The epilogues (tile.h) are written against a class W with Float, Int, Bool and Word of a lane and
+// the exchanges between lanes. `DeviceWarp` is what ships; `HostWarp` runs the same source on a CPU,
+// shuffles included, which is how tests check it where there is no GPU.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#ifdef __CUDACC__
+#define DIRECTCLR_HD __host__ __device__ __forceinline__
+#define DIRECTCLR_UNROLL _Pragma("unroll")
+#else
+#define DIRECTCLR_HD inline
+#define DIRECTCLR_UNROLL
+#endif
+
+namespace directclr {
+
+constexpr int kLanes = 32;
+
+#ifdef __CUDACC__
+struct DeviceWarp {
+  using Float = float;
+  using Int = int;
+  using Bool = bool;
+  using Word = uint32_t;  // two half-precision values
+  using Long = int64_t;
+
+  static __device__ __forceinline__ Long wide(Int x) { return x; }
+  static __device__ __forceinline__ Int lane() {
+    int id;
+    asm("mov.u32 %0, %%laneid;" : "=r"(id));
+    return id;
+  }
+  template <class T>
+  static __device__ __forceinline__ T select(bool c, T a, T b) {
+    return c ? a : b;
+  }
+  template <class T>
+  static __device__ __forceinline__ T shuffle_xor(T x, int mask) {
+    return __shfl_xor_sync(0xffffffffu, x, mask);
+  }
+  static __device__ __forceinline__ Float exp2(Float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+  }
+  // max that keeps a NaN.
+  static __device__ __forceinline__ Float max(Float a, Float b) {
+    float y;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+    return y;
+  }
+  // What a lane reads and writes, where `c` holds.
+  static __device__ __forceinline__ Float load(const float* p, Int at, Bool c, float other) {
+    return c ? __ldg(p + at) : other;
+  }
+  template <class T>
+  static __device__ __forceinline__ void store(T* p, Int at, T x, Bool c) {
+    if (c) p[at] = x;
+  }
+  template <class Half>
+  static __device__ __forceinline__ Word pack(Float low, Float high) {
+    return Half::pack(low, high);
+  }
+  // 16 bytes at p + at (in units of 16 bytes).
+  static __device__ __forceinline__ void store16(void* p, Long at, const Word (&x)[4], Bool c) {
+    if (c) static_cast<uint4*>(p)[at] = make_uint4(x[0], x[1], x[2], x[3]);
+  }
+};
+#endif
+
+// A value of each of the 32 lanes.
+template <class T>
+struct Lanes {
+  T v[kLanes];
+  Lanes() = default;
+  Lanes(T x) {
+    for (T& y : v) y = x;
+  }
+  T& operator[](int i) { return v[i]; }
+  T operator[](int i) const { return v[i]; }
+  Lanes& operator+=(const Lanes& b) {
+    for (int i = 0; i < kLanes; ++i) v[i] = v[i] + b.v[i];
+    return *this;
+  }
+};
+
+#define DIRECTCLR_LANEWISE(R, op)                                      \
+  template <class T>                                                   \
+  Lanes<R> operator op(const Lanes<T>& a, const Lanes<T>& b) {         \
+    Lanes<R> y;                                                        \
+    for (int i = 0; i < kLanes; ++i) y.v[i] = a.v[i] op b.v[i];        \
+    return y;                                                          \
+  }                                                                    \
+  template <class T, class S>                                          \
+  Lanes<R> operator op(const Lanes<T>& a, S b) {                       \
+    return a op Lanes<T>(T(b));                                        \
+  }
+DIRECTCLR_LANEWISE(T, +)
+DIRECTCLR_LANEWISE(T, -)
+DIRECTCLR_LANEWISE(T, *)
+DIRECTCLR_LANEWISE(T, /)
+DIRECTCLR_LANEWISE(T, &)
+DIRECTCLR_LANEWISE(T, %)
+DIRECTCLR_LANEWISE(bool, <)
+DIRECTCLR_LANEWISE(bool, >)
+DIRECTCLR_LANEWISE(bool, ==)
+DIRECTCLR_LANEWISE(bool, !=)
+DIRECTCLR_LANEWISE(bool, &&)
+#undef DIRECTCLR_LANEWISE
+
+struct HostWarp {
+  using Float = Lanes<float>;
+  using Int = Lanes<int>;
+  using Bool = Lanes<bool>;
+  using Word = Lanes<uint32_t>;
+  using Long = Lanes<int64_t>;
+
+  static Long wide(const Int& x) {
+    Long y;
+    for (int i = 0; i < kLanes; ++i) y[i] = x[i];
+    return y;
+  }
+  static Int lane() {
+    Int y;
+    for (int i = 0; i < kLanes; ++i) y[i] = i;
+    return y;
+  }
+  template <class T>
+  static Lanes<T> select(const Bool& c, const Lanes<T>& a, const Lanes<T>& b) {
+    Lanes<T> y;
+    for (int i = 0; i < kLanes; ++i) y[i] = c[i] ? a[i] : b[i];
+    return y;
+  }
+  template <class T>
+  static Lanes<T> shuffle_xor(const Lanes<T>& x, int mask) {
+    Lanes<T> y;
+    for (int i = 0; i < kLanes; ++i) y[i] = x[i ^ mask];
+    return y;
+  }
+  static Float exp2(const Float& x) {
+    Float y;
+    for (int i = 0; i < kLanes; ++i) y[i] = std::exp2(x[i]);
+    return y;
+  }
+  static Float max(const Float& a, const Float& b) {
+    Float y;
+    for (int i = 0; i < kLanes; ++i) y[i] = std::isnan(a[i]) || a[i] > b[i] ? a[i] : b[i];
+    return y;
+  }
+  static Float load(const float* p, const Int& at, const Bool& c, float other) {
+    Float y;
+    for (int i = 0; i < kLanes; ++i) y[i] = c[i] ? p[at[i]] : other;
+    return y;
+  }
+  template <class T>
+  static void store(T* p, const Int& at, const Lanes<T>& x, const Bool& c) {
+    for (int i = 0; i < kLanes; ++i) {
+      if (c[i]) p[at[i]] = x[i];
+    }
+  }
+  template <class Half>
+  static Word pack(const Float& low, const Float& high) {
+    Word y;
+    for (int i = 0; i < kLanes; ++i) y[i] = Half::pack(low[i], high[i]);
+    return y;
+  }
+  static void store16(void* p, const Long& at, const Word (&x)[4], const Bool& c) {
+    for (int i = 0; i < kLanes; ++i) {
+      if (!c[i]) continue;
+      const uint32_t words[4] = {x[0][i], x[1][i], x[2][i], x[3][i]};
+      std::memcpy(static_cast<char*>(p) + 16 * at[i], words, 16);
+    }
+  }
+};
+
+}  // namespace directclr

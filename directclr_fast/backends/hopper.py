@@ -1,0 +1,353 @@
+"""The kernels of csrc/cuda as ``packed.PackedStages`` wants them: tensors in, launches out.
+
+Every function queues its work on the current stream of its tensors' device and waits for nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ..kernels.configs import Tile
+from ..kernels.layout import Layout
+
+try:
+    from .. import _cuda
+
+    missing = None
+except ImportError as error:
+    _cuda = None
+    missing = str(error)
+
+PARTIAL_BYTES = 64 * 2**20
+STORE = 2.0**13  # |P| <= 2 STORE, so fp16 keeps entries normal down to 2^-28 of a probability
+PINGPONG_PITCH = 256  # by design, not yet by measurement: short products leave exponentials bare
+
+_DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+_OPERANDS = {"fp16": 0, "bf16": 1, "fp8": 2}
+
+
+def pingpong(layout: Layout) -> bool:
+    """Which schedule the tile products take: a tile for each warpgroup, or one for both."""
+    return layout.precision != "fp8" and layout.pitch <= PINGPONG_PITCH
+
+
+def tile(layout: Layout) -> Tile:
+    """The tile of ``sums`` and ``weights``."""
+    height = 64 if pingpong(layout) else 128
+    return Tile(height, 256, 128 if layout.precision == "fp8" else 64, 12, 4, tma=True)
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def device(tensor: Tensor):
+    """A context in which torch's own operations go to the device of ``tensor``."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def _stream(tensor: Tensor) -> tuple[int, int, int]:
+    where = tensor.device
+    handle = torch.cuda.current_stream(where).cuda_stream
+    return handle, where.index, multiprocessors(where)
+
+
+def _at(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _layout(layout: Layout) -> tuple:
+    fp8 = layout.precision == "fp8"
+    half = layout.dtype == torch.bfloat16
+    return half, fp8, layout.dim, layout.pitch, layout.row, layout.fp8_scale
+
+
+def _view(r: Tensor) -> tuple:
+    return r.data_ptr(), _DTYPES[r.dtype], len(r), *r.stride()
+
+
+def _scale(scale) -> tuple[int, float]:
+    """(address, value) of 1/temperature, of which one counts."""
+    return (scale.data_ptr(), 0.0) if isinstance(scale, Tensor) else (0, scale)
+
+
+def _operands(layout: Layout, a: Tensor, b: Tensor) -> tuple:
+    a, b = layout.operand(a), layout.operand(b)
+    return (
+        _OPERANDS[layout.precision],
+        a.data_ptr(),
+        b.data_ptr(),
+        len(a),
+        len(b),
+        layout.pitch,
+        a.stride(0),
+    )
+
+
+def _exponent(layout: Layout, scale) -> tuple:
+    return *_scale(scale), layout.fp8_scale**-2 if layout.precision == "fp8" else 1.0
+
+
+# ------------------------------------------------------------------------------- normalize
+
+
+def _unit_rows(layout: Layout, r: Tensor) -> tuple[Tensor, Tensor]:
+    z = torch.empty((len(r), layout.row), dtype=layout.dtype, device=r.device)
+    return z, torch.empty(len(r), dtype=torch.float32, device=r.device)
+
+
+def normalize(layout: Layout, r: Tensor, index: Tensor | None, eps: float):
+    """z (rows, layout.row) and reciprocal norms (rows,) of one view."""
+    z, rnorm = _unit_rows(layout, r)
+    _cuda.normalize(
+        _layout(layout), _view(r), _view(r), _at(index), _at(z), _at(z), _at(rnorm), _at(rnorm), 0,
+        0, eps, False, _stream(r),
+    )  # fmt: skip
+    return z, rnorm
+
+
+def normalize_views(
+    layout: Layout, r1: Tensor, r2: Tensor, index: Tensor | None, offset: int, eps: float
+):
+    """(z1, z2, rnorm1, rnorm2, positives) in one launch; positives fp64 (rows of r1,)."""
+    (z1, rnorm1), (z2, rnorm2) = _unit_rows(layout, r1), _unit_rows(layout, r2)
+    found = torch.empty(len(r1), dtype=torch.float64, device=r1.device)
+    _cuda.normalize(
+        _layout(layout), _view(r1), _view(r2), _at(index), _at(z1), _at(z2), _at(rnorm1),
+        _at(rnorm2), _at(found), offset, eps, True, _stream(r1),
+    )  # fmt: skip
+    return z1, z2, rnorm1, rnorm2, found
+
+
+def positives(layout: Layout, z1: Tensor, z2: Tensor, offset: int) -> Tensor:
+    """s_ip(i) in fp64, (rows of z1,), from packed rows; p(i) = i + offset lies in z2."""
+    found = torch.empty(len(z1), dtype=torch.float64, device=z1.device)
+    _cuda.positives(_layout(layout), _at(z1), _at(z2), _at(found), len(z1), offset, _stream(z1))
+    return found
+
+
+# ------------------------------------------------------------------------------- sums
+
+
+class Partials:
+    """Partial sums of one launch: a line of rows for each tile of columns, and the reverse."""
+
+    def __init__(self, rows: int, columns: int, tile: Tile, moving: bool, bounded: bool, device):
+        self.row_lines, self.column_lines = -(-columns // tile.columns), -(-rows // tile.rows)
+
+        def buffer(lines: int, length: int, there: bool) -> Tensor | None:
+            shape = (lines, length)
+            return torch.empty(shape, dtype=torch.float32, device=device) if there else None
+
+        self.row_sum = buffer(self.row_lines, rows, True)
+        self.row_peak = buffer(self.row_lines, rows, not bounded)
+        self.column_sum = buffer(self.column_lines, columns, moving)
+        self.column_peak = buffer(self.column_lines, columns, moving and not bounded)
+
+
+def strips(m: int, n: int, tile: Tile, moving: bool, bounded: bool) -> list[slice]:
+    """The anchors in strips whose partials stay within PARTIAL_BYTES, or are of one tile row."""
+    a_row = 4 * (-(-n // tile.columns) + (n / tile.rows if moving else 0)) * (1 if bounded else 2)
+    rows = max(1, int(PARTIAL_BYTES / a_row) // tile.rows) * tile.rows
+    return [slice(start, min(start + rows, m)) for start in range(0, m, rows)]
+
+
+def partial_sums(
+    layout: Layout, z1: Tensor, z2: Tensor, strip: slice, scale, offset: int, tile: Tile,
+    programs: int, *, moving: bool, bounded: bool, upper: bool = False,
+) -> Partials:  # fmt: skip
+    """One launch: partials of the anchors in ``strip`` (z1) against all candidates (z2), or, for
+    ``upper``, against those from the strip's first row on."""
+    rows = strip.stop - strip.start
+    z2 = z2[strip.start :] if upper else z2
+    parts = Partials(rows, len(z2), tile, moving, bounded, z1.device)
+    _cuda.sums(
+        _operands(layout, z1[strip], z2), _at(parts.row_sum), _at(parts.row_peak),
+        _at(parts.column_sum), _at(parts.column_peak), _exponent(layout, scale),
+        0 if upper else strip.start + offset, upper, moving, bounded, pingpong(layout), _stream(z1),
+    )  # fmt: skip
+    return parts
+
+
+def log_sums(
+    layout: Layout, z1, z2, scale, offset, tile, programs, *, moving, bounded, upper=False
+):
+    """(rest_row (M,), rest_col (N,) or None) in fp64, over strips."""
+    row = torch.empty(len(z1), dtype=torch.float64, device=z1.device)
+    column = torch.empty(len(z2), dtype=torch.float64, device=z1.device) if moving else None
+    for strip in strips(len(z1), len(z2), tile, moving, bounded):
+        parts = partial_sums(
+            layout, z1, z2, strip, scale, offset, tile, programs,
+            moving=moving, bounded=bounded, upper=upper,
+        )  # fmt: skip
+        _fold(parts.row_sum, parts.row_peak, row[strip], True)
+        if moving:
+            into = column[strip.start :] if upper else column
+            _fold(parts.column_sum, parts.column_peak, into, strip.start == 0)
+    return row, column
+
+
+def _fold(sums: Tensor, peaks: Tensor | None, into: Tensor, first: bool) -> None:
+    """``into`` (n,) fp64 log-sums: set (``first``) or increased by lines of partials."""
+    lines, n = sums.shape
+    _cuda.fold(_at(sums), _at(peaks), _at(into), n, lines, n, first, _stream(sums))
+
+
+def combine(problem, positives, scale, *, bounded, parts: Partials | None, rest=(None, None)):
+    """Loss (scalar or (M,), fp32), row_lse, col_lse, nll_row, nll_col in one or two launches.
+
+    From the partials of a single launch, or from ``rest``, the log-sums of several.
+    """
+    m, n = problem.rows, problem.candidates
+
+    def statistic(length: int) -> Tensor:
+        return torch.empty(length, dtype=torch.float64, device=positives.device)
+
+    row_lse, nll_row = statistic(m), statistic(m)
+    col_lse = statistic(n if problem.symmetric else 0)
+    nll_col = statistic(m if problem.symmetric else 0)
+    per_row, blocks = problem.reduction == "none", _cuda.combine_blocks(n)
+    by_row = positives.new_empty(m, dtype=torch.float32) if per_row else None
+    by_block = None if per_row else statistic(blocks)
+    where = (None,) * 4 + (0, 0)
+    if parts is not None:
+        where = (
+            parts.row_sum, parts.row_peak, parts.column_sum, parts.column_peak,
+            parts.row_lines, parts.column_lines,
+        )  # fmt: skip
+    _cuda.combine(
+        (*map(_at, where[:4]), *where[4:]), _at(rest[0]), _at(rest[1]), _at(positives),
+        *_scale(scale), _at(row_lse), _at(col_lse), _at(nll_row), _at(nll_col), _at(by_row),
+        _at(by_block), m, n, problem.row_offset, problem.symmetric, _stream(positives),
+    )  # fmt: skip
+    if per_row:
+        return by_row, row_lse, col_lse, nll_row, nll_col
+    loss = positives.new_empty((), dtype=torch.float32)
+    factor = float(m) if problem.reduction == "mean" else 1.0
+    _cuda.total(_at(by_block), _at(loss), blocks, factor, _stream(positives))
+    return loss, row_lse, col_lse, nll_row, nll_col
+
+
+# ------------------------------------------------------------------------------- weights, products
+
+
+class Factors:
+    """What a tile of weights is made with: per-row and per-column fp32, and the positives' terms.
+
+    ``diagonal`` (M,) is STORE-scaled like P. Without ``bounded`` the shifts are the log-sums in
+    base 2.
+    """
+
+    def __init__(self, m: int, n: int, symmetric: bool, bounded: bool, device) -> None:
+        def vector(length: int) -> Tensor:
+            return torch.empty(length, dtype=torch.float32, device=device)
+
+        self.row, self.diagonal = vector(m), vector(m)
+        self.col = vector(n) if symmetric else self.row
+        self.row_shift = self.row if bounded else vector(m)
+        self.col_shift = vector(n) if symmetric and not bounded else self.row_shift
+        self.symmetric, self.bounded = symmetric, bounded
+
+
+def factors(problem, saved, upstream: Tensor, largest: Tensor | None, bounded: bool) -> Factors:
+    """One launch. ``largest`` = max |upstream| for reduction "none", else None (weights 1)."""
+    found = Factors(problem.rows, problem.candidates, problem.symmetric, bounded, upstream.device)
+    _cuda.factors(
+        _at(upstream), _at(largest), _at(saved.row_lse), _at(saved.col_lse), _at(saved.nll_row),
+        _at(saved.nll_col), _at(found.row), _at(found.col), _at(found.row_shift),
+        _at(found.col_shift), _at(found.diagonal), problem.rows, problem.candidates,
+        problem.row_offset, STORE, problem.symmetric, bounded, _stream(upstream),
+    )  # fmt: skip
+    return found
+
+
+def weights(
+    layout: Layout, z1: Tensor, z2: Tensor, found: Factors, scale, offset: int, rows: slice,
+    columns: slice, out: Tensor, tile: Tile,
+) -> Tensor:  # fmt: skip
+    """One launch: the super-block ``rows`` x ``columns`` of P into ``out``'s memory; its columns
+    are padded with zeros to whole tiles."""
+    height = rows.stop - rows.start
+    pitch = -(-(columns.stop - columns.start) // tile.columns) * tile.columns
+    block = out[: height * pitch].view(height, pitch)
+    col, col_shift = found.row, found.row_shift
+    if found.symmetric:
+        col, col_shift = found.col[columns], found.col_shift[columns]
+    row_shift = found.row_shift[rows]
+    _cuda.weights(
+        _operands(layout, z1[rows], z2[columns]), _at(block), pitch, _at(found.row[rows]), _at(col),
+        _at(row_shift), _at(col_shift), found.symmetric, _exponent(layout, scale),
+        rows.start + offset - columns.start, found.bounded, pingpong(layout), _stream(z1),
+    )  # fmt: skip
+    return block
+
+
+def product(
+    layout: Layout, p: Tensor, z: Tensor, dz: Tensor, rows: slice, inner: slice, *,
+    transposed: bool, add: bool, tile: Tile,
+) -> None:  # fmt: skip
+    """dz[rows] = (or +=) op(P) z[inner] by the library: half operands, fp32 result and sums."""
+    n, k = rows.stop - rows.start, inner.stop - inner.start
+    a = p[:k, :n].T if transposed else p[:n, :k]
+    b = layout.half_operand(z)[inner]
+    if add:
+        torch.ops.aten.addmm.dtype_out(dz[rows], a, b, torch.float32, out=dz[rows])
+    else:
+        torch.ops.aten.mm.dtype_out(a, b, torch.float32, out=dz[rows])
+
+
+# ------------------------------------------------------------------------------- finish
+
+
+class View:
+    """One view's side of ``finish``: packed z, rnorm, accumulated dz, output or None, its dots."""
+
+    def __init__(self, z: Tensor, rnorm: Tensor, acc: Tensor, dr: Tensor | None, dots: bool):
+        self.z, self.rnorm, self.acc, self.dr = z, rnorm, acc, dr
+        self.dots = torch.empty_like(rnorm) if dots else None
+
+
+def finish(
+    layout: Layout, views: list[tuple[View, int]], other: Tensor, diagonal: Tensor | None,
+    offset: int, *, upstream: Tensor | None, scale, factor: float, index: Tensor | None, width: int,
+    eps: float, add: bool,
+) -> None:  # fmt: skip
+    """One launch for one or two ``views``, each with its number (1 or 2); ``other`` is the z that
+    is not the first one's.
+
+    With ``diagonal`` (M,) the positives' terms are added and everything is multiplied by
+    factor * upstream * scale; without it acc is the gradient already.
+    """
+    sides = []
+    for (view, number), partner in zip(views, (other, views[0][0].z), strict=False):
+        steps = (offset, 0) if number == 1 else (-offset, -offset)
+        strides = (0, 0) if view.dr is None else view.dr.stride()
+        sides.append(
+            (_at(view.z), _at(partner), _at(view.rnorm), _at(view.acc), _at(view.dr), *strides,
+             _at(view.dots), len(view.z), *steps)
+        )  # fmt: skip
+    outputs = [view.dr for view, _ in views if view.dr is not None]
+    dtype = _DTYPES[outputs[0].dtype if outputs else torch.float32]
+    diagonals = 0 if diagonal is None else len(diagonal)
+    # An eps below fp32's reach has no largest reciprocal there.
+    largest = min(1.0 / eps, float("inf")) if eps > 0 else float("inf")
+    _cuda.finish(
+        _layout(layout), dtype, sides[0], sides[1] if len(sides) > 1 else None, _at(index),
+        _at(diagonal), diagonals, width, largest, add, factor, _at(upstream), *_scale(scale),
+        _stream(views[0][0].z),
+    )  # fmt: skip
+
+
+def add_positives(
+    layout: Layout, dz: Tensor, other: Tensor, diagonal: Tensor, factor: Tensor, step: int, shift
+) -> None:
+    """dz_i = factor dz_i + diagonal_{i + shift} z'_{i + step}, where that entry exists; fp32."""
+    _cuda.add_positives(
+        _layout(layout), _at(dz), _at(other), _at(diagonal), _at(factor), len(dz), len(other),
+        len(diagonal), step, shift, _stream(dz),
+    )  # fmt: skip

@@ -1,0 +1,51 @@
+"""The Hopper kernels built for sm_90a on a machine without a GPU (bench/cuda_gate.py)."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "bench" / "cuda_gate.py"
+_spec = importlib.util.spec_from_file_location("cuda_gate", SCRIPT)
+gate = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(gate)
+
+
+@pytest.mark.slow
+def test_everything_builds_without_spills_and_with_hopper_instructions(tmp_path):
+    """Every source and the link; the module loads here and says what it was built with."""
+    if gate.build_cuda.nvcc() is None or gate.build_cuda.cutlass() is None:
+        pytest.skip("needs nvcc and CUTLASS's headers")
+    if shutil.which("ldd") is None:
+        pytest.skip("no ldd")
+    command = [sys.executable, str(SCRIPT), "--json", str(tmp_path / "records.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found = json.loads((tmp_path / "records.json").read_text())
+    assert found["wrong"] == []
+    names = {record["kernel"] for record in found["kernels"]}
+    for operand, kind in gate.build_cuda.PRODUCTS:
+        for stage in ("sums", "weights"):
+            assert f"{stage} {operand} {kind}".lower() in names
+    assert len(found["kernels"]) == 30
+
+
+def test_the_gate_sees_what_it_is_for():
+    good = {
+        "object": "product_fp16_cooperative.o", "kernel": "sums", "registers": 168, "stack": 0,
+        "spills": 0, "matrix": ["HGMMA"], "tma": 2, "multicast": 1,
+    }  # fmt: skip
+    assert gate.problems(good, "") == []
+    assert "spills 8" in gate.problems(good | {"spills": 8}, "")[0]
+    assert "stack 16" in gate.problems(good | {"stack": 16}, "")[0]
+    assert "no HGMMA" in gate.problems(good | {"matrix": []}, "")[0]
+    assert "no QGMMA" in gate.problems(good | {"object": "product_e4m3_cooperative.o"}, "")[0]
+    assert "multicast" in gate.problems(good | {"multicast": 0}, "")[0]
+    assert "serialises" in gate.problems(good, "ptxas info : (C7510) Potential Loss")[0]
+    assert "registers" in gate.problems(good | {"registers": 255}, "")[0]

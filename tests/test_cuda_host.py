@@ -1,0 +1,344 @@
+"""The Hopper backend on a machine without a GPU: the kernels' own functions run on the CPU.
+
+``csrc/cuda/stages_host.cu`` builds the module ``_cuda`` with the epilogues, the row functions and
+the binding that ship, warps in lock-step and tiles in order; only TMA, wgmma and the launches are
+not there. ``tests/test_cuda_gate.py`` builds those for sm_90a and reads the binaries.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+from directclr_fast import dispatch, fast_directclr_loss, last_backend
+from directclr_fast.backends import cuda as backend
+from directclr_fast.backends import hopper
+from directclr_fast.problem import Problem
+from directclr_fast.testing import eager_loss, evaluate, make_views, relative_error
+
+CSRC = Path(__file__).parents[1] / "csrc"
+_spec = importlib.util.spec_from_file_location("build_cuda", CSRC / "build_cuda.py")
+build_cuda = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(build_cuda)
+
+if build_cuda.nvcc() is None:
+    pytest.skip("no nvcc", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory) -> Path:
+    """The module built for the CPU, and, with CUTLASS's headers, its check of the accumulators."""
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    output = tmp_path_factory.mktemp("cuda_host") / f"_cuda{suffix}"
+    for command in build_cuda.host_commands(output, build_cuda.cutlass() is not None):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0 and "warning" not in done.stderr, done.stderr[-3000:]
+    return output
+
+
+@pytest.fixture(scope="module")
+def module(library):
+    spec = importlib.util.spec_from_file_location("_cuda", library)
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(request, monkeypatch):
+    """Backend "cuda" takes CPU tensors, and the library's product is fp32 here."""
+    if "plain" in request.keywords:
+        return
+    monkeypatch.setattr(hopper, "_cuda", request.getfixturevalue("module"))
+    monkeypatch.setattr(hopper, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(hopper, "_stream", lambda tensor: (0, 0, 132))
+
+    def product(layout, p, z, dz, rows, inner, *, transposed, add, tile):
+        n, k = rows.stop - rows.start, inner.stop - inner.start
+        a = p[:k, :n].T if transposed else p[:n, :k]
+        found = a.float() @ layout.half_operand(z)[inner].float()
+        dz[rows] = dz[rows] + found if add else found
+
+    monkeypatch.setattr(hopper, "product", product)
+    plain = backend.why_not
+
+    def why_not(problem):
+        reasons = plain(problem)
+        return [r for r in reasons if "runs on NVIDIA GPUs" not in r]
+
+    monkeypatch.setattr(backend, "why_not", why_not)
+
+
+def problem(**changes) -> Problem:
+    given = {
+        "rows": 64, "candidates": 64, "width": 32, "dim": 16, "dtype": torch.float16,
+        "device_type": "cuda", "temperature": 0.1,
+    }  # fmt: skip
+    return Problem(**(given | changes))
+
+
+def runs_of(r1, r2, **options):
+    upstream = torch.tensor(0.7)
+    options = {"dim": 40, "backend": "cuda", "precision": "fp16"} | options
+    found = evaluate(fast_directclr_loss, r1, r2, upstream=upstream, **options)
+    assert last_backend() == options["backend"]
+    return found
+
+
+# ------------------------------------------------------------------------------ against cutlass
+
+
+def test_accumulators_lie_where_cutlass_says(library):
+    if build_cuda.cutlass() is None:
+        pytest.skip("CUTLASS's headers are not installed")
+    assert ctypes.CDLL(str(library)).host_fragment_mismatches() == 0
+
+
+def test_offsets_beyond_two_to_the_31_elements(library):
+    offset = ctypes.CDLL(str(library)).host_row_offset
+    offset.argtypes, offset.restype = [ctypes.c_int64, ctypes.c_int64], ctypes.c_int64
+    assert offset(10**7, 768) == 768 * 10**7 > 2**32
+
+
+# ------------------------------------------------------------------------------ how exact
+
+ALLOWED = {"fp16": 5e-4, "bf16": 4e-3, "fp8": 3e-2}  # of the gradient; eager bf16: 2e-3 to 5e-2
+
+
+def autocast_loss(r1, r2, dim, **options):
+    with torch.autocast("cpu", torch.bfloat16):
+        return eager_loss(r1, r2, dim, **options).float()
+
+
+@pytest.mark.parametrize("kind", ["unrelated", "views", "converged", "clustered"])
+@pytest.mark.parametrize(
+    "precision,dim", [("fp16", 360), ("fp16", 130), ("bf16", 360), ("fp8", 360)]
+)
+def test_each_precision_keeps_its_error(precision, dim, kind):
+    """Both schedules: rows of up to 256 columns take tiles of 64 rows, longer ones of 128."""
+    r1, r2 = make_views(300, 400, kind=kind, dtype=torch.float32)
+    truth = evaluate(eager_loss, r1.double(), r2.double(), dim)
+    people = evaluate(autocast_loss, r1, r2, dim)
+    ours = evaluate(fast_directclr_loss, r1, r2, dim, backend="cuda", precision=precision)
+    for got, want, theirs in zip(ours[1:3], truth[1:3], people[1:3]):
+        error = relative_error(got, want)
+        assert error < ALLOWED[precision]
+        assert error <= 2 * relative_error(theirs, want)
+
+
+@pytest.mark.parametrize("precision,allowed", [("fp16", 1e-3), ("bf16", 8e-3)])
+def test_a_positive_with_probability_099(precision, allowed):
+    r1, _ = make_views(256, 360, kind="unrelated", dtype=torch.float32)
+    noise = torch.randn(r1.shape, generator=torch.Generator().manual_seed(1))
+    noise -= (noise * r1).sum(1, True) / (r1 * r1).sum(1, True) * r1
+    r2 = r1 + 0.16 * noise / noise.norm(dim=1, keepdim=True) * r1.norm(dim=1, keepdim=True)
+    truth = evaluate(eager_loss, r1.double(), r2.double(), None)
+    assert 0.98 < float(torch.exp(-truth.loss)) < 0.995
+    ours = evaluate(fast_directclr_loss, r1, r2, None, backend="cuda", precision=precision)
+    assert relative_error(ours.dr1, truth.dr1) < allowed
+    assert relative_error(ours.dr2, truth.dr2) < allowed
+
+
+CASES = {
+    "plain": {},
+    "one-row": {"rows": 1},
+    "ragged": {"rows": 129, "candidates": 257},
+    "prime": {"rows": 61, "candidates": 521},
+    "wide": {"rows": 70, "dim": 300},
+    "one-direction": {"symmetric": False, "candidates": 90},
+    "both": {"negatives": "both", "rows": 140},
+    "both-one-direction": {"negatives": "both", "symmetric": False},
+    "cold": {"temperature": 0.005},
+    "cold-both": {"temperature": 0.005, "negatives": "both"},
+    "tensor": {"temperature": torch.tensor(0.1)},
+    "tensor-cold-one-direction": {"temperature": torch.tensor(0.01), "symmetric": False},
+    "none": {"reduction": "none"},
+    "sum": {"reduction": "sum"},
+    "bf16": {"precision": "bf16", "rows": 90},
+    "fp8": {"precision": "fp8", "rows": 90},
+    "groups": {"columns": torch.tensor([[3, 1, 40], [0, 7, 2]])},
+    "gathered": {"columns": torch.tensor([3, 1, 40, 17, 18])},
+    "workspace": {"rows": 600, "workspace_bytes": 2 * 256 * 256},
+    "half-input": {"dtype": torch.float16},
+    "bf16-input": {"dtype": torch.bfloat16},
+    "odd-strides": {"strided": True},
+}  # fmt: skip
+
+
+def arguments(case: dict):
+    case = dict(case)
+    rows, dtype = case.pop("rows", 64), case.pop("dtype", torch.float32)
+    candidates = case.pop("candidates", rows)
+    r1, r2 = make_views(rows, 320, candidates=candidates, kind="views", dtype=dtype)
+    if case.pop("strided", False):
+        r1, r2 = (r.repeat(1, 2)[:, 1::2][:, :319] for r in (r1, r2))
+    if "columns" in case:
+        case["dim"] = None
+    return r1, r2, case
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_option_agrees_with_the_triton_kernels(name):
+    """They round the same operands, and were held against the reference themselves."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("Triton's kernels are compiled here")
+    r1, r2, options = arguments(CASES[name])
+    generator = torch.Generator().manual_seed(2)
+    shape = (len(r1),) if options.get("reduction") == "none" else ()
+    upstream = torch.randn(shape, generator=generator)
+    options = {"dim": 40, "precision": "fp16"} | options
+    if options["dim"] is None:
+        del options["dim"]
+    ours = evaluate(fast_directclr_loss, r1, r2, upstream=upstream, backend="cuda", **options)
+    theirs = evaluate(fast_directclr_loss, r1, r2, upstream=upstream, backend="triton", **options)
+    for got, want in zip(ours, theirs):
+        if want is None:
+            continue
+        floor = 1e-3 if got.dtype in (torch.float16, torch.bfloat16) else 3e-5
+        # fp16 rounds a stored weight either way where the exponentials differ in the last place.
+        assert relative_error(got, want) < floor, name
+
+
+def test_converged_pairs():
+    """p = 1 - 5e-5 and 1e-4 between the views: the gradient keeps its relative accuracy. (Beyond
+    p = 1 - 2^-28 fp16 weights underflow; that is what precision "highest" is for.)"""
+    r1 = torch.eye(4, 8)[:2] * 3
+    r2 = r1 + 1e-4 * torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+    ours = evaluate(fast_directclr_loss, r1, r2, 8, backend="cuda", precision="fp16")
+    wide = evaluate(fast_directclr_loss, r1.double(), r2.double(), 8)
+    assert relative_error(ours.loss, wide.loss) < 1e-6
+    assert relative_error(ours.dr1, wide.dr1) < 2e-3
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("temperature", [0.1, 0.005])
+def test_nan_and_inf_reach_the_loss(bad, temperature):
+    r1, r2 = make_views(20, 64, dtype=torch.float32)
+    r1[3, 5] = bad
+    loss = fast_directclr_loss(r1, r2, 40, temperature, backend="cuda", precision="fp16")
+    assert not loss.isfinite()
+
+
+@pytest.mark.parametrize("temperature", [0.001, 0.1, 10.0])
+def test_antipodal_and_zero_rows_stay_finite(temperature):
+    r1, r2 = make_views(20, 64, dtype=torch.float32)
+    r2[0] = -r1[0]
+    r1[1], r2[2], r1[4] = 0.0, 0.0, 1e-30 * r1[4]
+    for rows in (slice(0, 1), slice(0, 20)):
+        options = {"temperature": temperature, "precision": "fp16", "backend": "cuda"}
+        found = evaluate(fast_directclr_loss, r1[rows], r2[rows], 40, **options)
+        assert all(v.isfinite().all() for v in found if v is not None)
+
+
+# ------------------------------------------------------------------------------ one result
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("negatives", ["cross", "both"])
+@pytest.mark.parametrize("temperature", [0.1, 0.005])
+def test_strips_and_superblocks_give_the_same_result(
+    monkeypatch, negatives, symmetric, temperature
+):
+    r1, r2 = make_views(300, 48, dtype=torch.float32)
+    options = {"negatives": negatives, "symmetric": symmetric, "temperature": temperature}
+    whole = runs_of(r1, r2, **options)
+    monkeypatch.setattr(hopper, "PARTIAL_BYTES", 1)
+    cut = runs_of(r1, r2, workspace_bytes=2 * 256 * 256, **options)
+    for a, b in zip(whole[:3], cut):
+        assert relative_error(a, b) < 1e-5
+
+
+def test_the_same_tensor_twice_and_one_side_without_gradient():
+    options = {"backend": "cuda", "precision": "fp16"}
+    r1, r2 = (r.requires_grad_() for r in make_views(20, 24, dtype=torch.float32))
+    both = torch.autograd.grad(fast_directclr_loss(r1, r1, 20, **options), r1)[0]
+    wide = r1.detach().double().requires_grad_()
+    want = torch.autograd.grad(eager_loss(wide, wide, 20), wide)[0]
+    assert float((both.double() - want).norm()) < 1e-3 * float(want.norm()) + 1e-6
+    full = torch.autograd.grad(fast_directclr_loss(r1, r2, 20, **options), (r1, r2))
+    one = torch.autograd.grad(fast_directclr_loss(r1.detach(), r2, 20, **options), r2)[0]
+    other = torch.autograd.grad(fast_directclr_loss(r1, r2.detach(), 20, **options), r1)[0]
+    assert torch.equal(full[0], other) and torch.equal(full[1], one)
+
+
+def test_compiled_equals_eager():
+    torch._dynamo.reset()
+    r1, r2 = make_views(33, 32, dtype=torch.float32)
+    compiled = torch.compile(fast_directclr_loss, fullgraph=True)
+    options = {"backend": "cuda", "precision": "fp16"}
+    with torch._inductor.config.patch(force_disable_caches=True):
+        ours = evaluate(compiled, r1, r2, 20, **options)
+    eager = evaluate(fast_directclr_loss, r1, r2, 20, **options)
+    for a, b in zip(ours[:3], eager):
+        assert relative_error(a, b) < 1e-7
+
+
+class _Counting:
+    """The module, noting the names of the stages it is asked for."""
+
+    def __init__(self, module):
+        self.module, self.names = module, []
+
+    def __getattr__(self, name):
+        found = getattr(self.module, name)
+        if not callable(found) or name in ("combine_blocks", "tile_height", "built_with"):
+            return found
+        self.names.append(name)
+        return found
+
+
+@pytest.mark.parametrize("temperature", [0.1, torch.tensor(0.1)], ids=str)
+def test_four_launches_forward_and_five_backward(monkeypatch, temperature):
+    counting = _Counting(hopper._cuda)
+    monkeypatch.setattr(hopper, "_cuda", counting)
+    products, plain = [], hopper.product
+    monkeypatch.setattr(
+        hopper, "product", lambda *a, **k: (products.append("product"), plain(*a, **k))
+    )
+    r1, r2 = (r.requires_grad_() for r in make_views(64, 48, dtype=torch.float32))
+    loss = fast_directclr_loss(r1, r2, 40, temperature, backend="cuda", precision="fp16")
+    assert counting.names == ["normalize", "sums", "combine", "total"]
+    del counting.names[:]
+    loss.backward()
+    assert counting.names == ["factors", "weights", "finish"] and len(products) == 2
+
+
+# ------------------------------------------------------------------------------ choices
+
+
+def test_reasons():
+    assert backend.why_not(problem()) == []
+    assert "fp16, bf16 or fp8" in backend.why_not(problem(precision="highest"))[0]
+    assert "'highest' from 'auto'" in backend.why_not(problem(dtype=torch.float32))[0]
+    assert "float64" in backend.why_not(problem(dtype=torch.float64))[0]
+    assert "negatives 'same'" in backend.why_not(problem(negatives="same"))[0]
+
+
+def test_it_is_chosen_only_where_a_measurement_says_so(monkeypatch):
+    assert dispatch.choose(problem()) == "triton"
+    monkeypatch.setattr(backend, "FASTER", (("fp16", 16, 64),))
+    assert dispatch.choose(problem()) == "cuda"
+    assert dispatch.choose(problem(rows=63, candidates=63)) == "triton"
+    assert dispatch.choose(problem(precision="bf16")) == "triton"
+
+
+def test_a_failed_launch_is_one_sentence(module):
+    """dtype codes are the binding's own; the text names the stage and the device."""
+    view = (0, 7, 4, 1, 1)
+    with pytest.raises(RuntimeError, match=r"^cuda backend: dtype: expected .* \(device 3\)$"):
+        module.normalize((False, False, 8, 64, 128, 1.0), view, view, 0, 0, 0, 0, 0, 0, 0, 1e-12,
+                         True, (0, 3, 132))  # fmt: skip
+
+
+def test_without_the_extension_the_reason_is_said(monkeypatch):
+    monkeypatch.setattr(hopper, "_cuda", None)
+    monkeypatch.setattr(hopper, "missing", "no module")
+    reason = backend.why_not(problem())[0]
+    assert reason.startswith("the compiled extension is not installed (no module)")
