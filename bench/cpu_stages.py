@@ -4,18 +4,20 @@
                                 [--bf16] [--keep 0.5] [--isa avx2]
 
 Every round measures the peak, then every stage once, so that all figures share the machine's state;
-medians over the rounds. Prints one table and, with --json FILE, appends one JSON line per stage.
+medians over the rounds. Prints one table; --json FILE writes it with the machine.
 """
 
 import argparse
 import json
 import platform
-import statistics
-import time
+import sys
+from pathlib import Path
 
 import torch
 
 from directclr_fast import _cpu
+from directclr_fast.bench.machine import machine
+from directclr_fast.bench.timing import interleaved
 
 
 def arguments():
@@ -100,18 +102,15 @@ def main():
     args = arguments()
     _cpu.force_isa(args.isa)
     table = stages(args)
-    seconds = {name: [] for name, *_ in table}
-    peaks = []
-    for _ in range(args.rounds):
-        start = time.perf_counter()
+    operations = 0
+
+    def peak_loop():
+        nonlocal operations
         operations = _cpu.fma_peak(threads=args.threads, iterations=500_000)
-        peaks.append(operations / (time.perf_counter() - start))
-        for name, _, _, call in table:
-            start = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - start)
-    peak = statistics.median(peaks)
-    medians = {name: statistics.median(s) for name, s in seconds.items()}
+
+    calls = {"peak": peak_loop} | {name: call for name, _, _, call in table}
+    medians = {name: found["median"] for name, found in interleaved(calls, args.rounds).items()}
+    peak = operations / medians.pop("peak")
     both = sum(medians.values())
     print(
         f"{platform.processor() or platform.machine()}, {_cpu.isa()}, {args.threads} threads, "
@@ -127,24 +126,24 @@ def main():
             f"{name:10} {1e3 * s:9.3f} {s / both:6.1%} {rate / 1e9:8.1f} {rate / peak:8.1%} "
             f"{moved / s / 1e9:6.1f}"
         )
-        lines.append(
-            dict(
-                vars(args),
-                stage=name,
-                seconds=s,
-                gflops=rate / 1e9,
-                peak=peak / 1e9,
-                isa=_cpu.isa(),
-            )
-        )
+        lines.append({"stage": name, "seconds": s, "gflops": rate / 1e9, "of_peak": rate / peak})
     c = 2.0 * args.n * args.n * args.d
     rate = 4 * c / both
     print(
         f"both: {1e3 * both:.2f} ms, 8c at {rate / 1e9:.0f} GFLOP/s, {rate / peak:.1%} of the peak"
     )
     if args.json:
-        with open(args.json, "a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+        result = {
+            "machine": machine(),
+            "command": ["bench/cpu_stages.py", *sys.argv[1:]],
+            "settings": {key: value for key, value in vars(args).items() if key != "json"},
+            "isa": _cpu.isa(),
+            "fma_peak": peak,
+            "seconds": both,
+            "stages": lines,
+        }
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

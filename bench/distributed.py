@@ -24,9 +24,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from timing import interleaved, machine
 
 from directclr_fast import fast_directclr_loss, flops, scaling
+from directclr_fast.bench.machine import machine
+from directclr_fast.bench.timing import interleaved
 from directclr_fast.testing import make_views
 
 PROCESSES = 2

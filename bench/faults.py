@@ -28,8 +28,8 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is loaded: forked children cannot share a pool
 
 import torch
-from timing import machine
 
+from directclr_fast.bench.machine import machine
 from directclr_fast.train import checkpoint
 from directclr_fast.train.config import TrainConfig
 from directclr_fast.train.loop import Trainer

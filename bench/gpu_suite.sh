@@ -1,20 +1,26 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can tell, in pieces of less than ten minutes each.
 #
-#   bench/gpu_suite.sh test|sanitize|time|large|tune [OUT]     OUT: bench/results/<gpu> by default
-#   bench/gpu_suite.sh all [OUT]
+#   bench/gpu_suite.sh test|sanitize|time|large|tune|train|all [OUT]
 #
-# Python, torch with CUDA and this package (or this checkout, see below) must be there. A piece
-# leaves its files under OUT and a line in OUT/pieces.log; a piece already marked done is not run
-# again unless FORCE=1.
+# OUT is bench/results/<gpu> by default. Python, torch with CUDA and this package (or this checkout,
+# see below) must be there; pytest for the first group. PEERS=FOLDER adds packages that are not
+# installed (memeff, inf_cl, siglip_kernel unpacked). A piece whose result file is in OUT is skipped:
+# FORCE=1 runs all again, FORCE=NAME one. DRY=1 prints the commands and needs no GPU.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python3}
-gpu=$($python -c 'import torch; print(torch.cuda.get_device_name().split()[-1].lower())') || exit 1
+. bench/pieces.sh
+gpu=dry
+if [ "${DRY:-0}" != 1 ]; then
+  gpu=$($python -c 'import torch; print(torch.cuda.get_device_name().split()[-1].lower())') || exit 1
+fi
 out=${2:-bench/results/$gpu}
-mkdir -p "$out"
-out=$(cd "$out" && pwd)
+if [ "${DRY:-0}" != 1 ]; then
+  mkdir -p "$out"
+  out=$(cd "$out" && pwd)
+fi
 
+[ -n "${PEERS:-}" ] && export PYTHONPATH="$PEERS${PYTHONPATH:+:$PYTHONPATH}"
 if ! $python -c 'import directclr_fast.kernels' 2>/dev/null; then
   # Not installed: a tree of links with kernels/ where an installation puts it.
   links=$(mktemp -d)
@@ -22,59 +28,62 @@ if ! $python -c 'import directclr_fast.kernels' 2>/dev/null; then
   for item in "$PWD"/directclr_fast/*; do ln -s "$item" "$links/directclr_fast/"; done
   ln -s "$PWD/kernels" "$links/directclr_fast/kernels"
   export PYTHONPATH="$links${PYTHONPATH:+:$PYTHONPATH}"
+  export PYTHONSAFEPATH=1 # or the checkout, which lacks kernels/ inside, would be found first
 fi
-export PYTHONUNBUFFERED=1
-
-piece() { # name, command...
-  local name=$1
-  shift
-  if [ "${FORCE:-0}" != 1 ] && grep -q "^$name done" "$out/pieces.log" 2>/dev/null; then
-    echo "$name: done before"
-    return 0
-  fi
-  echo "== $name: $*"
-  local start=$SECONDS status
-  timeout "${LIMIT:-560}" "$@" 2>&1 | tee "$out/$name.log"
-  status=${PIPESTATUS[0]}
-  local word=done
-  [ "$status" = 0 ] || word="failed ($status)"
-  echo "$name $word in $((SECONDS - start)) s" | tee -a "$out/pieces.log"
-  return "$status"
-}
+bench="$python -m directclr_fast bench --device cuda --out $out"
 
 run_test() {
-  piece doctor $python -m directclr_fast doctor
-  piece exactness $python -m pytest -q -p no:cacheprovider tests/test_triton_gpu.py
+  piece doctor - $python -m directclr_fast doctor
+  local file
+  for file in tests/test_*_gpu.py; do
+    piece "$(basename "$file" .py)" - $python -m pytest -q -p no:cacheprovider "$file"
+  done
 }
 run_sanitize() {
+  local tool
   for tool in memcheck racecheck; do
-    piece "$tool" compute-sanitizer --tool "$tool" --error-exitcode 7 \
+    piece "$tool" - compute-sanitizer --tool "$tool" --error-exitcode 7 \
       $python bench/gpu_sanitize.py
   done
 }
 run_time() {
-  piece loss-360 $python bench/gpu_loss.py --dim 360 --rows 4096 16384 32768 \
-    --precisions fp16 bf16 fp8 --out "$out/loss-360.json"
-  piece loss-widths $python bench/gpu_loss.py --dim 128 256 512 768 2048 --rows 16384 \
-    --out "$out/loss-widths.json"
+  piece loss-360 loss-360.json $bench --name loss-360 --rows 1024 4096 16384 32768 --rounds 11
+  piece loss-fp32 loss-fp32.json $bench --name loss-fp32 --dtype float32 --rows 4096 16384 \
+    --precisions auto tf32 fp16
+  piece loss-narrow loss-narrow.json $bench --name loss-narrow --dim 128 256 --rows 16384
+  piece loss-wide loss-wide.json $bench --name loss-wide --dim 512 768 2048 --rows 16384
+  piece both both.json $bench --name both --negatives both --rows 512 4096 16384 --budget 60
 }
 run_large() {
-  piece loss-large $python bench/gpu_loss.py --dim 360 --rows 131072 --rounds 5 \
-    --out "$out/loss-large.json"
-  piece loss-million $python bench/gpu_loss.py --dim 360 --width 360 --rows 1048576 --rounds 2 \
-    --precisions fp16 --out "$out/loss-million.json"
+  piece loss-131072 loss-131072.json $bench --name loss-131072 --rows 131072 --rounds 5
+  piece loss-million loss-million.json $bench --name loss-million --rows 1048576 --width 360 \
+    --precisions auto --rounds 3 --variants $(large_variants)
+}
+large_variants() { # at a million rows a peer takes minutes a step
+  $python - << 'END'
+from directclr_fast import dispatch
+
+print(*(name for name in dispatch.PRIORITY if name not in ("cpu", "torch", "reference")))
+END
 }
 run_tune() {
-  piece tune $python bench/tune_triton.py --dim 360 --out "$out/tune-360.json"
-  piece tune-narrow $python bench/tune_triton.py --dim 128 --kernel sums weights \
+  piece tune-360 tune-360.json $python bench/tune_triton.py --dim 360 --out "$out/tune-360.json"
+  piece tune-128 tune-128.json $python bench/tune_triton.py --dim 128 --kernel sums weights \
     --out "$out/tune-128.json"
+}
+run_train() {
+  piece trainer-resnet18 trainer-resnet18.json $python bench/trainer.py --rows 4096 8192 \
+    --encoder resnet18 --image-size 32 --amp bf16 --out "$out/trainer-resnet18.json"
+  piece trainer-small trainer-small.json $python bench/trainer.py --rows 4096 16384 32768 \
+    --encoder small --image-size 32 --amp bf16 --out "$out/trainer-small.json"
 }
 
 case "${1:-}" in
-  test | sanitize | time | large | tune) "run_$1" ;;
-  all) for name in test sanitize time large tune; do "run_$name"; done ;;
+  test | sanitize | time | large | tune | train) "run_$1" ;;
+  all) for name in test sanitize time large tune train; do "run_$name"; done ;;
   *)
-    sed -n '2,11p' "$0"
+    sed -n '2,10p' "$0"
     exit 2
     ;;
 esac
+report_failed

@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import itertools
 import json
-import statistics
 import sys
 from pathlib import Path
 
@@ -21,9 +20,10 @@ import torch
 from directclr_fast.kernels import configs, normalize, products, sums, weights
 from directclr_fast.kernels.common import Layout
 from directclr_fast.kernels.configs import Tile
-from timing import machine
 
 from directclr_fast.backends.triton import TritonStages
+from directclr_fast.bench.machine import machine
+from directclr_fast.bench.timing import interleaved
 
 
 def candidates(kernel: str, hopper: bool) -> list[Tile]:
@@ -86,17 +86,11 @@ def runner(kernel: str, layout: Layout, rows: int, tile: Tile):
 
 
 def milliseconds(function, rounds: int = 9) -> float:
-    """Median of device events after two warm-up calls."""
-    times = []
-    for turn in range(rounds + 2):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        function()
-        stop.record()
-        torch.cuda.synchronize()
-        if turn >= 2:
-            times.append(start.elapsed_time(stop))
-    return statistics.median(times)
+    """Median of device events, the L2 cache cold. RuntimeError where the tile does not run."""
+    found = interleaved({"tile": function}, rounds, warmup=2, device="cuda")["tile"]
+    if "failed" in found:
+        raise RuntimeError(found["failed"])
+    return 1e3 * found["median"]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -129,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
                 row["ms"] = milliseconds(function)
                 row["tflops"] = operations / row["ms"] / 1e9
             except Exception as error:
-                row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+                row["failed"] = (str(error).splitlines() or [type(error).__name__])[0][:200]
             rows.append(row)
         products._library_adds = library
         rows.sort(key=lambda row: -row.get("tflops", 0.0))

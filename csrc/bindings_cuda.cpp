@@ -15,30 +15,15 @@ T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// Launches go to the stream's device, whatever the calling thread's is; that comes back afterwards.
-class OnDevice {
- public:
-  explicit OnDevice(int device) {
-    const cudaError_t error = cudaGetDevice(&before_);
-    if (error == cudaSuccess && before_ != device) cudaSetDevice(device);
-    changed_ = error == cudaSuccess && before_ != device;
-  }
-  ~OnDevice() {
-    if (changed_) cudaSetDevice(before_);
-  }
-
- private:
-  int before_ = 0;
-  bool changed_ = false;
-};
-
+// The caller has made the stream's device current, in its own copy of the CUDA runtime; ours is told
+// too, and nothing changes for the driver.
 template <class F>
 void launch(const Stream& stream, F f) {
   std::string error;
   {
     py::gil_scoped_release release;
-    const OnDevice here(stream.device);
-    cudaGetLastError();  // of somebody else
+    cudaSetDevice(stream.device);
+    cudaGetLastError();  // of somebody else, or no device at all: the launch says so
     error = f();
   }
   if (!error.empty()) {

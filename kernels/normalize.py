@@ -6,7 +6,7 @@ Tile walk: a program owns ROWS rows; with both views given it owns candidates j 
 anchors i = j - offset of view 1, so that the positives come from the rows it has read anyway. It
 passes twice over the columns in chunks (the second time from cache): squares and products are
 summed in fp64, so rows of 1e19 and of 1e-30 are right, then the rows are divided and packed as
-``common.Layout`` says.
+``layout.Layout`` says.
 
 Read: the strided slice r[:, :d] or the columns ``index`` names, in place. Written: packed z with
 zeros up to PITCH, 1/max(|x|, eps) in fp32, positives in fp64.

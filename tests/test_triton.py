@@ -1,7 +1,7 @@
 """The Triton kernels through Triton's interpreter: every option, on a machine without a GPU.
 
-``tests/test_triton_gate.py`` compiles the same kernels for GPUs; ``tests/test_backends_gpu.py`` runs
-them on one.
+``tests/test_triton_gate.py`` compiles the same kernels for GPUs; ``tests/test_backends_gpu.py``
+runs them on one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from directclr_fast.testing import eager_loss, evaluate, make_views, relative_er
 
 triton = pytest.importorskip("triton")
 if torch.cuda.is_available():
-    pytest.skip("with a GPU, test_backends_gpu.py runs the compiled kernels", allow_module_level=True)
+    pytest.skip("with a GPU, test_backends_gpu.py runs them compiled", allow_module_level=True)
 
 from directclr_fast.kernels import common, configs, sums  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402

@@ -20,7 +20,7 @@ try:
     _missing = None
 except ImportError as error:
     _cpu = None
-    _missing = str(error)
+    _missing = str(error).partition(" (/")[0]
 
 NAME = "cpu"
 

@@ -20,7 +20,7 @@ try:
     missing = None
 except ImportError as error:
     _cuda = None
-    missing = str(error)
+    missing = str(error).partition(" (/")[0]
 
 PARTIAL_BYTES = 64 * 2**20
 STORE = 2.0**13  # |P| <= 2 STORE, so fp16 keeps entries normal down to 2^-28 of a probability

@@ -1,0 +1,287 @@
+"""Writes the tables of README.md and bench/README.md from the result files; measures nothing.
+
+    python bench/tables.py bench/results/cpu-2core-zen5
+
+A table stands between `<!-- NAME -->` and `<!-- end NAME -->` and is replaced as a whole. A name
+whose result files are not there is left as it is, and said so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+from directclr_fast.bench import report, timing
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ("README.md", "bench/README.md")
+SHORT = (256, 1024, 4096, 8192, 16384)  # rows of the table in README.md
+FP32 = ("released", "eager", "compiled", "torch", "cpu")
+BF16 = ("eager bf16", "compiled bf16", "cpu bf16")
+BOTH = ("eager", "compiled", "lightly", "metric-learning", "metric-learning ntxent", "cpu")
+
+# What to do about a target that is not met; shown only where it is not.
+NEXT = {
+    "x released": "fewer operations, not a higher rate: tiles of S kept for the backward pass "
+    '(`workspace_bytes`), or `precision="bf16"`',
+    "x compiled": "as above; the library's GEMM, which the compiled form lives on, is a larger "
+    "share of this machine's FMA peak than of the one the target was asked on",
+    "of the FMA peak": "the products stage (csrc/README.md)",
+    "bf16": "packing and exponentials, which stay fp32, are now what takes the time",
+}
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A table."""
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def ms(case: dict, name: str) -> str:
+    """Milliseconds to three digits, or why there are none."""
+    row = case["variants"].get(name, {})
+    if "median" not in row:
+        return "no memory" if row.get("out_of_memory") else "-"
+    value = 1e3 * row["median"]
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def times(case: dict, other: str, own: str) -> str:
+    """How many times longer ``other`` took."""
+    rows = case["variants"]
+    found = timing.ratio(rows.get(other, {}), rows.get(own, {}))
+    return "-" if found is None else f"{found:.2f}"
+
+
+def share(case: dict, name: str) -> str:
+    """Percent of the roof."""
+    value = case["variants"].get(name, {}).get("of_roof")
+    return "-" if value is None else f"{100 * value:.0f} %"
+
+
+def rate(case: dict, name: str) -> str:
+    """GFLOP/s at 8c."""
+    value = case["variants"].get(name, {}).get("rate")
+    return "-" if value is None else f"{value / 1e9:.0f}"
+
+
+def loss_fp32(cases: list[dict]) -> str:
+    """Every fp32 variant, our rate and our ratios."""
+    head = ["N", "d", *(f"{n}, ms" for n in FP32), "cpu at 8c, GFLOP/s", "of the FMA peak"]
+    head += ["x released", "x compiled"]
+    rows = [
+        [str(c["rows"]), str(c["dim"]), *(ms(c, n) for n in FP32), rate(c, "cpu"), share(c, "cpu")]
+        + [times(c, "released", "cpu"), times(c, "compiled", "cpu")]
+        for c in cases
+    ]
+    return markdown(head, rows)
+
+
+def loss_bf16(cases: list[dict]) -> str:
+    """The variants with bf16 products, their errors, and our ratios."""
+    head = ["N", "d", *(f"{n}, ms" for n in BF16), "x eager bf16", "x compiled bf16"]
+    head += ["x our fp32", "error, compiled bf16", "error, cpu bf16"]
+    rows = []
+    for c in cases:
+        errors = [c["variants"].get(n, {}).get("error") for n in BF16[1:]]
+        rows.append(
+            [str(c["rows"]), str(c["dim"]), *(ms(c, n) for n in BF16)]
+            + [times(c, n, "cpu bf16") for n in ("eager bf16", "compiled bf16", "cpu")]
+            + ["-" if e is None else f"{e:.0e}" for e in errors]
+        )
+    return markdown(head, rows)
+
+
+def loss_both(cases: list[dict]) -> str:
+    """Negatives "both" beside the libraries that have it."""
+    head = ["N", *(f"{n}, ms" for n in BOTH), "x lightly", "x metric-learning", "x compiled"]
+    rows = [
+        [str(c["rows"]), *(ms(c, n) for n in BOTH)]
+        + [times(c, n, "cpu") for n in ("lightly", "metric-learning", "compiled")]
+        for c in cases
+    ]
+    return markdown(head, rows)
+
+
+def peaks(data: dict) -> str:
+    """Peak MiB above the inputs by N."""
+    names = list(dict.fromkeys(name for case in data["cases"] for name in case["peak_mib"]))
+    rows = []
+    for case in data["cases"]:
+        cells = [
+            f"{case['peak_mib'][n]:.0f}" if n in case["peak_mib"] else "no memory" for n in names
+        ]
+        must = case["gradients_mib"] + case["z_and_dz_mib"]
+        rows.append([f"{case['rows']}", f"{must:.0f}", *cells])
+    return markdown(["N", "must", *names], rows)
+
+
+def largest(data: dict) -> str:
+    """The fit of each variant's peaks and the N that it puts into so many GiB."""
+    if not data["growth"]:
+        raise ValueError("memory.json has too few sizes to fit")
+    budgets = list(next(iter(data["growth"].values()))["largest"])
+    head = ["", "MiB", "KiB N", "B N²", "measured to N =", *(f"N in {g} GiB" for g in budgets)]
+    rows = []
+    for name, fit in data["growth"].items():
+        cells = [f"{fit['fixed_mib']:.0f}", f"{fit['kib_per_row']:.1f}"]
+        cells += [f"{fit['bytes_per_pair']:.1f}", f"{fit['measured_to']:,}"]
+        cells += [
+            f"{n:,}" + ("" if n <= fit["measured_to"] else " *") for n in fit["largest"].values()
+        ]
+        rows.append([name, *cells])
+    return markdown(head, rows)
+
+
+def targets(cases: list[dict], memory: dict | None) -> str:
+    """The plan's CPU targets, what was measured, and the next step for what is not met."""
+    case = next((c for c in cases if c["rows"] == 8192 and c["dim"] == 360), None)
+    if case is None:
+        raise FileNotFoundError("a case of N = 8192, d = 360")
+    rows, variants = [], case["variants"]
+
+    def line(what: str, must: str, stretch: str, value: float | None, need: float, key: str, form):
+        if value is None:
+            rows.append([what, must, stretch, "-", "not measured", ""])
+            return
+        met = value >= need
+        rows.append(
+            [
+                what,
+                must,
+                stretch,
+                form(value),
+                "met" if met else "not met",
+                "" if met else NEXT[key],
+            ]
+        )
+
+    def ratio(other: str, own: str = "cpu") -> float | None:
+        return timing.ratio(variants.get(other, {}), variants.get(own, {}))
+
+    fold = "{:.2f}x".format
+    line(
+        "share of the FMA peak at 8c", "60 %", "80 %", variants["cpu"].get("of_roof"), 0.6,
+        "of the FMA peak", lambda v: f"{100 * v:.0f} %",
+    )  # fmt: skip
+    line("against the released loss", "7x", "12x", ratio("released"), 7.0, "x released", fold)
+    line("against torch.compile", "2.5x", "4x", ratio("compiled"), 2.5, "x compiled", fold)
+    line("bf16 against our fp32", "1x", "1.3x", ratio("cpu", "cpu bf16"), 1.0, "bf16", fold)
+    if memory is not None:
+        last = [c for c in memory["cases"] if "cpu" in c["peak_mib"]][-1]
+        extra = last["peak_mib"]["cpu"] - last["gradients_mib"] - last["z_and_dz_mib"]
+        word = "met" if extra <= 256 else "not met"
+        what = f"memory beyond z, dz and gradients, N = {last['rows']}"
+        rows.append([what, "256 MiB", "64 MiB", f"{extra:.0f} MiB", word, ""])
+    return markdown(["N = 8192, d = 360, fp32", "must", "stretch", "measured", "", "next"], rows)
+
+
+def stages(data: dict) -> str:
+    """Time and rate of each native stage."""
+    peak, whole = data["fma_peak"], data["seconds"]
+    rows = [
+        [
+            line["stage"],
+            f"{1e3 * line['seconds']:.3g}",
+            f"{100 * line['seconds'] / whole:.1f} %",
+            f"{line['gflops']:.0f}",
+            f"{100 * line['of_peak']:.0f} %",
+        ]
+        for line in data["stages"]
+    ]
+    n, d = data["settings"]["n"], data["settings"]["d"]
+    rate = 8 * n * n * d / whole
+    share = f"{100 * rate / peak:.0f} %"
+    rows.append(["all, at 8c", f"{1e3 * whole:.3g}", "", f"{rate / 1e9:.0f}", share])
+    return markdown(["stage", "ms", "share", "GFLOP/s", "of the FMA peak"], rows)
+
+
+def trainer(data: dict) -> str:
+    """Images/s of the step, the bare encoder, and the loss's share."""
+    head = ["N", "bare encoder, images/s", "step, images/s", "of the bare encoder", "loss's share"]
+    head += ["loss=reference, images/s", "its share"]
+    rows = []
+    for case in data["cases"]:
+        cells = [f"{case['rows']}", f"{case.get('bare_images_per_second', 0):.0f}"]
+        for loss in ("fast", "reference"):
+            found = case.get(loss)
+            if found is None:
+                row = case["variants"][f"step, {loss}"]
+                cells += ["no memory" if row.get("out_of_memory") else "-", "-"]
+                continue
+            cells.append(f"{found['images_per_second']:.0f}")
+            if loss == "fast":
+                cells.append(f"{100 * found['of_bare_encoder']:.0f} %")
+            cells.append(f"{100 * found['share_of_loss']:.1f} %")
+        rows.append(cells)
+    return markdown(head, rows)
+
+
+def blocks(results: Path) -> dict[str, str]:
+    """Name to table, of those whose files are there."""
+
+    def read(name: str) -> dict:
+        return json.loads((results / name).read_text())
+
+    def cases(pattern: str) -> list[dict]:
+        files = sorted(results.glob(pattern))
+        if not files:
+            raise FileNotFoundError(f"{pattern} in {results}")
+        return report.load(files)["cases"]
+
+    def optional(name: str) -> dict | None:
+        return read(name) if (results / name).exists() else None
+
+    def short() -> str:
+        return loss_fp32(
+            [c for c in cases("loss-*.json") if c["dim"] == 360 and c["rows"] in SHORT]
+        )
+
+    makers = {
+        "loss-short": short,
+        "loss": lambda: loss_fp32(cases("loss-*.json")),
+        "loss-bf16": lambda: loss_bf16(cases("loss-*.json")),
+        "both": lambda: loss_both(cases("both.json")),
+        "targets": lambda: targets(cases("loss-*.json"), optional("memory.json")),
+        "memory": lambda: peaks(read("memory.json")),
+        "largest": lambda: largest(read("memory.json")),
+        "stages": lambda: stages(read("stages.json")),
+        "trainer": lambda: trainer(read("trainer.json")),
+    }
+    found = {}
+    for name, make in makers.items():
+        try:
+            found[name] = make()
+        except (OSError, ValueError, KeyError) as error:
+            print(f"{name}: left as it is ({error})")
+    return found
+
+
+def fill(text: str, tables: dict[str, str]) -> str:
+    """``text`` with every marked table that is in ``tables`` replaced."""
+
+    def replaced(match: re.Match) -> str:
+        name = match[1]
+        if name not in tables:
+            return match[0]
+        return f"<!-- {name} -->\n{tables[name]}\n<!-- end {name} -->"
+
+    return re.sub(r"<!-- ([\w-]+) -->\n.*?<!-- end \1 -->", replaced, text, flags=re.S)
+
+
+def main() -> None:
+    """Fills both pages."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path, help="folder of the machine's result files")
+    arguments = parser.parse_args()
+    tables = blocks(arguments.results)
+    for page in PAGES:
+        path = ROOT / page
+        path.write_text(fill(path.read_text(), tables))
+    print(f"filled: {', '.join(tables) or 'nothing'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""What this machine can do at most, measured beside the figures held against it.
+
+"fma": a loop of independent fp32 multiply-adds on every thread (CPU, by the native extension).
+"square": the library's product of two large square matrices. "products": its three products of a
+step that keeps its N x N matrix, at the same N and d. "copy": bytes read and written per second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Iterator
+
+import torch
+
+from .timing import interleaved
+
+_DTYPES = {
+    "fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
+}  # fmt: skip
+PRECISIONS = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "tf32", "bf16", "fp16")}
+SQUARE = {"cpu": 2048, "cuda": 8192}
+COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}
+PRODUCT_ROWS = 16384  # the library's rate no longer changes beyond
+
+
+def fma_peak(rounds: int = 9) -> float | None:
+    """fp32 operations per second of the CPU's multiply-add units. None without the extension."""
+    try:
+        from .. import _cpu
+    except ImportError:
+        return None
+    rates = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        operations = _cpu.fma_peak(torch.get_num_threads(), 1_000_000)
+        rates.append(operations / (time.perf_counter() - start))
+    return statistics.median(rates)
+
+
+@contextlib.contextmanager
+def _library_precision(precision: str) -> Iterator[None]:
+    """Lets fp32 products of the library run in TF32 where ``precision`` says so."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def square_rate(precision: str, device: str = "cpu", rounds: int = 5) -> float | None:
+    """Operations per second of a large square library product. None where there is none."""
+    side, dtype = SQUARE[device], _DTYPES[precision]
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    with _library_precision(precision):
+        found = interleaved({"mm": lambda: a @ b}, rounds, warmup=2, device=device)["mm"]
+    return 2 * side**3 / found["median"] if "median" in found else None
+
+
+def products_rate(
+    precision: str, rows: int, dim: int, device: str = "cpu", rounds: int = 5
+) -> float | None:
+    """Operations per second of z1 z2^T, G z2 and G^T z1 by the library, fp32 results of the last
+    two where the library has them."""
+    rows, dtype = min(rows, PRODUCT_ROWS), _DTYPES[precision]
+    z1, z2 = (torch.randn(rows, dim, device=device).to(dtype) for _ in range(2))
+    s = torch.empty(rows, rows, dtype=dtype, device=device)
+    wide = device == "cuda" and dtype.itemsize == 2 and hasattr(torch.ops.aten.mm, "dtype_out")
+    out = torch.empty(rows, dim, dtype=torch.float32 if wide else dtype, device=device)
+
+    def product(left, right) -> None:
+        if wide:
+            torch.ops.aten.mm.dtype_out(left, right, torch.float32, out=out)
+        else:
+            torch.mm(left, right, out=out)
+
+    def all_three() -> None:
+        torch.mm(z1, z2.T, out=s)
+        product(s, z2)
+        product(s.T, z1)
+
+    with _library_precision(precision):
+        found = interleaved({"products": all_three}, rounds, warmup=2, device=device)["products"]
+        if wide and "failed" in found:  # this library has no such product
+            wide, out = False, out.to(dtype)
+            found = interleaved({"products": all_three}, rounds, warmup=2, device=device)[
+                "products"
+            ]
+    return 6 * rows * rows * dim / found["median"] if "median" in found else None
+
+
+def copy_rate(device: str = "cpu", rounds: int = 5) -> float:
+    """Bytes per second of a large copy, counting those read and those written."""
+    source = torch.zeros(COPY_BYTES[device] // 4, device=device).normal_()
+    target = torch.empty_like(source)
+    found = interleaved({"copy": lambda: target.copy_(source)}, rounds, warmup=2, device=device)
+    return 2 * COPY_BYTES[device] / found["copy"]["median"]
+
+
+def of_machine(device: str, rounds: int = 5) -> dict[str, float]:
+    """Ceilings that do not depend on the case: operations/s by name, and "copy" in bytes/s."""
+    found = {"copy": copy_rate(device, rounds)}
+    if device == "cpu":
+        found["fma fp32"] = fma_peak()
+    for precision in PRECISIONS[device]:
+        found[f"square {precision}"] = square_rate(precision, device, rounds)
+    return {name: rate for name, rate in found.items() if rate is not None}
+
+
+def unit_of(precision: str) -> str:
+    """The library's precision that a variant's products are held against."""
+    return "fp16" if precision == "fp8" else precision
+
+
+def roof(ceilings: dict[str, float], precision: str) -> float | None:
+    """The highest rate measured for this precision, on this machine or at this case."""
+    unit = unit_of(precision)
+    names = [f"{kind} {unit}" for kind in ("fma", "square", "products")]
+    return max((ceilings[name] for name in names if name in ceilings), default=None)
+
+
+def least_bytes(rows: int, width: int, dim: int, itemsize: int) -> int:
+    """Bytes a step must move: the slice of both views read, both full-width gradients written."""
+    return 2 * rows * (dim + width) * itemsize

@@ -1,0 +1,166 @@
+"""``directclr-fast bench``: the flags, the progress bar, and what is printed and written."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+DESCRIPTION = """\
+Times the loss (forward and backward) beside the peers that are installed, on this machine: its
+ceilings first, then every variant's agreement with fp64, peak memory and time. Writes NAME.json and
+four figures to DIR and prints the table."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the command; what is not given stays as grid.Settings has it."""
+    add = parser.add_argument
+    add("result", nargs="?", help="with --against: a result file to compare, instead of a run")
+    add("--quick", action="store_true", help="a small grid, under 5 minutes on 2 cores")
+    add("--out", default="runs/bench", metavar="DIR", help="folder of the results")
+    add("--name", default="bench", help="stem of the files, default bench")
+    add("--rows", type=int, nargs="+", metavar="N", help="rows of each view")
+    add("--dim", type=int, nargs="+", dest="dims", metavar="D", help="columns taken, default 360")
+    add("--width", type=int, metavar="R", help="columns of a representation, default 2048")
+    add("--negatives", choices=("cross", "both"), help="default cross")
+    add(
+        "--both-rows", type=int, nargs="*", metavar="N",
+        help="sizes also measured with negatives both, default 128 1024",
+    )  # fmt: skip
+    add("--dtype", help="float32, bfloat16, float16 (default: bfloat16 on a GPU)")
+    add("--device", help="cpu or cuda (default: cuda where there is one)")
+    add("--precisions", nargs="+", metavar="P", help="of this package's backends: auto, bf16, ...")
+    add("--variants", nargs="+", dest="names", metavar="V", help="only these; --list shows them")
+    add("--rounds", type=int, help="turns that count, default 7")
+    add("--budget", type=float, help="seconds of turns for a case, after 3 (default: none)")
+    add("--no-memory", dest="memory", action="store_false", default=None, help="times only")
+    add("--no-figures", dest="figures", action="store_false", help="the table and the file only")
+    add("--list", action="store_true", help="the variants here, and why not; measures nothing")
+    add("--against", metavar="FILE", help="compare with this result file; exit code 1 if worse")
+    add("--relative", type=float, help="change that counts, share of the old figure (0.15)")
+    add("--absolute", type=float, help="and in times of eager PyTorch (0.02; ms with --ms)")
+    add("--ms", action="store_true", help="compare milliseconds, for one quiet machine")
+
+
+def settings(arguments: argparse.Namespace):
+    """The grid.Settings that the flags ask for."""
+    from . import grid
+
+    base = grid.QUICK if arguments.quick else grid.Settings()
+    given = {
+        field.name: tuple(value) if isinstance(value, list) else value
+        for field in dataclasses.fields(base)
+        if (value := getattr(arguments, field.name, None)) is not None
+    }
+    # Sizes named by hand are all that is measured.
+    if "rows" in given:
+        given.setdefault("both_rows", ())
+    return dataclasses.replace(base, **given)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Runs the command. ValueError for flags that do not fit; against.Regressed where figures got
+    worse than those of ``--against``."""
+    from . import against, report
+
+    if arguments.result is not None and arguments.against is None:
+        raise ValueError("result: expected --against FILE to compare it with, got none")
+    if arguments.list:
+        print("\n".join(listing(settings(arguments))))
+        return
+    # The old file is read before anything is measured: a bad name costs no minutes.
+    old = report.load([arguments.against]) if arguments.against else None
+    new = report.load([arguments.result]) if arguments.result else _measured(arguments)
+    if old is None:
+        return
+    thresholds = {
+        key: value
+        for key in ("relative", "absolute")
+        if (value := getattr(arguments, key)) is not None
+    }
+    changes = against.compare(old, new, milliseconds=arguments.ms, **thresholds)
+    print(against.summary(changes, old, new))
+    if worse := sum(change.worse is True for change in changes):
+        raise against.Regressed(
+            f"bench: expected figures as in {arguments.against}, got {worse} worse"
+        )
+
+
+def _measured(arguments: argparse.Namespace) -> dict:
+    """A new run, written and printed."""
+    from . import grid, report
+
+    wanted = settings(arguments).resolved()
+    out = Path(arguments.out)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{arguments.name}.json"
+    partial = path.with_suffix(".json.partial")
+    partial.touch()  # a folder that cannot be written is said before anything long
+
+    def save(result: dict) -> None:
+        partial.write_text(json.dumps(result, indent=1) + "\n")
+        os.replace(partial, path)
+
+    command = ["directclr-fast", *sys.argv[1:]]
+    with _Progress() as progress:
+        result = grid.run(wanted, progress, save, command)
+    print(report.table(result))
+    written = [path]
+    try:
+        if arguments.figures:
+            written += report.figures(result, out, arguments.name)
+    except ImportError as error:
+        print(f"note: {error}", file=sys.stderr)
+    print(f"\nwritten: {', '.join(str(file) for file in written)}")
+    return result
+
+
+def listing(wanted) -> list[str]:
+    """A line for each variant: its precision, and available or why not."""
+    wanted = wanted.resolved()
+    reasons: dict[str, tuple] = {}
+    # Some have negatives "both" only; the case that comes nearest speaks for the variant.
+    for negatives in ("cross", "both"):
+        for case in dataclasses.replace(wanted, negatives=negatives, both_rows=()).cases():
+            for variant in wanted.catalogue(case):
+                found = variant.why_not(case)
+                before = reasons.get(variant.name, (variant, found))
+                reasons[variant.name] = min(before, (variant, found), key=lambda pair: len(pair[1]))
+    return [
+        f"{name:<24}{variant.family:<11}{variant.precision:<6}{'; '.join(found) or 'available'}"
+        for name, (variant, found) in reasons.items()
+    ]
+
+
+class _Progress:
+    """A tqdm bar on a terminal; elsewhere a line for every tenth of the run."""
+
+    def __init__(self) -> None:
+        self.bar, self.shown = None, -1
+        if sys.stderr.isatty() and shutil.get_terminal_size().columns >= 40:
+            with contextlib.suppress(ImportError):
+                from tqdm import tqdm
+
+                form = "{percentage:3.0f}% |{bar}| {elapsed} {desc}"
+                self.bar = tqdm(total=1.0, dynamic_ncols=True, bar_format=form)
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def __call__(self, text: str, share: float) -> None:
+        if self.bar is not None:
+            self.bar.set_description_str(text, refresh=False)
+            self.bar.n = max(self.bar.n, share)
+            self.bar.refresh()
+        elif int(10 * share) > self.shown:
+            self.shown = int(10 * share)
+            print(f"{100 * share:3.0f} %  {text}", file=sys.stderr, flush=True)

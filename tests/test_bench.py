@@ -1,0 +1,462 @@
+"""The benchmarks: same loss before any time, ratios in one run, failures as results, comparison."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from directclr_fast import cli
+from directclr_fast.bench import against, command, grid, memory, report, timing, variants
+from directclr_fast.bench.variants import ALLOWED, Case, Variant
+
+ROOT = Path(__file__).parent.parent
+BASELINE = ROOT / "bench" / "results" / "cpu-2core-zen5" / "ci-baseline.json"
+# What CI runs, and what wrote the baseline: ratios to eager PyTorch in one run.
+TINY = "--rows 64 1024 2048 --rounds 5 --device cpu --variants released eager torch cpu".split()
+linux = pytest.mark.skipif(not memory.supported(), reason="reads /proc")
+
+
+def script(name: str):
+    """A module of bench/, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "bench" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# ------------------------------------------------------------------------ end to end
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """(exit code, printed text, folder) of the command in a process of its own.
+
+    The suite's fixtures fill fresh memory with NaN, which would be timed too.
+    """
+    out = tmp_path_factory.mktemp("bench")
+    done = subprocess.run(
+        [sys.executable, "-m", "directclr_fast", "bench", *TINY, "--out", str(out)]
+        + ["--against", str(BASELINE), "--relative", "1.0", "--absolute", "0.1"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"},
+    )
+    return done, out
+
+
+def test_command_measures_and_no_ratio_to_eager_doubled(tiny):
+    """The regression watch: fails where ours / eager at 1,024 or 2,048 rows became twice as big."""
+    done, out = tiny
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 cases compared: 0 figures worse" in done.stdout
+    result = report.load([out / "bench.json"])
+    assert [case["rows"] for case in result["cases"]] == [64, 1024, 2048]
+    assert result["ceilings"]["copy"] > 1e8 and result["machine"]["torch"] == torch.__version__
+    for case in result["cases"]:
+        assert case["ceilings"]["products fp32"] > 1e8
+        for name in ("released", "eager", "torch"):
+            row = case["variants"][name]
+            assert len(row["seconds"]) == 5 and row["error"] < 1e-5 and row["value_error"] < 1e-5
+            assert row["rate"] == pytest.approx(8 * case["rows"] ** 2 * 360 / row["median"])
+            assert 0 < row["of_roof"] < 10
+
+
+def test_command_prints_the_table_and_draws_four_figures(tiny):
+    done, out = tiny
+    for word in ("ceilings:", "quartiles", "N 2048, d 360 of 2048, float32", "100 %"):
+        assert word in done.stdout + done.stderr
+    for name in ("time", "roofline", "accuracy", *(["memory"] if memory.supported() else [])):
+        assert (out / f"bench-{name}.png").stat().st_size > 5000, name
+
+
+@linux
+def test_peaks_hold_what_a_step_must_and_eager_more(tiny):
+    _, out = tiny
+    rows = report.load([out / "bench.json"])["cases"][-1]["variants"]
+    must = 2 * 2048 * 2048 * 4 / 2**20
+    assert must < rows["torch"]["peak_mib"] < rows["eager"]["peak_mib"] < must + 300
+
+
+def test_tables_of_the_pages_come_from_the_files(tiny):
+    tables = script("tables")
+    cases = report.load([tiny[1] / "bench.json"])["cases"]
+    lines = tables.loss_fp32(cases).splitlines()
+    assert len(lines) == 2 + 3 and lines[-1].startswith("| 2048 | 360 | ")
+    assert len({line.count("|") for line in lines}) == 1
+    text = "a\n<!-- loss -->\nold\n<!-- end loss -->\nb\n<!-- x -->\nkept\n<!-- end x -->\n"
+    filled = tables.fill(text, {"loss": "new"})
+    assert filled == text.replace("old", "new")
+    for page in tables.PAGES:
+        found = (ROOT / page).read_text()
+        assert tables.fill(found, {}) == found
+
+
+# ------------------------------------------------------------------------ the same loss
+
+
+CHECKED = [
+    (name, negatives)
+    for negatives in ("cross", "both")
+    for name in ("released", "eager", "eager bf16", "released bf16", "torch", "cpu", "cpu bf16")
+    if (negatives, name.split()[0]) != ("both", "released")
+] + [(name, "both") for name in ("lightly", "metric-learning", "metric-learning ntxent")]
+
+
+@pytest.mark.parametrize("name,negatives", CHECKED)
+def test_variants_compute_the_reference_loss(name, negatives):
+    case = Case(64, width=96, dim=40, negatives=negatives)
+    variant = next(v for v in variants.catalogue(case) if v.name == name)
+    if reasons := variant.why_not(case):
+        assert variant.family == "ours" or all("not installed" in reason for reason in reasons)
+        pytest.skip("; ".join(reasons))
+    found = grid.errors(case, variant.build(case), 64)
+    assert max(found.values()) < ALLOWED[variant.precision]
+    if variant.precision == "fp32":
+        assert max(found.values()) < 5e-6
+
+
+def test_what_needs_another_device_or_other_negatives_says_so():
+    reasons = {v.name: v.why_not(Case(64)) for v in variants.catalogue(Case(64))}
+    assert "it has negatives 'both' only" in reasons["lightly"]
+    for name in ("memeff", "inf_cl", "siglip"):
+        assert "it needs cuda, got cpu" in reasons[name]
+    assert reasons["triton"]  # interpreted, or on the CPU
+    assert reasons["eager"] == reasons["torch"] == []
+
+
+def run_with(monkeypatch, extra: list[Variant], rows=(32,), **settings) -> dict:
+    """A run of eager, torch and ``extra``, without memory."""
+
+    def catalogue(case, precisions=None):
+        return [v for v in variants.plain(case) if v.name == "eager"] + extra
+
+    monkeypatch.setattr(grid.variants, "catalogue", catalogue)
+    monkeypatch.setattr(grid.ceilings, "of_machine", lambda device: {"square fp32": 1e11})
+    monkeypatch.setattr(grid.ceilings, "fma_peak", lambda rounds: None)
+    wanted = grid.Settings(
+        rows=rows, dims=(8,), width=16, both_rows=(), device="cpu", rounds=2, memory=False
+    )
+    return grid.run(wanted, command=[])
+
+
+def bad(name: str, function) -> Variant:
+    return Variant(name, "peer", "fp32", lambda case: function)
+
+
+def test_another_loss_is_never_timed(monkeypatch):
+    from directclr_fast.testing import eager_loss
+
+    def scaled(a, b):  # the right value, twice the gradient
+        loss = eager_loss(a, b, 8)
+        return 2 * loss - loss.detach()
+
+    def shifted(a, b):  # the right gradient
+        return eager_loss(a, b, 8) + 1
+
+    result = run_with(monkeypatch, [bad("scaled", scaled), bad("shifted", shifted)])
+    rows = result["cases"][0]["variants"]
+    for name in ("scaled", "shifted"):
+        assert "not the same loss" in rows[name]["failed"] and "median" not in rows[name]
+    assert rows["eager"]["median"] > 0
+    assert "not the same loss" in report.table(result)
+
+
+def test_a_loss_that_is_wrong_at_the_full_size_loses_its_time(monkeypatch):
+    from directclr_fast.testing import eager_loss
+
+    monkeypatch.setattr(grid, "CHECKED_ROWS", 16)
+    wrong = bad("wrong", lambda a, b: eager_loss(a, b, 8) * (1.1 if len(a) > 16 else 1.0))
+    same = [bad(name, lambda a, b: eager_loss(a, b, 8)) for name in ("one", "two")]
+    rows = run_with(monkeypatch, [wrong, *same])["cases"][0]["variants"]
+    assert "at this size" in rows["wrong"]["failed"] and "median" not in rows["wrong"]
+    assert rows["one"]["median"] > 0 and "failed" not in rows["eager"]
+
+
+def test_out_of_memory_is_a_row_of_the_table(monkeypatch):
+    from directclr_fast.testing import eager_loss
+
+    monkeypatch.setattr(grid, "CHECKED_ROWS", 16)
+
+    def hungry(a, b):
+        if len(a) > 16:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 34.00 GiB")
+        return eager_loss(a, b, 8)
+
+    def broken(a, b):
+        raise KeyError("a peer's own trouble")
+
+    result = run_with(monkeypatch, [bad("hungry", hungry), bad("broken", broken)])
+    rows = result["cases"][0]["variants"]
+    assert rows["hungry"]["out_of_memory"] and "34.00 GiB" in rows["hungry"]["failed"]
+    assert not rows["broken"]["out_of_memory"] and "KeyError" in rows["broken"]["failed"]
+    assert re.search(r"hungry +- +out of memory", report.table(result))
+    json.dumps(result)
+
+
+# ------------------------------------------------------------------------ timing and memory
+
+
+def test_variants_take_turns_and_failures_are_recorded():
+    order = []
+
+    def dies():
+        order.append("c")
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory\nmore")
+
+    calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b"), "c": dies}
+    found = timing.interleaved(calls, rounds=3, warmup=1)
+    assert order == ["a", "b", "c", "b", "a", "a", "b", "a", "b"]
+    assert len(found["a"]["seconds"]) == 3
+    assert found["c"]["out_of_memory"] and "\n" not in found["c"]["failed"]
+
+
+def test_a_budget_ends_the_rounds_after_three():
+    found = timing.interleaved({"a": lambda: None}, rounds=50, budget=0.0)
+    assert len(found["a"]["seconds"]) == 3
+
+
+def test_ratios_are_taken_round_by_round():
+    slow = timing.summary([4.0, 10.0, 9.0])
+    fast = timing.summary([1.0, 5.0, 9.0])
+    assert timing.ratio(slow, fast) == 2.0  # of the medians it would be 1.8
+    assert timing.ratio(slow, timing.summary([2.0])) == 4.5
+    assert timing.ratio({"failed": "x"}, fast) is None
+
+
+@linux
+def test_what_does_not_fit_is_a_result_and_the_next_one_runs():
+    jobs = [(Case(4096, width=360), name) for name in ("eager", "torch")]
+    seen = []
+    found = memory.in_processes(jobs, lambda i, row: seen.append(i), limit=180 * 2**20)
+    assert found[0]["out_of_memory"] and "peak_mib" not in found[0]
+    assert 30 < found[1]["peak_mib"] < 180 and seen == [0, 1]
+
+
+def test_growth_finds_the_terms_and_the_largest_size():
+    points = [(n, 20 + 0.03 * n + 12 / 2**20 * n * n) for n in (1024, 4096, 16384, 32768)]
+    fit = memory.growth(points)
+    assert fit == pytest.approx((20, 0.03, 12 / 2**20), rel=1e-6)
+    assert memory.growth([(n, 0.022 * n) for n in (1024, 4096)]) == pytest.approx((0, 0.022, 0))
+    noisy = [(1024, 22.8), (4096, 89.1), (16384, 363.0), (32768, 715.0)]  # one part in a hundred
+    assert memory.growth(noisy)[2] == 0 and memory.growth(noisy)[1] == pytest.approx(
+        0.022, rel=0.02
+    )
+    n = memory.largest(fit, 8192.0, 0.01)
+    assert (
+        20 + 0.04 * n + 12 / 2**20 * n**2 <= 8192 < 20 + 0.04 * (n + 1) + 12 / 2**20 * (n + 1) ** 2
+    )
+    assert memory.largest((10, 0.01, 0), 5.0) == 0
+    fits = memory.fits({"eager": [(64, 900.0), *points], "few": points[:3]}, row_mib=0.01)
+    assert list(fits) == []  # 4 sizes within a factor 8 are needed
+    fits = memory.fits({"eager": [(8192, 20 + 0.03 * 8192 + 768), *points]}, row_mib=0.01)
+    assert fits["eager"]["bytes_per_pair"] == pytest.approx(12, rel=1e-3)
+    assert fits["eager"]["largest"]["8"] == pytest.approx(n, abs=2)
+
+
+# ------------------------------------------------------------------------ comparison
+
+
+def made_up() -> dict:
+    """A result with eager at 100 ms, ours at 25 ms, and a peer that is not there."""
+    rows = {
+        "eager": (0.1, "plain"),
+        "cpu": (0.025, "ours"),
+        "torch": (0.05, "ours"),
+    }
+    case = {
+        "rows": 1024, "width": 2048, "dim": 360, "dtype": "float32", "device": "cpu",
+        "negatives": "cross", "temperature": 0.1, "work": 3e9, "ceilings": {},
+        "variants": {
+            name: {
+                "family": family, "precision": "fp32", "median": t, "quartiles": [t, t],
+                "seconds": [t] * 5, "rate": 3e9 / t, "of_roof": 3e9 / t / 4e11, "peak_mib": 100.0,
+                "error": 4e-7,
+            }
+            for name, (t, family) in rows.items()
+        } | {"lightly": {"family": "peer", "precision": "fp32", "why_not": ["not installed"]}},
+    }  # fmt: skip
+    machine = {"processor": "a", "threads": 2, "torch": "2"}
+    return {"format": grid.FORMAT, "machine": machine, "ceilings": {}, "cases": [case]}
+
+
+def slower(result: dict, name: str, factor: float) -> dict:
+    result = copy.deepcopy(result)
+    row = result["cases"][0]["variants"][name]
+    row["median"] *= factor
+    row["seconds"] = [factor * t for t in row["seconds"]]
+    row["of_roof"] /= factor
+    return result
+
+
+def worse(old: dict, new: dict, **options) -> list[str]:
+    return [f"{c.variant} {c.what}" for c in against.compare(old, new, **options) if c.worse]
+
+
+def test_a_machine_that_is_slower_throughout_is_no_regression():
+    new = made_up()
+    for name in ("eager", "cpu", "torch"):
+        new = slower(new, name, 3.0)
+    assert against.compare(made_up(), new) == []
+    assert len(worse(made_up(), new, milliseconds=True)) == 3
+
+
+def test_both_thresholds_must_be_passed():
+    new = slower(made_up(), "cpu", 1.3)  # 0.25 of eager's time becomes 0.325
+    assert worse(made_up(), new) == ["cpu time / eager's"]
+    assert worse(made_up(), new, relative=0.4) == []
+    assert worse(made_up(), new, absolute=0.1) == []
+    assert worse(new, made_up()) == []
+    (better,) = against.compare(new, made_up())
+    assert better.worse is False and "-23 %" in str(better)
+
+
+def test_without_eager_the_share_of_the_roof_is_compared():
+    old, new = made_up(), slower(made_up(), "cpu", 2.0)
+    for result in (old, new):
+        del result["cases"][0]["variants"]["eager"]
+    assert worse(old, new) == ["cpu roof / rate"]
+
+
+def test_memory_errors_failures_and_absences():
+    new = made_up()
+    rows = new["cases"][0]["variants"]
+    rows["cpu"]["peak_mib"], rows["cpu"]["error"] = 130.0, 1e-5
+    failed = {"family": "ours", "precision": "fp32", "failed": "boom", "out_of_memory": False}
+    rows["torch"] = failed
+    assert sorted(worse(made_up(), new)) == ["cpu error", "cpu peak MiB", "torch fails now: boom"]
+    assert [c.worse for c in against.compare(new, made_up()) if c.variant == "torch"] == [False]
+    rows["torch"] = {"family": "ours", "precision": "fp32", "why_not": ["not built"]}
+    rows["cpu"] = made_up()["cases"][0]["variants"]["cpu"]
+    (note,) = against.compare(made_up(), new)
+    assert note.worse is None and "not built" in str(note)
+    rows["cpu"]["peak_mib"] = 115.0  # 15 %, and less than 16 MiB
+    assert worse(made_up(), new) == []
+
+
+def test_results_without_a_common_case_and_bad_thresholds_are_refused():
+    other = made_up()
+    other["cases"][0]["rows"] = 77
+    with pytest.raises(ValueError, match="common case"):
+        against.compare(made_up(), other)
+    with pytest.raises(ValueError, match="relative: expected at least 0"):
+        against.compare(made_up(), made_up(), relative=-1)
+
+
+def test_exit_codes_and_messages_of_the_command(tmp_path, capsys):
+    old, new, broken = (tmp_path / f"{name}.json" for name in ("old", "new", "broken"))
+    old.write_text(json.dumps(made_up()))
+    new.write_text(json.dumps(slower(made_up(), "cpu", 2.0)))
+    broken.write_text("{}")
+    compared = ["bench", "--against", str(old)]
+    assert cli.main([*compared, str(old)]) == 0
+    assert "0 figures worse" in capsys.readouterr().out
+    assert cli.main([*compared, str(new)]) == 1
+    printed = capsys.readouterr()
+    assert "WORSE: N 1024" in printed.out and "got 1 worse" in printed.err
+    assert cli.main([*compared, str(new), "--relative", "1.5"]) == 0
+    for wrong, expected in (
+        ([*compared, str(broken)], "expected a result file of format"),
+        (["bench", str(new)], "expected --against FILE"),
+        (["bench", "--against", str(tmp_path / "none.json")], "No such file"),
+        (["bench", "--rows", "1", "--out", str(tmp_path)], "rows: expected at least 2, got 1"),
+        (
+            ["bench", "--device", "tpu", "--out", str(tmp_path)],
+            "device: expected auto, cpu or cuda",
+        ),
+        (["bench", "--list", "--variants", "nobody"], "variants: expected names of"),
+    ):
+        assert cli.main(wrong) == 2
+        assert expected in capsys.readouterr().err
+    assert cli.main(["bench", "--list", "--device", "cpu"]) == 0
+    assert re.search(r"memeff .*it needs cuda", capsys.readouterr().out)
+
+
+def test_files_of_two_machines_are_not_mixed(tmp_path):
+    paths = [tmp_path / name for name in ("a.json", "b.json")]
+    other = made_up()
+    other["machine"]["processor"] = "b"
+    for path, result in zip(paths, (made_up(), other)):
+        path.write_text(json.dumps(result))
+    with pytest.raises(ValueError, match="results of one machine"):
+        report.load(paths)
+
+
+# ------------------------------------------------------------------------ scripts
+
+
+@pytest.mark.parametrize(
+    "suite,words", [("gpu_suite.sh", ["all", "OUT"]), ("cpu_suite.sh", ["OUT"])]
+)
+def test_every_piece_of_a_suite_is_a_command_that_parses(suite, words):
+    """The sizes, names and flags are good; nothing is measured."""
+    done = subprocess.run(
+        ["bash", str(ROOT / "bench" / suite), *words],
+        capture_output=True, text=True, timeout=120,
+        env={**os.environ, "DRY": "1", "PYTHON": sys.executable},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    pieces = dict(line.split(": ", 1) for line in done.stdout.splitlines())
+    assert len(pieces) >= 10
+    for piece in pieces.values():
+        words = shlex.split(piece)
+        if "directclr_fast" in words:
+            arguments = cli._parser().parse_args(words[words.index("directclr_fast") + 1 :])
+            if words[words.index("directclr_fast") + 1] == "bench":
+                wanted = command.settings(arguments)
+                wanted = dataclasses.replace(wanted, dtype=wanted.dtype or "bfloat16")
+                assert all(wanted.catalogue(case) for case in wanted.cases())
+        for path in (word for word in words if word.startswith(("bench/", "tests/"))):
+            assert (ROOT / path).exists() or path.startswith("bench/results"), path
+            if path.endswith(".py") and path.startswith("bench/"):
+                source = (ROOT / path).read_text()
+                for flag in (w for w in words[words.index(path) :] if w.startswith("--")):
+                    assert f'"{flag}"' in source, (path, flag)
+
+
+def test_a_suite_skips_what_is_there_and_runs_again_what_failed(tmp_path):
+    lines = [
+        f"out={tmp_path}; . {ROOT}/bench/pieces.sh",
+        "piece good good.json bash -c 'echo 1 >> $0/good.json' $out",
+        "piece log - echo hello",
+        "piece bad bad.json bash -c 'echo half > $0/bad.json; exit 3' $out",
+        "report_failed",
+    ]
+
+    def run(**env) -> tuple[int, str]:
+        done = subprocess.run(
+            ["bash", "-c", "\n".join(lines)], capture_output=True, text=True, timeout=60,
+            env={**os.environ, **env},
+        )  # fmt: skip
+        return done.returncode, done.stdout
+
+    code, text = run()
+    assert code == 1 and "failed: bad" in text and "bad failed (3)" in text
+    assert (tmp_path / "bad.json.partial").exists() and not (tmp_path / "bad.json").exists()
+    lines[3] = "piece bad bad.json bash -c 'echo whole > $0/bad.json' $out"
+    code, text = run()
+    assert code == 0 and "good.json is there" in text and "log: done before" in text
+    assert (tmp_path / "good.json").read_text() == "1\n"
+    assert (tmp_path / "bad.json").read_text() == "whole\n"
+    assert run(FORCE="good")[0] == 0 and (tmp_path / "good.json").read_text() == "1\n1\n"
+
+
+def test_trainer_bench_measures_step_encoder_and_both_losses(tmp_path, capsys):
+    out = tmp_path / "trainer.json"
+    assert script("trainer").main(["--rows", "64", "--rounds", "2", "--out", str(out)]) == 0
+    (case,) = json.loads(out.read_text())["cases"]
+    assert len(case["variants"]) == 6
+    for loss in ("fast", "reference"):
+        assert 0 < case[loss]["share_of_loss"] < 1 and case[loss]["images_per_second"] > 0
+    assert "of the bare encoder's" in capsys.readouterr().out
