@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can tell, in pieces of less than ten minutes each.
 #
-#   bench/gpu_suite.sh test|sanitize|time|large|tune|train|all [OUT]
+#   bench/gpu_suite.sh build|test|sanitize|time|large|tune|train|all [OUT]
 #
 # OUT is bench/results/<gpu> by default. Python, torch with CUDA and this package (or this checkout,
-# see below) must be there; pytest for the first group. PEERS=FOLDER adds packages that are not
-# installed (memeff, inf_cl, siglip_kernel unpacked). A piece whose result file is in OUT is skipped:
-# FORCE=1 runs all again, FORCE=NAME one. DRY=1 prints the commands and needs no GPU.
+# see below) must be there; pytest for the tests. PEERS=FOLDER adds packages that are not installed
+# (memeff, inf_cl, siglip_kernel, cutlass_library unpacked). A piece whose result file is in OUT is
+# skipped: FORCE=1 runs all again, FORCE=NAME one. DRY=1 prints the commands and needs no GPU.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 . bench/pieces.sh
@@ -32,6 +32,13 @@ if ! $python -c 'import directclr_fast.kernels' 2>/dev/null; then
 fi
 bench="$python -m directclr_fast bench --device cuda --out $out"
 
+run_build() { # the Hopper kernels, where nvcc and CUTLASS's headers are
+  piece build-cuda - bash -c "$python csrc/build.py build/hopper cuda && \
+    cp build/hopper/_cuda*.so directclr_fast/"
+  if [ -n "${links:-}" ] && [ "${DRY:-0}" != 1 ]; then
+    ln -sf "$PWD"/directclr_fast/_cuda*.so "$links/directclr_fast/"
+  fi
+}
 run_test() {
   piece doctor - $python -m directclr_fast doctor
   local file
@@ -79,8 +86,8 @@ run_train() {
 }
 
 case "${1:-}" in
-  test | sanitize | time | large | tune | train) "run_$1" ;;
-  all) for name in test sanitize time large tune train; do "run_$name"; done ;;
+  build | test | sanitize | time | large | tune | train) "run_$1" ;;
+  all) for name in build test sanitize time large tune train; do "run_$name"; done ;;
   *)
     sed -n '2,10p' "$0"
     exit 2
