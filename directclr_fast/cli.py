@@ -1,4 +1,4 @@
-"""``directclr-fast``: train, probe, spectrum, toy, demo and doctor."""
+"""``directclr-fast``: train, probe, spectrum, toy, compare, bench, demo and doctor."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from . import __version__
+from .bench import command as timed
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -107,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     probe.add_argument("--k", type=int, default=200, help="neighbours (default 200)")
     probe.add_argument("--temperature", type=float, default=0.07, help="of the kNN vote: 0.07, 0.1")
+    probe.add_argument("--dim", type=int, help="also probe the first DIM columns of r")
     probe.add_argument("--baselines", action="store_true", help="also untrained encoder and pixels")
     probe.add_argument("--device", default="auto")
     probe.add_argument("--workers", type=int, default=0)
@@ -133,11 +135,36 @@ def _parser() -> argparse.ArgumentParser:
     toy.add_argument("--steps", type=int, default=10_000, help="of SGD, default 10000")
     toy.set_defaults(run=_toy)
 
+    compare = commands.add_parser("compare", help="the paper's comparison of projectors in small")
+    compare.add_argument("--out", help="folder of report.html and all runs; default runs/compare")
+    compare.add_argument("--data", help="default: cifar10 where it is there, otherwise patches")
+    compare.add_argument("--data-root", help="folder of the torchvision sets")
+    compare.add_argument("--download", action="store_true", help="fetch a missing torchvision set")
+    compare.add_argument("--modes", help="comma-separated, default all")
+    compare.add_argument("--seeds", type=int, default=3, help="of each mode, default 3")
+    compare.add_argument("--encoder", help="default: the budget of the set, as for the next four")
+    compare.add_argument("--image-size", type=int)
+    compare.add_argument("--batch-size", type=int)
+    compare.add_argument("--learning-rate", type=float, help="the middle of the three searched")
+    compare.add_argument("--epochs", type=int)
+    compare.add_argument("--device", default="auto")
+    compare.add_argument("--jobs", type=int, help="runs side by side, default one for each core")
+    compare.add_argument("--quick", action="store_true", help="20 steps, 2 seeds: a first look")
+    compare.set_defaults(run=_compare)
+
     demo = commands.add_parser("demo", help="train, probe and draw on handwritten digits")
     demo.add_argument("--out", default="runs/demo", help="folder, an older demo is overwritten")
     demo.add_argument("--epochs", type=int, default=None)
     demo.add_argument("--seed", type=int, default=0)
     demo.set_defaults(run=_demo)
+
+    bench = commands.add_parser(
+        "bench",
+        help="time the loss beside its peers, on this machine",
+        description=timed.DESCRIPTION,
+    )
+    timed.add_arguments(bench)
+    bench.set_defaults(run=timed.run)
 
     doctor = commands.add_parser("doctor", help="versions, devices, backends and why not")
     doctor.add_argument("--json", action="store_true")
@@ -148,13 +175,20 @@ def _parser() -> argparse.ArgumentParser:
 def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the settings in TrainConfig; names of the released trainer where it has them."""
     add = parser.add_argument
-    add("--data", help="digits, cifar10, cifar100, stl10, folder:PATH, fake (default digits)")
+    add(
+        "--data",
+        help="digits, patches, cifar10, cifar100, stl10, folder:PATH, fake (default digits)",
+    )
     add("--data-root", help="folder of the torchvision sets (default: data)")
     add("--download", action="store_true", default=None, help="fetch a missing torchvision set")
     add("--encoder", help="resnet18, resnet50, small")
     add("--image-size", type=int, help="side of the crops, pixels")
     add("--views", help="imagenet, small, affine")
-    add("--mode", help="baseline, directclr, single, simclr, group (default directclr)")
+    add(
+        "--mode",
+        help="baseline, directclr, single, simclr, group, diagonal, orthogonal, lowrank, random "
+        "(default directclr)",
+    )
     add("--dim", type=int, help="columns of r the loss reads (default 360 of 2048, in proportion)")
     add("--temperature", type=float, help="default 0.1")
     add("--negatives", help="cross or both (default cross)")
@@ -238,6 +272,10 @@ def _probe(arguments: argparse.Namespace) -> None:
     probe.check(**linear, **vote)
     device = resolve_device(arguments.device)
     config, model, state = load_model(arguments.checkpoint, device)
+    if arguments.dim is not None and not 0 < arguments.dim <= model.width:
+        raise ValueError(
+            f"dim: expected 1 to {model.width} (the encoder's width), got {arguments.dim}"
+        )
     out = _out(arguments) / "probe.json"
     rows = {"trained": model.encoder}
     if arguments.baselines:
@@ -263,6 +301,8 @@ def _probe(arguments: argparse.Namespace) -> None:
             workers=arguments.workers,
         )
         parts = {name: features}
+        if encoder is not None and arguments.dim is not None:
+            parts[f"{name}, r[:, :{arguments.dim}]"] = features.columns(slice(0, arguments.dim))
         if name == "trained" and model.objective.dim is not None:
             parts["trained, sub-vector"] = features.columns(model.objective.sub_vector)
         for part, values in parts.items():
@@ -335,6 +375,26 @@ def _toy(arguments: argparse.Namespace) -> None:
     found = toy.run(arguments.task, **settings)
     print("\n".join(toy.lines(found)))
     print(f"{found['seconds']:.0f} s; toy-{found['task']}.json, .png in {arguments.out}")
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from .paper import compare, report
+
+    names = ("data_root", "encoder", "image_size", "batch_size", "learning_rate", "epochs")
+    settings = {name: getattr(arguments, name) for name in (*names, "device")}
+    if arguments.modes is not None:
+        settings["modes"] = arguments.modes.split(",")
+    plan = compare.plan(
+        data_spec=arguments.data,
+        seeds=arguments.seeds,
+        quick=arguments.quick,
+        download=arguments.download,
+        **settings,
+    )
+    out = arguments.out or ("runs/compare-quick" if arguments.quick else "runs/compare")
+    found = compare.run(out, plan, jobs=arguments.jobs)
+    print("\n\n".join(report.sentences(found)))
+    print(f"written to {Path(out) / 'report.html'} and {Path(out) / 'results.json'}")
 
 
 def _demo(arguments: argparse.Namespace) -> None:

@@ -9,8 +9,13 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def figure(path: str | Path, title: str = "", size: tuple[float, float] = (7.0, 4.2)) -> Iterator:
-    """Yields axes of a new figure and writes it to ``path`` afterwards."""
+def panels(
+    path: str | Path, columns: int, title: str = "", size: tuple[float, float] = (7.0, 4.2)
+) -> Iterator[list]:
+    """Yields the axes of a new figure, side by side, and writes it to ``path`` afterwards.
+
+    ``size``: of each, inches.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -19,13 +24,21 @@ def figure(path: str | Path, title: str = "", size: tuple[float, float] = (7.0, 
             f"plots: expected matplotlib, got {error}; "
             "install it with: pip install 'directclr-fast[plot]'"
         ) from error
-    drawing = Figure(figsize=size, layout="constrained")
+    drawing = Figure(figsize=(columns * size[0], size[1]), layout="constrained")
     FigureCanvasAgg(drawing)
-    axes = drawing.add_subplot()
-    axes.grid(alpha=0.3)
-    axes.set_title(title, fontsize="medium")
-    yield axes
+    row = list(drawing.subplots(1, columns, squeeze=False)[0])
+    for axes in row:
+        axes.grid(alpha=0.3)
+    row[0].set_title(title, fontsize="medium")
+    yield row
     drawing.savefig(path, dpi=120)
+
+
+@contextlib.contextmanager
+def figure(path: str | Path, title: str = "", size: tuple[float, float] = (7.0, 4.2)) -> Iterator:
+    """Yields axes of a new figure and writes it to ``path`` afterwards."""
+    with panels(path, 1, title, size) as (axes,):
+        yield axes
 
 
 def curves(log: str | Path, path: str | Path, title: str = "") -> None:

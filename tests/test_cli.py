@@ -216,8 +216,11 @@ def test_module_is_the_same_command():
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
-        ("--mode byol", "mode: expected one of baseline, directclr, single, simclr, group, got"),
-        ("--data mnist", "data: expected one of digits, cifar10,"),
+        (
+            "--mode byol",
+            "mode: expected one of baseline, directclr, single, simclr, group, diagonal",
+        ),
+        ("--data mnist", "data: expected one of digits, patches, cifar10,"),
         ("--data folder:/nowhere", "data: expected a folder of images, got no folder /nowhere"),
         ("--data cifar10 --data-root /nowhere", "data: expected the folder of cifar10, got no"),
         ("--batch-size 49", "batch size: expected at most 48 (the training images of fake:n=48"),
@@ -253,6 +256,7 @@ def test_unreadable_checkpoint(command, tmp_path, capsys):
     ("command", "flags", "text"),
     [
         ("probe", "--k 0", "k: expected at least 1, got 0"),
+        ("probe", "--dim 257", "dim: expected 1 to 256 (the encoder's width), got 257"),
         ("probe", "--epochs 0", "epochs: expected at least 1, got 0"),
         ("probe", "--learning-rate -1", "learning_rate: expected a positive finite number, got -1"),
         ("probe", "--temperature 0", "temperature: expected a positive finite number, got 0.0"),

@@ -60,6 +60,82 @@ def test_batch():
         images.name = "other"
 
 
+# ---------------------------------------------------------------- patches
+
+
+def photograph(label):
+    """A photograph of the set, grey, as the test reads it."""
+    from pathlib import Path
+
+    skimage = pytest.importorskip("skimage")
+    from PIL import Image
+
+    path = Path(skimage.__file__).parent / "data" / data.PHOTOGRAPHS[label]
+    return np.asarray(Image.open(path).convert("L"))
+
+
+def place_of(patch, pixels):
+    """Every (row, column) of the top left corner at which the photograph holds the patch."""
+    side = len(patch)
+    windows = np.lib.stride_tricks.sliding_window_view(pixels, (side, side))
+    places = np.argwhere(windows[..., 0, 0] == patch[0, 0])
+    for i in range(side):  # by the diagonal first: few are left to compare whole
+        places = places[windows[places[:, 0], places[:, 1], i, i] == patch[i, i]]
+    return [tuple(p) for p in places.tolist() if (windows[tuple(p)] == patch).all()]
+
+
+def test_patches():
+    pytest.importorskip("skimage")
+    train, test = (data.load("patches", train=t) for t in (True, False))
+    assert (len(train), len(test)) == (5120, 1280) and train.shape == test.shape == (1, 32, 32)
+    assert train.images.dtype == torch.uint8 and train.labels.dtype == torch.int64
+    assert train.num_classes == 16 and train.name == "patches"
+    assert train.labels.bincount().tolist() == [320] * 16
+    assert test.labels.bincount().tolist() == [80] * 16
+    data._patches.cache_clear()
+    again = data.load("patches", train=True, seed=5)
+    assert torch.equal(again.images, train.images) and torch.equal(again.labels, train.labels)
+
+
+@pytest.mark.parametrize("label", [0, 4, 8])
+def test_patches_of_different_parts_lie_apart(label):
+    """Found again in the photograph: squares of the three parts are 4 pixels apart and more, and
+    every cell of the grid belongs to one part."""
+    pixels = photograph(label)
+    parts = {}
+    for train in (True, False):
+        images = data.load("patches", train=train)
+        own = images.images[images.labels == label][:, 0].numpy()
+        for name, some in (
+            (("train", own[:256:8]), ("validation", own[256::8]))
+            if train
+            else (("test", own[::8]),)
+        ):
+            places = [place_of(patch, pixels) for patch in some]
+            assert all(places)  # at its own resolution, unchanged
+            parts[name] = [p[0] for p in places if len(p) == 1]  # plain sky is in many places
+            assert len(parts[name]) > len(some) / 2
+
+    def gap(a, b):
+        """Pixels between two squares of 32, negative where they overlap."""
+        return max(abs(x - y) for x, y in zip(a, b)) - 32
+
+    for a, b in (("train", "test"), ("train", "validation"), ("validation", "test")):
+        assert min(gap(x, y) for x in parts[a] for y in parts[b]) >= 4, (a, b)
+    # Test patches come from all rows and columns of the grid, not from one side of the picture.
+    for axis in (0, 1):
+        cells = {place[axis] * 5 // pixels.shape[axis] for place in parts["test"]}
+        assert len(cells) >= 4
+
+
+def test_patches_without_a_photograph(tmp_path, monkeypatch):
+    skimage = pytest.importorskip("skimage")
+    data._patches.cache_clear()
+    monkeypatch.setattr(skimage, "__file__", str(tmp_path / "__init__.py"))
+    with pytest.raises(FileNotFoundError, match="data: expected the photograph astronaut.png in"):
+        data.load("patches", train=True)
+
+
 # ---------------------------------------------------------------- torchvision's sets
 
 
@@ -133,9 +209,11 @@ def test_failed_download(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("spec", "package"), [("digits", "sklearn.datasets"), ("cifar10", "torchvision")]
+    ("spec", "package"),
+    [("digits", "sklearn.datasets"), ("cifar10", "torchvision"), ("patches", "skimage")],
 )
 def test_missing_package_names_the_extra(spec, package, monkeypatch):
+    data._patches.cache_clear()
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=rf"data {spec}: expected .*directclr-fast\[train\]"):
         data.load(spec, train=True)

@@ -60,6 +60,15 @@ RECIPES = {
         "epochs": 60,
         "warmup_epochs": 3,
     },
+    "patches": {
+        **_SMALL,
+        "encoder": "small",
+        "optimizer": "adamw",
+        "batch_size": 256,
+        "learning_rate": 2e-3,
+        "epochs": 20,
+        "warmup_epochs": 2,
+    },
     "fake": {**_SMALL, "encoder": "small", "batch_size": 128, "epochs": 2, "warmup_epochs": 0},
 }
 

@@ -3,6 +3,7 @@
 | spec | images | where from |
 |---|---|---|
 | digits | 1,297 + 500 grey 8x8 | scikit-learn's handwritten digits, no download |
+| patches | 5,120 + 1,280 grey 32x32 of 16 photographs, the classes | scikit-image, no download |
 | cifar10, cifar100 | 50,000 + 10,000 RGB 32x32 | torchvision, in `root` |
 | stl10 | 105,000 (5,000 of them labelled) + 8,000 RGB 96x96 | torchvision, in `root` |
 | folder:PATH | PATH/train/<class>/*, PATH/val/<class>/* or PATH/<class>/* | decoded by workers |
@@ -14,6 +15,7 @@ image has label -1, as the training part of stl10 has beyond its labelled 5,000.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -25,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-SETS = ("digits", "cifar10", "cifar100", "stl10", "folder:PATH", "fake")
+SETS = ("digits", "patches", "cifar10", "cifar100", "stl10", "folder:PATH", "fake")
 SUFFIXES = {f".{s}" for s in "jpg jpeg png webp bmp gif tif tiff ppm pgm".split()}
 
 
@@ -142,6 +144,8 @@ def load(
     kind, _, rest = spec.partition(":")
     if spec == "digits":
         return _digits(train)
+    if spec == "patches":
+        return _patches(train)
     if spec in ("cifar10", "cifar100", "stl10"):
         return _torchvision(spec, Path("data" if root is None else root), download, train)
     if kind == "folder" and rest:
@@ -167,6 +171,79 @@ def _digits(train: bool) -> ImageSet:
     part = np.sort(parts[0] if train else parts[1])
     images = np.rint(images[part] * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
     return ImageSet(torch.from_numpy(images), torch.from_numpy(labels[part]).long(), 10, "digits")
+
+
+# The photographs inside scikit-image's wheel, which fetches others on demand; sides of 300 to 1411
+# pixels. Left out: drawings, text, test charts, faces of 25 pixels, the motorcycle's second view.
+PHOTOGRAPHS = (
+    "astronaut.png", "brick.png", "camera.png", "cell.png", "chelsea.png", "clock_motion.png",
+    "coffee.png", "coins.png", "grass.png", "gravel.png", "hubble_deep_field.jpg", "ihc.png",
+    "moon.png", "motorcycle_left.png", "retina.jpg", "rocket.jpg",
+)  # fmt: skip
+PATCH = 32  # pixels
+CELLS = 5  # a photograph is cut into CELLS x CELLS cells
+MARGIN = 4  # pixels between patches of different parts, at least
+PATCHES = {"train": 256, "validation": 64, "test": 80}  # of each photograph
+
+
+@functools.lru_cache(maxsize=2)  # one second, for which a comparison of many runs would ask often
+def _patches(train: bool) -> ImageSet:
+    """Squares of 32 pixels of 16 photographs at their own resolution; the class is the photograph.
+
+    Grey, because half of the photographs are: colour would tell them apart for free. Cell (i, j) of
+    the 5 x 5 cells of a photograph belongs to fold (i + 2 j) mod 5, which puts every fold once into
+    each row and column. Test patches lie inside a cell of fold 0. Training patches keep 4 pixels
+    away from those cells: of each class first 256 that also keep away from fold 1, then 64 inside a
+    cell of fold 1, so that the last fifth of each class can be held out from the rest. Places are
+    drawn by a fixed seed and overlap within a part.
+    """
+    try:
+        import skimage
+        from PIL import Image
+    except ImportError as error:
+        raise _missing("patches", "scikit-image", error) from error
+    folder = Path(skimage.__file__).parent / "data"
+    images, labels = [], []
+    for label, name in enumerate(PHOTOGRAPHS):
+        try:
+            with Image.open(folder / name) as image:
+                pixels = np.asarray(image.convert("L"))
+        except OSError as error:
+            raise FileNotFoundError(
+                f"data: expected the photograph {name} in {folder}, got {error}"
+            ) from error
+        random = np.random.RandomState(label)  # its stream is fixed for good, unlike Generator's
+        for part, allowed in _patch_places(*pixels.shape).items():
+            places = random.permutation(np.flatnonzero(allowed))[: PATCHES[part]]
+            if train == (part != "test"):
+                windows = np.lib.stride_tricks.sliding_window_view(pixels, (PATCH, PATCH))
+                images.append(windows[np.unravel_index(places, allowed.shape)])
+                labels += [label] * len(places)
+    images = torch.from_numpy(np.concatenate(images))[:, None]
+    return ImageSet(images, torch.tensor(labels), len(PHOTOGRAPHS), "patches")
+
+
+def _patch_places(height: int, width: int) -> dict[str, np.ndarray]:
+    """Where the top left corner of a patch may be: bool (height - 31, width - 31) for each part."""
+    rows, cols = (np.arange(n) * CELLS // n for n in (height, width))
+    fold = (rows[:, None] + 2 * cols) % CELLS
+
+    def holds(of: np.ndarray, margin: int = 0) -> np.ndarray:
+        """Whether the patch at a place, `margin` wider on each side, holds a pixel that is true."""
+        side = PATCH + 2 * margin
+        count = np.pad(of, margin).astype(np.int32)
+        for _ in range(2):  # sums down the columns, then, transposed, along the rows
+            total = np.pad(count, ((1, 0), (0, 0))).cumsum(0)
+            count = (total[side:] - total[:-side]).T
+        return count > 0
+
+    test, validation = fold == 0, fold == 1
+    away = ~holds(test, MARGIN)
+    return {
+        "train": away & ~holds(validation, MARGIN),
+        "validation": away & ~holds(~validation),
+        "test": ~holds(~test),
+    }
 
 
 def _torchvision(spec: str, root: Path, download: bool, train: bool) -> ImageSet:

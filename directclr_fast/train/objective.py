@@ -4,24 +4,45 @@
 mode       loss is taken on                                        projector
 ========== ======================================================= =========================
 baseline   all R columns of r                                      none
-directclr  r[:, :dim]                                              none
+directclr  r[:, :dim]                                              fixed, diagonal, low rank
 single     Linear(R, 128) of r                                     trained
 simclr     Linear(R, R), BatchNorm, ReLU, Linear(R, 128) of r      trained
 group      8 groups of R/8 columns of r, losses summed             none; one fixed permutation
+diagonal   r times one weight for each column                      trained, diagonal
+orthogonal r times an orthogonal matrix (R, R)                     trained, kept orthogonal
+lowrank    r times dim orthonormal columns (R, dim)                fixed, low rank
+random     dim columns of r, others in every step                  none
 ========== ======================================================= =========================
 
-The permutation of "group" comes from a generator seeded by the run's seed, so it is the same on
-every process and is kept in the checkpoint (the release draws another one on every rank).
+"directclr" is the fixed low-rank diagonal projector: dim ones on the diagonal of a matrix of zeros.
+"lowrank" is the fixed low-rank one U D V' with the same D and random orthogonal U, V. U turns the
+embedding and changes no similarity, so only the dim columns of V that D keeps are there. For the
+same reason "orthogonal" has the loss and the gradient of "baseline" up to rounding, and its matrix
+has no gradient at all but rounding; it is there because the paper has it.
+
+The weight of "diagonal" is a (1, R) matrix on purpose: a projector like the others, it takes weight
+decay and LARS's adaptation, which leave vectors out.
+
+The permutation of "group", V of "lowrank" and the columns of "random" come from generators seeded
+by the run's seed, so they are the same on every process; the first two are kept in the checkpoint
+(the release draws another permutation on every rank), of the last the number of draws.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import orthogonal
 
 from ..loss import fast_directclr_loss
 
-MODES = ("baseline", "directclr", "single", "simclr", "group")
+MODES = (
+    "baseline", "directclr", "single", "simclr", "group", "diagonal", "orthogonal", "lowrank",
+    "random",
+)  # fmt: skip
+OF_DIM = ("directclr", "lowrank", "random")  # the modes that read `dim`
 EMBEDDING = 128
 GROUPS = 8
 
@@ -31,17 +52,83 @@ def default_dim(width: int) -> int:
     return max(1, round(360 * width / 2048))
 
 
+class Diagonal(nn.Module):
+    """x (B, R) times a trained weight (1, R), one at the start."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+class Orthogonal(nn.Module):
+    """x (B, R) times a trained matrix that stays orthogonal: a Cayley transform of a skew matrix,
+    times a random orthogonal matrix where it starts."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        linear = nn.Linear(width, width, bias=False)
+        # One solve; the exponential map takes some ten products, and its gradient eight times that.
+        self.linear = orthogonal(linear, orthogonal_map="cayley")
+
+    def matrix(self) -> Tensor:
+        """What x is multiplied with, (R, R), transposed."""
+        # In half precision it would be orthogonal to three digits only.
+        device = self.linear.parametrizations.weight.original.device
+        with torch.autocast(device.type, enabled=False):
+            return self.linear.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.matrix())
+
+
+class LowRank(nn.Module):
+    """x (B, R) times a fixed matrix ``weight`` (R, rank) of orthonormal columns."""
+
+    def __init__(self, width: int, rank: int, generator: torch.Generator) -> None:
+        super().__init__()
+        normal = torch.randn(width, rank, generator=generator, dtype=torch.float64)
+        self.register_buffer("weight", torch.linalg.qr(normal).Q.float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+class RandomColumns(nn.Module):
+    """Which ``count`` of ``width`` columns a step takes: a function of the seed and of the number
+    of draws before it, which is all that a checkpoint needs to hold."""
+
+    def __init__(self, width: int, count: int, seed: int) -> None:
+        super().__init__()
+        self.width, self.count, self.seed, self.draws = width, count, seed, 0
+
+    def forward(self) -> Tensor:
+        """int64 (count,), ascending; a new draw at each call while training."""
+        mixed = np.random.SeedSequence((self.seed, self.draws)).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(mixed[0]))
+        self.draws += self.training
+        return torch.randperm(self.width, generator=generator)[: self.count].sort().values
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.draws)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.draws = int(state)
+
+
 class Objective(nn.Module):
     """Mode and loss: representations (B, R) of two views to a scalar loss.
 
     Args:
         mode: one of :data:`MODES`.
         width: R.
-        dim: columns of "directclr", 1 to R; None takes :func:`default_dim`.
+        dim: columns of the modes :data:`OF_DIM`, 1 to R; None takes :func:`default_dim`.
         temperature, negatives: of the loss.
         backend: of the loss; "reference" materialises N x N.
         group: processes over which the batch lies, as for the loss.
-        seed: of the permutation of "group".
+        seed: of what is drawn in "group", "lowrank" and "random".
     """
 
     def __init__(
@@ -60,7 +147,7 @@ class Objective(nn.Module):
         if mode not in MODES:
             raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
         dim = default_dim(width) if dim is None else dim
-        if mode == "directclr" and not 0 < dim <= width:
+        if mode in OF_DIM and not 0 < dim <= width:
             raise ValueError(f"dim: expected 1 to {width} (the encoder's width), got {dim}")
         if mode == "group" and width % GROUPS:
             raise ValueError(
@@ -75,7 +162,9 @@ class Objective(nn.Module):
             "group": group,
         }
         self.projector = nn.Identity()
+        self.draw = None
         columns = None
+        generator = torch.Generator().manual_seed(seed)
         if mode == "single":
             self.projector = nn.Linear(width, EMBEDDING, bias=False)
         elif mode == "simclr":
@@ -85,9 +174,16 @@ class Objective(nn.Module):
                 nn.ReLU(inplace=True),
                 nn.Linear(width, EMBEDDING, bias=False),
             )
+        elif mode == "diagonal":
+            self.projector = Diagonal(width)
+        elif mode == "orthogonal":
+            self.projector = Orthogonal(width)
+        elif mode == "lowrank":
+            self.projector = LowRank(width, dim, generator)
         elif mode == "group":
-            generator = torch.Generator().manual_seed(seed)
             columns = torch.randperm(width, generator=generator).view(GROUPS, -1)
+        elif mode == "random":
+            self.draw = RandomColumns(width, dim, seed)
         self.register_buffer("columns", columns)
 
     @property
@@ -96,15 +192,14 @@ class Objective(nn.Module):
         return slice(0, self.dim)
 
     def embed(self, r: Tensor) -> Tensor:
-        """What the similarity is taken of, (B, d): the projector's output, or r's sub-vector."""
+        """What the similarity is taken of, (B, d): the projector's output, or r's sub-vector; all
+        of r where the groups or draws of columns are several."""
         return self.projector(r)[:, self.sub_vector]
 
     def forward(self, r1: Tensor, r2: Tensor) -> Tensor:
-        """Loss of two views' representations, each (B, R)."""
-        return fast_directclr_loss(
-            self.projector(r1),
-            self.projector(r2),
-            self.dim,
-            columns=self.columns,
-            **self.loss_options,
-        )
+        """Loss of two views' representations, each (B, R). Training with "random", each call is a
+        step and draws its columns."""
+        columns = self.columns if self.draw is None else self.draw().to(r1.device)
+        with parametrize.cached():  # of "orthogonal": one solve for both views
+            z1, z2 = self.projector(r1), self.projector(r2)
+        return fast_directclr_loss(z1, z2, self.dim, columns=columns, **self.loss_options)

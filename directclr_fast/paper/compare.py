@@ -1,0 +1,328 @@
+"""The paper's comparison of projectors in small: every mode, several seeds, one command.
+
+Each mode gets the same budget and the same search: its learning rate is that of three which scores
+best, on a seed of its own, in a probe inside the training part (runs.held_out). Then it is trained
+with each seed at that rate, and only these runs are tested on the test part. Beside them: the
+untrained encoder and raw pixels; DirectCLR over d0; DirectCLR again with the reference loss, and
+from weights moved by one rounding error, which is what any difference is to be held against.
+
+Everything finished is kept in a file of its own, so the same command continues a stopped
+comparison, trainings from their checkpoints, and more seeds or modes may be asked of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..train import checkpoint, data, encoders
+from ..train.config import TrainConfig, resolve_device
+from ..train.objective import MODES, default_dim
+from . import report
+from .pool import Pool
+from .runs import Run
+
+SEARCH_SEED = 0  # the seeds of the table are 1, 2, ...
+FACTORS = (0.25, 1.0, 4.0)  # of the recipe's learning rate: the search
+SHARES = (0.25, 0.5, 2.0, 4.0)  # of the default d0: the sweep, beside d0 itself and all columns
+# What differs from the trainer's recipe of the set, so that all of it takes some 20 minutes on two
+# cores: about 200 steps a run.
+_SMALL = {
+    "encoder": "small",
+    "optimizer": "adamw",
+    "batch_size": 128,
+    "learning_rate": 2e-3,
+    "weight_decay": 1e-4,
+}
+BUDGETS = {
+    "patches": {**_SMALL, "image_size": 24, "epochs": 5, "warmup_epochs": 1},
+    "cifar10": {**_SMALL, "image_size": 24, "epochs": 1, "warmup_epochs": 0},
+    "cifar100": {**_SMALL, "image_size": 24, "epochs": 1, "warmup_epochs": 0},
+    "digits": {**_SMALL, "epochs": 20, "warmup_epochs": 2},
+}
+QUICK = {"epochs": 1, "warmup_epochs": 0, "max_steps": 20}
+# Settings of TrainConfig that a run has for itself, and those that do not change its result.
+_OF_A_RUN = ("mode", "dim", "learning_rate", "loss", "seed", "checkpoint_dir", "name")
+_FREE = ("data_root", "download", "device", "workers")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``settings``: of every run, by the names of TrainConfig. ``dims``: d0 of the sweep, beside
+    DirectCLR's own."""
+
+    settings: dict
+    modes: tuple[str, ...]
+    seeds: tuple[int, ...]
+    rates: tuple[float, ...]
+    dims: tuple[int, ...]
+
+    @property
+    def agreement(self) -> str:
+        """The mode that is trained with both losses."""
+        return "directclr" if "directclr" in self.modes else self.modes[0]
+
+    def search(self, mode: str) -> list[Run]:
+        """The runs that choose the learning rate of a mode."""
+        if len(self.rates) == 1:
+            return []
+        return [Run(mode, SEARCH_SEED, rate, search=True) for rate in self.rates]
+
+    def chosen(self, mode: str, done: dict[str, dict]) -> float | None:
+        """The learning rate of a mode, None before its search has ended. The lower of equals."""
+        search = self.search(mode)
+        if not search:
+            return self.rates[0]
+        if any(run.name not in done for run in search):
+            return None
+        return max(search, key=lambda run: done[run.name].get("held_out", -1.0)).learning_rate
+
+    def table(self, mode: str, rate: float) -> list[Run]:
+        """The runs of a mode's row."""
+        keep = mode == self.agreement
+        return [Run(mode, seed, rate, keep=keep) for seed in self.seeds]
+
+    def sweep(self, rate: float) -> list[Run]:
+        return [Run("directclr", seed, rate, dim) for dim in self.dims for seed in self.seeds]
+
+    def again(self, rate: float) -> list[Run]:
+        """The runs that the loss backends' agreement is read from, beside the mode's own."""
+        kept = {"learning_rate": rate, "keep": True}
+        return [
+            Run(self.agreement, seed, **kept, **how)
+            for how in ({"loss": "reference"}, {"rounded": True})
+            for seed in self.seeds
+        ]
+
+    def known(self, done: dict[str, dict]) -> list[Run]:
+        """Every run whose settings are decided by what is done, the search first."""
+        rates = {mode: self.chosen(mode, done) for mode in self.modes}
+        runs = [run for mode in self.modes for run in self.search(mode)]
+        for mode, rate in rates.items():
+            if rate is not None:
+                runs += self.table(mode, rate)
+                if mode == self.agreement:
+                    runs += self.again(rate)
+                if mode == "directclr":
+                    runs += self.sweep(rate)
+        return runs + [Run(mode, s) for mode in ("untrained", "pixels") for s in self.seeds]
+
+    @property
+    def trainings(self) -> int:
+        """How many trainings there will be."""
+        a_mode = len(self.search(self.modes[0])) + len(self.seeds)
+        more = 2 + (len(self.dims) if "directclr" in self.modes else 0)
+        return len(self.modes) * a_mode + more * len(self.seeds)
+
+
+def plan(
+    *,
+    data_spec: str | None = None,
+    modes: Sequence[str] = MODES,
+    seeds: int = 3,
+    quick: bool = False,
+    rates: Sequence[float] | None = None,
+    dims: Sequence[int] | None = None,
+    **settings,
+) -> Plan:
+    """The comparison on a set: ``settings`` by the names of TrainConfig go over the set's budget.
+
+    ``data_spec`` None is CIFAR-10 where it is there or may be downloaded, otherwise the patches.
+    ``quick``: 20 steps, at most two seeds, two rates and two d0.
+    """
+    if unknown := [mode for mode in modes if mode not in MODES]:
+        raise ValueError(f"modes: expected some of {', '.join(MODES)}, got {unknown[0]!r}")
+    if not modes:
+        raise ValueError("modes: expected at least one, got none")
+    if len(set(modes)) < len(modes):
+        raise ValueError(f"modes: expected each once, got {','.join(modes)}")
+    if seeds < 1:
+        raise ValueError(f"seeds: expected at least 1, got {seeds}")
+    given = {k: v for k, v in settings.items() if v is not None}
+    place = {k: given[k] for k in ("data_root", "download") if k in given}
+    spec = data_spec or _present(**place)
+    budget = dict(BUDGETS.get(spec, {}))
+    if resolve_device(given.get("device", "auto")) != "cpu" and spec.startswith("cifar"):
+        budget = {"epochs": 20}  # the trainer's recipe, a tenth as long
+    config = TrainConfig(data=spec, **{**budget, **(QUICK if quick else {}), **given}).resolve()
+    settings = {k: getattr(config, k) for k in config.to_dict() if k not in _OF_A_RUN}
+    if rates is None:
+        rates = [factor * config.learning_rate for factor in FACTORS[: 2 if quick else 3]]
+    if dims is None:
+        width = encoders.build(config.encoder, image_size=config.image_size).width
+        dims = [round(share * default_dim(width)) for share in (SHARES[1:3] if quick else SHARES)]
+    seeds = min(seeds, 2) if quick else seeds
+    # DirectCLR first: most runs wait for its learning rate.
+    modes = sorted(modes, key=lambda mode: (mode != "directclr", MODES.index(mode)))
+    return Plan(settings, tuple(modes), tuple(range(1, seeds + 1)), tuple(rates), tuple(dims))
+
+
+def _present(**place) -> str:
+    """CIFAR-10 where it can be had, otherwise the patches."""
+    try:
+        data.load("cifar10", root=place.get("data_root"), train=False, **_download(place))
+        return "cifar10"
+    except (FileNotFoundError, ImportError):
+        return "patches"
+
+
+def _download(place: dict) -> dict:
+    return {"download": bool(place.get("download"))}
+
+
+def run(out: str | Path, plan: Plan, *, jobs: int | None = None, progress: bool = True) -> dict:
+    """Trains what is not done yet, writes the report into ``out`` and returns its numbers.
+
+    ``jobs``: processes; None is one for each core, on a GPU one. Raises TrainingStopped after
+    SIGTERM or Ctrl-C, with everything kept that the same call needs to continue.
+    """
+    on_cpu = resolve_device(plan.settings["device"]) == "cpu"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if jobs is None:
+        jobs = cores if on_cpu else 1
+    if jobs < 1:
+        raise ValueError(f"jobs: expected at least 1, got {jobs}")
+    out = checkpoint.writable("out", out)
+    _same_settings(out, plan)
+    # Once, and not by several processes at a time.
+    data.load(plan.settings["data"], root=plan.settings["data_root"], train=True,
+              **_download(plan.settings))  # fmt: skip
+    plan.settings["download"] = False
+    done = _finished(out, plan)
+    steps = _steps(plan)
+    with _Progress(progress, plan, done, steps) as show:
+        running: set[str] = set()
+        with Pool(jobs, plan.settings, out, show.steps) as pool:
+            while True:
+                for next_run in plan.known(done):
+                    if pool.free and next_run.name not in done and next_run.name not in running:
+                        running.add(next_run.name)
+                        pool.start(next_run)
+                if not running:
+                    break
+                for result in pool.wait():
+                    name = Run(**result["run"]).name
+                    running.remove(name)
+                    done[name] = result
+                    show.finished(name, result, len(done))
+    shutil.rmtree(out / "work", ignore_errors=True)
+    found = report.summary(plan, done, out / "weights", steps)
+    # Of all runs one after another: they may have been made by several calls.
+    found["seconds"] = round(sum(result["seconds"] for result in done.values()))
+    report.write(found, out)
+    return found
+
+
+def _steps(plan: Plan) -> int:
+    """Optimiser steps of every training."""
+    settings = plan.settings
+    images = data.load(
+        settings["data"],
+        root=settings["data_root"],
+        train=True,
+        image_size=settings["image_size"],
+    )
+    steps = settings["epochs"] * (len(images) // settings["batch_size"])
+    return min(steps, settings["max_steps"] or steps)
+
+
+def _same_settings(out: Path, plan: Plan) -> None:
+    """Keeps the settings of all runs in ``out``; ValueError where older runs there had others."""
+    path = out / "settings.json"
+    now = {k: v for k, v in plan.settings.items() if k not in _FREE}
+    if path.exists():
+        before = json.loads(path.read_text())
+        for name in sorted(before.keys() | now.keys()):
+            if before.get(name) != now.get(name):
+                raise ValueError(
+                    f"{name}: expected {before.get(name)!r} as in the comparison in {out}, "
+                    f"got {now.get(name)!r}; give another --out"
+                )
+        return
+    with checkpoint.replacing(path) as file:
+        file.write(json.dumps(now, indent=1) + "\n")
+
+
+def _finished(out: Path, plan: Plan) -> dict[str, dict]:
+    """Results by name of the runs that need not be repeated."""
+    done: dict[str, dict] = {}
+    while True:  # results of the search decide which others belong to the plan
+        before = len(done)
+        for known in plan.known(done):
+            path = out / "runs" / f"{known.name}.json"
+            whole = not known.keep or (out / "weights" / f"{known.name}.pt").exists()
+            if known.name not in done and path.exists():
+                result = json.loads(path.read_text())
+                if whole or result["diverged"]:
+                    done[known.name] = result
+        if len(done) == before:
+            return done
+
+
+class _Progress:
+    """A tqdm bar over the steps of all trainings on a terminal; elsewhere a line for each run."""
+
+    def __init__(self, show: bool, plan: Plan, done: dict, each: int) -> None:
+        self.show, self.each, self.bar = show, each, None
+        self.runs, self.total = plan.trainings + 2 * len(plan.seeds), each * plan.trainings
+        self.before = each * sum(Run(**result["run"]).trains for result in done.values())
+        self.now: dict[str, int] = {}  # steps by name of a run of this call
+        self.begin = time.monotonic()
+        if not show:
+            return
+        print(
+            f"{self.runs} runs, {plan.trainings} of them trainings of {each} steps on "
+            f"{plan.settings['data']}; done: {len(done)}",
+            flush=True,
+        )
+        if sys.stderr.isatty() and shutil.get_terminal_size().columns >= 40:
+            with contextlib.suppress(ImportError):
+                from tqdm import tqdm
+
+                self.bar = tqdm(
+                    total=self.total, initial=self.before, unit="step", dynamic_ncols=True
+                )
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def steps(self, name: str, step: int) -> None:
+        """A run has come to ``step``."""
+        self.now[name] = step
+        if self.bar is not None:
+            self.bar.update(self.before + sum(self.now.values()) - self.bar.n)
+            self.bar.set_postfix_str(name)
+
+    def finished(self, name: str, result: dict, done: int) -> None:
+        """A run has ended; ``done`` runs in all have."""
+        if Run(**result["run"]).trains:
+            self.steps(name, self.each)
+        if self.show and self.bar is None:
+            print(f"{done:>4}/{self.runs}  {name}: {_words(result)}{self._left()}", flush=True)
+
+    def _left(self) -> str:
+        taken = sum(self.now.values())
+        if not taken:
+            return ""
+        rate = taken / (time.monotonic() - self.begin)
+        left = (self.total - self.before - taken) / rate
+        return f"  ({left / 60:.0f} min left)" if left > 90 else f"  ({left:.0f} s left)"
+
+
+def _words(result: dict) -> str:
+    if result["diverged"]:
+        return "diverged"
+    if "held_out" in result:
+        return f"inside the training part {100 * result['held_out']:.1f} %"
+    return f"linear probe {100 * result['accuracy']['r']['linear']:.1f} %"

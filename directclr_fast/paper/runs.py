@@ -1,0 +1,192 @@
+"""One training of a comparison and what is measured of it, as a small JSON.
+
+A run is named by what sets it apart from the others of its comparison; everything else they share
+(:class:`~directclr_fast.paper.compare.Plan`). It resumes from its checkpoint where it was stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..train import checkpoint, data, probe
+from ..train.config import TrainConfig
+from ..train.loop import Model, Trainer, TrainingDiverged
+from ..train.objective import default_dim
+from . import spectrum
+
+ROUNDING = 2.0**-23  # of fp32, relative
+SMALL = 1e-4  # of the largest eigenvalue; counted beside the collapsed ones
+
+
+@dataclass(frozen=True)
+class Run:
+    """``mode`` is one of the trainer's, or "untrained" (the encoder as it starts) or "pixels".
+
+    ``search``: the learning rate is on trial, so the test part is not looked at. ``rounded``: each
+    initial weight is moved by at most one rounding error. ``keep``: the final weights are kept.
+    """
+
+    mode: str
+    seed: int
+    learning_rate: float = 0.0
+    dim: int | None = None
+    loss: str = "fast"
+    search: bool = False
+    rounded: bool = False
+    keep: bool = False
+
+    @property
+    def trains(self) -> bool:
+        return self.mode not in ("untrained", "pixels")
+
+    @property
+    def name(self) -> str:
+        """Name of the run's files, unique in a comparison."""
+        words = [self.mode, f"seed{self.seed}"]
+        words += [f"rate{self.learning_rate:g}"] if self.trains else []
+        words += [f"dim{self.dim}"] if self.dim is not None else []
+        words += [self.loss] if self.loss != "fast" else []
+        words += [w for w in ("search", "rounded") if getattr(self, w)]
+        return "-".join(words)
+
+
+def config_of(run: Run, settings: dict, work: Path) -> TrainConfig:
+    """The resolved settings of a run: those of all runs, and what sets this one apart."""
+    own = {"mode": run.mode, "dim": run.dim, "learning_rate": run.learning_rate, "loss": run.loss}
+    if not run.trains:
+        own = {}
+    folder = {"checkpoint_dir": str(work), "name": run.name}
+    return TrainConfig(**{**settings, **own, **folder, "seed": run.seed}).resolve()
+
+
+def execute(run: Run, settings: dict, out: Path, on_step: Callable[[dict], None]) -> dict:
+    """Trains and measures; writes ``out/runs/<name>.json`` and returns what is in it.
+
+    ``settings``: of every run, by the names of TrainConfig. ``on_step`` gets each line of the log.
+    A run that diverges is a result. Raises TrainingStopped where a signal ended the training.
+    """
+    began = time.perf_counter()
+    config = config_of(run, settings, out / "work")
+    result = {"run": asdict(run), "diverged": False}
+    if run.trains:
+        folder = Path(config.checkpoint_dir) / config.name
+        path = folder / "checkpoint.pt"
+        resume = path.exists() or checkpoint.previous(path).exists()
+        trainer = Trainer(config, resume=resume, overwrite=not resume, progress=False)
+        if run.rounded and trainer.step == 0:
+            _round(trainer.model, run.seed)
+        model, channels = trainer.model, trainer.channels
+        try:
+            trainer.run(on_step)
+        except TrainingDiverged as error:
+            result |= {"diverged": True, "why": str(error).partition(";")[0]}
+        result["loss"] = losses_of(folder)
+    else:
+        model, channels = _untrained(config)
+    if not result["diverged"]:
+        encoder = None if run.mode == "pixels" else model.eval().encoder
+        result |= _measure(run, config, model, encoder, channels)
+        if run.keep:
+            checkpoint.save(out / "weights" / f"{run.name}.pt", {"model": model.state_dict()})
+    result["seconds"] = round(time.perf_counter() - began, 2)
+    (out / "runs").mkdir(parents=True, exist_ok=True)
+    with checkpoint.replacing(out / "runs" / f"{run.name}.json") as file:
+        file.write(json.dumps(result) + "\n")
+    if run.trains:
+        shutil.rmtree(folder)
+    return result
+
+
+def losses_of(folder: Path) -> list[float | str]:
+    """The training loss of every step, from a run's log; what is not finite as text."""
+    lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def held_out(features: Tensor, labels: Tensor, classes: int) -> probe.Features:
+    """A training part cut in two: of each class the first four fifths to train a probe, the last
+    fifth to test it. Unlabelled samples are left out."""
+    first, last = [], []
+    for label in range(classes):
+        (rows,) = torch.where(labels == label)
+        cut = 4 * len(rows) // 5
+        first.append(rows[:cut])
+        last.append(rows[cut:])
+    first, last = torch.cat(first), torch.cat(last)
+    return probe.Features(features[first], labels[first], features[last], labels[last], classes)
+
+
+def _load(config: TrainConfig, train: bool):
+    return data.load(
+        config.data,
+        root=config.data_root,
+        train=train,
+        image_size=config.image_size,
+        seed=config.seed,
+    )
+
+
+def _untrained(config: TrainConfig) -> tuple[Model, int]:
+    images = _load(config, train=False)
+    channels = images.shape[0]
+    return Model(config, channels, images.num_classes).to(config.device), channels
+
+
+def _round(model: torch.nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        step = torch.randint(-1, 2, p.shape, generator=generator)
+        p.data *= 1 + ROUNDING * step.to(p)
+
+
+def _measure(run: Run, config: TrainConfig, model, encoder, channels: int) -> dict:
+    """Probes of r and r[:, :d0] and spectra, or of a search the probe inside the training part."""
+    device = config.device
+    if run.search:
+        images = _load(config, train=True)
+        features, labels = probe.encode(encoder, images, config.image_size, device)
+        inside = held_out(features, labels, images.num_classes)
+        return {"held_out": probe.linear_probe(inside, device=device)}
+    features = probe.load_features(encoder, config, channels=channels, device=device)
+    seeded = {"seed": run.seed, "device": device}
+    result = {"accuracy": {"r": probe.scores(features, **seeded)}}
+    if run.trains:
+        spectra = spectrum.of_model(model, features.test)
+    else:
+        spectra = {"representation": spectrum.describe(features.test)}
+    if run.mode != "pixels":
+        result["dim"] = run.dim or default_dim(model.width)
+        part = features.columns(slice(0, result["dim"]))
+        result["accuracy"]["sub-vector"] = probe.scores(part, **seeded)
+    kept = ("representation", "embedding")
+    result["spectra"] = {k: _short(v) for k, v in spectra.items() if k in kept}
+    return result
+
+
+def _short(values: dict) -> dict:
+    """A spectrum as log10 relative to its largest eigenvalue, to three digits."""
+    found = torch.tensor(values["spectrum"], dtype=torch.float64)
+    logs = (found / found[0].clamp_min(1e-300)).clamp_min(1e-18).log10()
+    small = spectrum.collapsed(found, SMALL)
+    kept = {k: values[k] for k in ("dimensions", "samples", "collapsed", "effective_rank")}
+    return {**kept, "small": small, "log10": [round(v, 3) for v in logs.tolist()]}
+
+
+def apart(a: Path, b: Path) -> float:
+    """|a - b| / |b| of the encoder's weights and statistics in two kept files, as one vector."""
+
+    def values(path: Path) -> Tensor:
+        state = checkpoint.load(path)["model"]
+        kept = [v for k, v in state.items() if k.startswith("encoder.") and v.is_floating_point()]
+        return torch.cat([v.double().flatten() for v in kept])
+
+    a, b = values(a), values(b)
+    return ((a - b).norm() / b.norm()).item()

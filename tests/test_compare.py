@@ -1,0 +1,373 @@
+"""The comparison of projectors: what is run, that it may be stopped anywhere, what it says."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from directclr_fast import cli
+from directclr_fast.paper import compare, report, runs
+from directclr_fast.paper.runs import Run
+
+SETTINGS = {"encoder": "small", "image_size": 8, "views": "affine", "batch_size": 16}
+SETTINGS |= {"epochs": 2, "optimizer": "adamw", "warmup_epochs": 0, "learning_rate": 2e-3}
+SETTINGS |= {"device": "cpu"}
+TINY = {"data_spec": "fake:n=96,size=8,channels=1", "seeds": 2, "rates": (5e-4, 2e-3)}
+TINY |= {"dims": (10,), "modes": ("directclr", "random"), **SETTINGS}
+RUNS = 2 * 2 + 2 * 2 + 2 + 2 * 2 + 2 * 2  # search, table, d0, agreement, untrained and pixels
+
+COMPARE = f"""
+import sys
+from directclr_fast.paper import compare
+from directclr_fast.train.supervise import TrainingStopped
+if __name__ == "__main__":
+    try:
+        compare.run(sys.argv[1], compare.plan(**{TINY!r}), jobs=1, progress=False)
+    except TrainingStopped as stopped:
+        print(stopped)
+        sys.exit(75)
+"""
+
+
+@pytest.fixture
+def one_thread():
+    """As in the processes of a comparison."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def results_of(out):
+    """What every finished run found, without how long it took."""
+    found = {path.stem: json.loads(path.read_text()) for path in (out / "runs").glob("*.json")}
+    for result in found.values():
+        del result["seconds"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(folder, what run returned) of an undisturbed comparison."""
+    pytest.importorskip("matplotlib")
+    out = tmp_path_factory.mktemp("compare")
+    return out, compare.run(out, compare.plan(**TINY), jobs=2, progress=False)
+
+
+def test_what_is_run(whole):
+    out, found = whole
+    results = results_of(out)
+    assert len(results) == RUNS and not (out / "work").exists()
+    plan = compare.plan(**TINY)
+    assert set(results) == {run.name for run in plan.known(results)}
+    assert plan.trainings + 4 == RUNS
+    for name, result in results.items():
+        assert not result["diverged"] and ("held_out" in result) == name.endswith("search")
+        assert ("accuracy" in result) != name.endswith("search")  # a search sees no test part
+        assert len(result.get("loss", [0] * 12)) == 12
+    rows = found["rows"]
+    assert list(rows) == ["directclr", "random", "untrained", "pixels"]
+    assert set(rows["directclr"]["accuracy"]) == {"r", "sub-vector"}
+    assert set(rows["pixels"]["accuracy"]) == {"r"}
+    assert rows["directclr"]["spectra"]["embedding"]["dimensions"] == 45
+    assert rows["random"]["spectra"]["embedding"]["dimensions"] == 256
+    assert [line["dim"] for line in found["sweep"]] == [10, 45]
+    assert found["sweep"][1]["accuracy"] == rows["directclr"]["accuracy"]
+    for mode, search in found["search"].items():
+        scores = {
+            rate: results[f"{mode}-seed0-rate{rate:g}-search"]["held_out"] for rate in TINY["rates"]
+        }
+        assert scores[search["chosen"]] == max(scores.values())
+    assert json.loads((out / "results.json").read_text()) == found
+
+
+def test_both_losses_train_the_same_network(whole):
+    """Their difference is held against that of a rounding error and of another seed."""
+    agreement = whole[1]["agreement"]
+    for values in agreement["loss apart"]["reference"]:
+        assert len(values) == 12 and max(values[:3]) < 1e-5
+    apart = {kind: max(v["values"]) for kind, v in agreement["weights apart"].items()}
+    assert apart["reference"] < 0.02 * min(agreement["weights apart"]["another seed"]["values"])
+    assert 0 < apart["rounded"] < 0.02
+    fast, reference = (agreement["accuracy"][kind]["values"] for kind in ("fast", "reference"))
+    assert fast == pytest.approx(reference, abs=0.05)
+
+
+def test_the_page_needs_nothing_else(whole):
+    out, found = whole
+    page = (out / "report.html").read_text()
+    assert "<script" not in page and "src='http" not in page and "<link" not in page
+    pictures = re.findall(r"<img alt='[^']+' src='data:image/png;base64,([\w+/=]+)'>", page)
+    assert len(pictures) == 4 and len(page) < 1_500_000
+    names = {path.name for path in out.glob("*.png")}
+    assert names == {"accuracy.png", "spectra.png", "dims.png", "agreement.png"}
+    assert page.count("<tr>") == 1 + 4 + 1 + 2
+    for sentence in report.sentences(found):
+        assert report._e(sentence) in page
+    linear = found["rows"]["directclr"]["accuracy"]["r"]["linear"]
+    assert f"<td>{report._percent(linear)}</td>" in page
+    assert "<td>62.7 (47.9 of r[:, :d0])</td>" in page
+
+
+def test_a_finished_comparison_is_not_run_again(whole, monkeypatch):
+    out, found = whole
+    monkeypatch.setattr(compare.Pool, "start", lambda *_: pytest.fail("nothing is left to run"))
+    again = compare.run(out, compare.plan(**TINY), progress=False)
+    for key in ("rows", "search", "sweep", "agreement", "order"):
+        assert again[key] == found[key]
+
+
+def test_other_settings_in_the_same_folder_are_refused(whole):
+    with pytest.raises(ValueError, match="^epochs: expected 2 as in .*, got 3; give another --out"):
+        compare.run(whole[0], compare.plan(**{**TINY, "epochs": 3}), progress=False)
+
+
+def children(pid):
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
+    return [int(p) for p in found.stdout.split()]
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except OSError:
+        return False
+    return "Z" not in open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[0]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs /proc")
+def test_killed_and_interrupted_comparisons_continue(whole, tmp_path):
+    """kill -9 of the parent takes its processes along, Ctrl-C ends it with 75; nothing differs."""
+    script = tmp_path / "script.py"
+    script.write_text(COMPARE)
+    out = tmp_path / "out"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def start():
+        return subprocess.Popen(
+            [sys.executable, str(script), str(out)], stdout=subprocess.PIPE, text=True,
+            env=environment, start_new_session=True,
+        )  # fmt: skip
+
+    def wait_for(count, process):
+        end = time.monotonic() + 100
+        while len(list((out / "runs").glob("*.json"))) < count:
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.02)
+
+    with start() as process:
+        wait_for(3, process)
+        workers = children(process.pid)
+        assert workers
+        process.kill()
+    end = time.monotonic() + 20
+    while any(map(alive, workers)) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not any(map(alive, workers))
+    before = results_of(out)
+    assert 3 <= len(before) < RUNS
+
+    with start() as process:
+        wait_for(len(before) + 3, process)
+        os.killpg(process.pid, signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    assert output == ("stopped by SIGINT; what is done is kept, the same command continues\n")
+    after, undisturbed = results_of(out), results_of(whole[0])
+    assert len(before) < len(after) < RUNS and set(after) <= set(undisturbed)
+    assert after == {name: undisturbed[name] for name in after}
+
+
+def test_an_interrupted_training_resumes_from_its_checkpoint(tmp_path, one_thread):
+    """In this process: stopped after five steps, it takes the other seven, to the same bits."""
+    from directclr_fast.train.supervise import TrainingStopped
+
+    plan = compare.plan(**TINY)
+    run = Run("directclr", 1, 2e-3, rounded=True, keep=True)
+    steps = []
+
+    def stop(record):
+        steps.append(record["step"])
+        if record["step"] == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(TrainingStopped):
+        runs.execute(run, plan.settings, tmp_path / "a", stop)
+    assert list((tmp_path / "a" / "work").iterdir()) and not (tmp_path / "a" / "runs").exists()
+    first = steps[-1]
+    steps.clear()
+    a = runs.execute(run, plan.settings, tmp_path / "a", lambda r: steps.append(r["step"]))
+    assert steps == list(range(first + 1, 13))
+    b = runs.execute(run, plan.settings, tmp_path / "b", lambda _: None)
+    del a["seconds"], b["seconds"]
+    assert a == b
+    kept = [tmp_path / k / "weights" / f"{run.name}.pt" for k in "ab"]
+    assert runs.apart(*kept) == 0.0
+
+
+def test_a_run_that_diverges_is_a_result(tmp_path, one_thread):
+    plan = compare.plan(**{**TINY, "optimizer": "sgd", "epochs": 4, "rates": (1e-3, 1e30)})
+    run = plan.search("baseline")[1]
+    result = runs.execute(run, plan.settings, tmp_path, lambda _: None)
+    assert result["diverged"] and "held_out" not in result and "nan" in result["loss"]
+    assert result["why"].startswith("loss: expected finite numbers, got nan or inf")
+    done = {run.name: result, plan.search("baseline")[0].name: {"held_out": 0.0}}
+    assert plan.chosen("baseline", done) == 1e-3
+    assert report._row([result]) == {"runs": 0, "diverged": 1}
+
+
+def test_a_run_that_fails_is_named(tmp_path):
+    plan = compare.plan(**TINY)
+    plan.settings["views"] = "none"
+    with pytest.raises(RuntimeError, match="^run directclr-seed0-rate0.0005-search: expected its"):
+        compare.run(tmp_path, plan, jobs=1, progress=False)
+
+
+# ---------------------------------------------------------------- without training
+
+
+def test_held_out_is_the_last_fifth_of_each_class():
+    labels = torch.tensor([0] * 10 + [1] * 5 + [-1] * 4 + [0] * 5)
+    features = torch.arange(len(labels)).float()[:, None]
+    found = runs.held_out(features, labels, 2)
+    assert found.train.flatten().tolist() == [*range(10), 19, 20, *range(10, 14)]
+    assert found.test.flatten().tolist() == [21, 22, 23, 14]
+    assert found.test_labels.tolist() == [0, 0, 0, 1] and found.classes == 2
+
+
+def test_search_before_table():
+    """Nothing of a mode is known before its search is done, and then it is at the best rate."""
+    plan = compare.plan(**TINY)
+    search = {run.name for run in plan.known({})}
+    assert {n for n in search if n.startswith("random")} == {
+        "random-seed0-rate0.0005-search", "random-seed0-rate0.002-search",
+    }  # fmt: skip
+    done = {run.name: {"held_out": run.learning_rate} for run in plan.search("random")}
+    names = {run.name for run in plan.known(done)}
+    assert names - search == {"random-seed1-rate0.002", "random-seed2-rate0.002"}
+    done = {run.name: {"held_out": 0.5} for run in plan.search("directclr")}
+    more = {run.name for run in plan.known(done)} - search
+    assert more == {
+        f"directclr-seed{seed}-rate0.0005{what}"
+        for seed in (1, 2)
+        for what in ("", "-reference", "-rounded", "-dim10")
+    }
+
+
+def test_every_mode_has_the_same_settings_and_rates():
+    plan = compare.plan(data_spec="patches", device="cpu")
+    assert len(plan.modes) == 9 and plan.seeds == (1, 2, 3) and plan.rates == (5e-4, 2e-3, 8e-3)
+    assert plan.dims == (11, 22, 90, 180)
+    assert not {"mode", "dim", "learning_rate", "seed", "loss"} & plan.settings.keys()
+    searched = {tuple(r.learning_rate for r in plan.search(mode)) for mode in plan.modes}
+    assert searched == {plan.rates}
+    assert plan.trainings == 9 * 3 + 9 * 3 + 4 * 3 + 2 * 3
+    quick = compare.plan(data_spec="patches", device="cpu", quick=True)
+    assert quick.settings["max_steps"] == 20 and len(quick.seeds) == len(quick.rates) == 2
+
+
+def test_default_set(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert compare.plan().settings["data"] == "patches"
+    monkeypatch.setattr(compare.data, "load", lambda *_, **__: None)
+    assert compare.plan().settings["data"] == "cifar10"
+
+
+def values(mean, deviation=0.01):
+    return report.spread([mean - deviation, mean, mean + deviation])
+
+
+def row(linear, part=None, rank=10.0):
+    accuracy = {"r": {"linear": values(linear), "knn": values(linear)}}
+    accuracy["sub-vector"] = {"linear": values(part or linear), "knn": values(part or linear)}
+    spectra = {"representation": {"effective_rank": values(rank, 0.1)}}
+    return {"accuracy": accuracy, "spectra": spectra, "diverged": 0}
+
+
+def test_verdict():
+    assert report.verdict(values(0.70), values(0.60)) == "above"
+    assert report.verdict(values(0.60), values(0.70)) == "below"
+    assert report.verdict(values(0.61), values(0.60)) == "undecided"
+    assert report.verdict(values(0.9), report.spread([0.1])) == "undecided"  # one run has no chance
+    # Two standard errors of 0.01 sqrt(2 / 3) each are not enough, 2.78 are.
+    assert report.verdict(values(0.60 + 2.7 * 0.01 * (2 / 3) ** 0.5), values(0.60)) == "undecided"
+    assert report.verdict(values(0.60 + 2.9 * 0.01 * (2 / 3) ** 0.5), values(0.60)) == "above"
+
+
+def said(rows):
+    agreement = {"mode": "directclr", "diverged": True}
+    search = {mode: {"chosen": 1.0, "inside the training part": {}} for mode in rows}
+    found = {"rows": rows, "order": {"linear": report.order(rows, "linear")}, "seeds": [1, 2, 3]}
+    return " ".join(report.sentences({**found, "agreement": agreement, "search": search}))
+
+
+def test_sentences_follow_the_numbers():
+    """The paper's order and its opposite, by the same code from other numbers."""
+    paper = {mode: row(value / 100) for mode, value in report.PAPER.items()}
+    paper["directclr"] = row(0.627, 0.479, rank=20.0)
+    text = said(paper)
+    assert "It is the paper's order (rank correlation 1.00)" in text and "Opposite" not in text
+    assert "the whole is better" in text and "more than without projector, as in the paper" in text
+    turned = {mode: row(1 - value / 100) for mode, value in report.PAPER.items()}
+    turned["directclr"] = row(1 - 0.627, 1 - 0.479, rank=5.0)
+    text = said(turned)
+    assert "It differs from the paper's (rank correlation -1.00)" in text
+    assert "Opposite to the paper beyond chance, by linear probe:" in text
+    assert "baseline 48.5 ± 1.0 % over simclr 33.5 ± 1.0 %" in text
+    assert "the whole is worse" in text and "the opposite of the paper" in text
+    same = {mode: row(0.5) for mode in report.PAPER}
+    assert "0 are in the paper's order beyond chance" in said(same)
+    assert "28 undecided" in said(same)
+
+
+@pytest.mark.parametrize(("flags", "text"), [
+    ("--modes directclr,byol", "modes: expected some of baseline, .*, got 'byol'"),
+    ("--modes directclr,directclr", "modes: expected each once, got directclr,directclr"),
+    ("--seeds 0", "seeds: expected at least 1, got 0"),
+    ("--data mnist", "data: expected one of digits, patches, .*, got 'mnist'"),
+    ("--data fake --epochs 0", "epochs: expected at least 1, got 0"),
+    ("--data fake --jobs 0", "jobs: expected at least 1, got 0"),
+    ("--data fake --encoder vgg", "encoder: expected one of resnet18, .*, got 'vgg'"),
+])  # fmt: skip
+def test_errors(flags, text, tmp_path, capsys):
+    code = cli.main(["compare", "--out", str(tmp_path / "out"), *flags.split()])
+    output, errors = capsys.readouterr()
+    assert code == 2 and re.fullmatch(f"directclr-fast: error: {text}\n", errors) and not output
+
+
+# ---------------------------------------------------------------- what training does
+
+
+def test_directclr_leaves_r_more_directions_than_no_projector(run_dir, one_thread):
+    """The paper's figure 9 on handwritten digits, 80 steps: without projector r has an effective
+    rank of 23, with DirectCLR 29 to 33, while the columns it is trained on have 14."""
+    pytest.importorskip("sklearn")
+    from directclr_fast.paper import spectrum
+    from directclr_fast.train import data, probe
+    from directclr_fast.train.config import TrainConfig
+    from directclr_fast.train.loop import Trainer
+
+    images = data.load("digits", train=True)
+    for seed in (1, 2):
+        ranks = {}
+        for mode in ("baseline", "directclr"):
+            config = TrainConfig(
+                mode=mode, seed=seed, batch_size=32, epochs=2, warmup_epochs=0,
+                checkpoint_dir=str(run_dir), name=mode, device="cpu",
+            )  # fmt: skip
+            trainer = Trainer(config, overwrite=True, progress=False)
+            trainer.run()
+            model = trainer.model.eval()
+            features, _ = probe.encode(model.encoder, images, 8)
+            found = spectrum.of_model(model, features)
+            ranks[mode] = {name: values["effective_rank"] for name, values in found.items()}
+        assert ranks["directclr"]["representation"] > 1.12 * ranks["baseline"]["representation"]
+        assert ranks["directclr"]["sub-vector"] < 0.7 * ranks["directclr"]["representation"]
