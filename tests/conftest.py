@@ -27,3 +27,24 @@ def uninitialised_memory_is_nan():
 def run_dir(tmp_path):
     """A folder for the runs of one test."""
     return tmp_path / "runs"
+
+
+@pytest.fixture
+def rounding(monkeypatch):
+    """GPUs round to nearest where the interpreter cuts bits off (to bf16 and fp8)."""
+    import numpy as np
+
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    narrow = {"bf16": torch.bfloat16, "fp8e4nv": torch.float8_e4m3fn}
+    plain = interpreter._convert_float
+
+    def convert(value, source, target, mode):
+        if source.name == "fp32" and target.name in narrow:
+            wide = torch.from_numpy(np.ascontiguousarray(value).reshape(-1))
+            found = wide.to(narrow[target.name])
+            bits = found.view(torch.int16 if target.name == "bf16" else torch.uint8).numpy()
+            unsigned = np.uint16 if target.name == "bf16" else np.uint8
+            return bits.view(unsigned).reshape(value.shape)
+        return plain(value, source, target, mode)
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert)

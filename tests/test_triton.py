@@ -23,32 +23,16 @@ if torch.cuda.is_available():
     pytest.skip("with a GPU, test_backends_gpu.py runs them compiled", allow_module_level=True)
 
 from directclr_fast.kernels import common, configs, sums  # noqa: E402
-from triton.runtime import interpreter  # noqa: E402
 
 if not common.INTERPRETED.value:
     pytest.skip("Triton was imported before the tests could set it", allow_module_level=True)
 
 # numpy's, for log(0) and exp2 of large numbers
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    pytest.mark.usefixtures("rounding"),
+]
 COARSE = configs.Tile(128, 128, 64, 1, 1)  # fewer, larger steps for the interpreter
-
-
-@pytest.fixture(autouse=True)
-def rounding(monkeypatch):
-    """GPUs round to nearest where the interpreter cuts bits off (to bf16 and fp8)."""
-    narrow = {"bf16": torch.bfloat16, "fp8e4nv": torch.float8_e4m3fn}
-    plain = interpreter._convert_float
-
-    def convert(value, source, target, mode):
-        if source.name == "fp32" and target.name in narrow:
-            wide = torch.from_numpy(np.ascontiguousarray(value).reshape(-1))
-            found = wide.to(narrow[target.name])
-            bits = found.view(torch.int16 if target.name == "bf16" else torch.uint8).numpy()
-            unsigned = np.uint16 if target.name == "bf16" else np.uint8
-            return bits.view(unsigned).reshape(value.shape)
-        return plain(value, source, target, mode)
-
-    monkeypatch.setattr(interpreter, "_convert_float", convert)
 
 
 @pytest.fixture
