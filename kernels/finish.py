@@ -14,12 +14,12 @@ write; the second from cache).
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .common import Layout, cdiv, launch, load_scale, load_unit_rows
+from .records import View
 
 ROWS, COLUMNS = 4, 128
 
@@ -202,14 +202,6 @@ def _finish_kernel(
             n_diagonal, factor, largest_rnorm, d, width, stride_z, stride_acc, stride_dr_b,
             stride_dc_b, PITCH, SPLIT, FACTORED, WRITE_B, DOTS, GATHERED, ADD, ROWS, COLUMNS,
         )  # fmt: skip
-
-
-class View:
-    """One view's side of ``finish``: packed z, rnorm, accumulated dz, output or None, its dots."""
-
-    def __init__(self, z: Tensor, rnorm: Tensor, acc: Tensor, dr: Tensor | None, dots: bool):
-        self.z, self.rnorm, self.acc, self.dr = z, rnorm, acc, dr
-        self.dots = torch.empty_like(rnorm) if dots else None
 
 
 def finish(

@@ -17,15 +17,14 @@ no mask along it.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .common import LOG2E, Layout, cdiv, expm1, launch, load_scale, load_tile, tile_dot, tile_source
 from .configs import Tile
+from .records import STORE, Factors
 
-STORE = 2.0**13
 BLOCK = 128
 
 
@@ -159,24 +158,6 @@ def _weights_kernel(
     row = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None] * stride_out
     column = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     tl.store(out + row + column, g.to(out.dtype.element_ty))
-
-
-class Factors:
-    """What a tile of weights is made with: per-row and per-column fp32, and the positives' terms.
-
-    ``diagonal`` (M,) is STORE-scaled like P. Without ``bounded`` the shifts are the log-sums in
-    base 2.
-    """
-
-    def __init__(self, m: int, n: int, symmetric: bool, bounded: bool, device) -> None:
-        def vector(length: int) -> Tensor:
-            return torch.empty(length, dtype=torch.float32, device=device)
-
-        self.row, self.diagonal = vector(m), vector(m)
-        self.col = vector(n) if symmetric else self.row
-        self.row_shift = self.row if bounded else vector(m)
-        self.col_shift = vector(n) if symmetric and not bounded else self.row_shift
-        self.symmetric, self.bounded = symmetric, bounded
 
 
 def factors(problem, saved, upstream: Tensor, largest: Tensor | None, bounded: bool) -> Factors:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..kernels.configs import Tile
 from ..kernels.layout import Layout
+from ..kernels.records import STORE, Factors, View
 
 try:
     from .. import _cuda
@@ -23,7 +24,6 @@ except ImportError as error:
     missing = str(error).partition(" (/")[0]
 
 PARTIAL_BYTES = 64 * 2**20
-STORE = 2.0**13  # |P| <= 2 STORE, so fp16 keeps entries normal down to 2^-28 of a probability
 PINGPONG_PITCH = 256  # by design, not yet by measurement: short products leave exponentials bare
 
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
@@ -236,24 +236,6 @@ def combine(problem, positives, scale, *, bounded, parts: Partials | None, rest=
 # ------------------------------------------------------------------------------- weights, products
 
 
-class Factors:
-    """What a tile of weights is made with: per-row and per-column fp32, and the positives' terms.
-
-    ``diagonal`` (M,) is STORE-scaled like P. Without ``bounded`` the shifts are the log-sums in
-    base 2.
-    """
-
-    def __init__(self, m: int, n: int, symmetric: bool, bounded: bool, device) -> None:
-        def vector(length: int) -> Tensor:
-            return torch.empty(length, dtype=torch.float32, device=device)
-
-        self.row, self.diagonal = vector(m), vector(m)
-        self.col = vector(n) if symmetric else self.row
-        self.row_shift = self.row if bounded else vector(m)
-        self.col_shift = vector(n) if symmetric and not bounded else self.row_shift
-        self.symmetric, self.bounded = symmetric, bounded
-
-
 def factors(problem, saved, upstream: Tensor, largest: Tensor | None, bounded: bool) -> Factors:
     """One launch. ``largest`` = max |upstream| for reduction "none", else None (weights 1)."""
     found = Factors(problem.rows, problem.candidates, problem.symmetric, bounded, upstream.device)
@@ -302,14 +284,6 @@ def product(
 
 
 # ------------------------------------------------------------------------------- finish
-
-
-class View:
-    """One view's side of ``finish``: packed z, rnorm, accumulated dz, output or None, its dots."""
-
-    def __init__(self, z: Tensor, rnorm: Tensor, acc: Tensor, dr: Tensor | None, dots: bool):
-        self.z, self.rnorm, self.acc, self.dr = z, rnorm, acc, dr
-        self.dots = torch.empty_like(rnorm) if dots else None
 
 
 def finish(

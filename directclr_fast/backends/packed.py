@@ -6,8 +6,8 @@ negatives "cross") takes 4 launches forward and, where the weights fit in one su
 backward; the other options go through the driver in ``stages`` over the same kernels. A subclass
 says which tiles its kernels take and hands in the kernels: an object with ``device``,
 ``normalize``, ``normalize_views``, ``positives``, ``strips``, ``partial_sums``, ``log_sums``,
-``combine``, ``Factors``, ``STORE``, ``factors``, ``weights``, ``product``, ``View``, ``finish`` and
-``add_positives``, as the modules of ``kernels/`` define them.
+``combine``, ``factors``, ``weights``, ``product``, ``finish`` and ``add_positives``, as the modules
+of ``kernels/`` define them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..kernels.records import STORE, Factors, View
 from ..problem import Problem
 from .stages import Pair, Saved
 
@@ -38,7 +39,10 @@ def precision(problem: Problem) -> str:
 
 
 class PackedStages:
-    """The stages, as :class:`directclr_fast.backends.stages.Stages` describes them."""
+    """The stages, as :class:`directclr_fast.backends.stages.Stages` describes them.
+
+    Abstract: ``kernels`` and the next three methods are a subclass's.
+    """
 
     kernels: object
 
@@ -147,9 +151,9 @@ class PackedStages:
                 (2, state.z2, state.rnorm2, dz2, drs[1]),
             ):
                 if dz is not None:
-                    views.append((self.kernels.View(z, rnorm, dz, dr, need_temperature), number))
+                    views.append((View(z, rnorm, dz, dr, need_temperature), number))
             if views:
-                factor = 1.0 / (self.kernels.STORE * (2.0 if problem.symmetric else 1.0))
+                factor = 1.0 / (STORE * (2.0 if problem.symmetric else 1.0))
                 if problem.reduction == "mean":
                     factor /= problem.rows
                 self.kernels.finish(
@@ -240,7 +244,7 @@ class PackedStages:
         self, problem: Problem, z1: Tensor, z2: Tensor, scale, pair: Pair, kept: Tensor, need
     ) -> tuple[Tensor | None, Tensor | None]:
         layout, offset = self._layout(problem, z1), problem.row_offset
-        factors, unit = _factors(self.kernels, pair, is_bounded(problem, scale))
+        factors, unit = _factors(pair, is_bounded(problem, scale))
         with self.kernels.device(z1):
             dz1, dz2 = self._tile_products(problem, layout, z1, z2, scale, factors, offset, need)
             if dz1 is not None:
@@ -255,7 +259,7 @@ class PackedStages:
         self, problem: Problem, z: Tensor, scale, w: Tensor, lse: Tensor, dz: Tensor
     ) -> None:
         layout = self._layout(problem, z)
-        factors, unit = _factors(self.kernels, Pair(w, lse, w, lse, w), is_bounded(problem, scale))
+        factors, unit = _factors(Pair(w, lse, w, lse, w), is_bounded(problem, scale))
         tile = self._tile("weights", layout, z.device, factors.bounded)
         inner = self._tile("products", layout, z.device)
         side = min(self._superblock(problem, layout, tile))
@@ -294,7 +298,7 @@ class PackedStages:
         dr: Tensor | None,
         index: Tensor | None,
     ) -> Tensor:
-        view = self.kernels.View(z, rnorm, dz, dr, dots=True)
+        view = View(z, rnorm, dz, dr, dots=True)
         with self.kernels.device(z):
             self.kernels.finish(
                 self._layout(problem, z),
@@ -318,7 +322,7 @@ def is_bounded(problem: Problem, scale) -> bool:
     return not isinstance(scale, Tensor) and problem.unshifted_is_safe(scale)
 
 
-def _factors(kernels, pair: Pair, bounded: bool):
+def _factors(pair: Pair, bounded: bool):
     """(the kernels' factors of a pair's weights, the factor the product still lacks, 0-dim)."""
     both = pair.v is not None
     top = pair.w.abs().amax()
@@ -327,12 +331,12 @@ def _factors(kernels, pair: Pair, bounded: bool):
     # The next power of two: dividing by it rounds nothing. 1 where every weight is zero.
     unit = torch.ldexp(torch.ones_like(top), torch.frexp(top).exponent)
     unit = torch.where(top.isfinite(), unit, top)
-    found = kernels.Factors.__new__(kernels.Factors)
+    found = Factors.__new__(Factors)
     found.symmetric, found.bounded = both, bounded
     found.diagonal = pair.diagonal.float()
 
     def side(weight: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-        weight = weight / unit * kernels.STORE
+        weight = weight / unit * STORE
         if not bounded:
             return weight.float(), (lse * math.log2(math.e)).float()
         # Candidates nobody is the positive of have no weight, whatever their log-sum.
@@ -343,7 +347,7 @@ def _factors(kernels, pair: Pair, bounded: bool):
     found.col, found.col_shift = found.row, found.row_shift
     if both:
         found.col, found.col_shift = side(pair.v, pair.col_lse)
-    return found, (unit / kernels.STORE).float()
+    return found, (unit / STORE).float()
 
 
 def _slices(size: int, block: int) -> list[slice]:

@@ -80,9 +80,9 @@ class _Kernels:
     MODULES = {
         "normalize": ("normalize", "normalize_views", "positives"),
         "sums": ("strips", "partial_sums", "log_sums", "combine"),
-        "weights": ("Factors", "STORE", "factors", "weights"),
+        "weights": ("factors", "weights"),
         "products": ("product",),
-        "finish": ("View", "finish", "add_positives"),
+        "finish": ("finish", "add_positives"),
     }
 
     def __getattr__(self, name: str):

@@ -240,7 +240,8 @@ def draw_box(
 @dataclass(frozen=True)
 class _View:
     """Parameters are drawn (`sample`) for a whole batch and applied (`rows`) to any part of it: a
-    sample's view does not depend on how the batch is divided. See `View` and `AffineView`."""
+    sample's view does not depend on how the batch is divided. Abstract: `sample` and `apply` are
+    those of `View` and `AffineView`."""
 
     size: int
     channels: int

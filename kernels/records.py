@@ -1,0 +1,36 @@
+"""What the stages hand to each other, whoever wrote the kernels; needs no Triton."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# The stored weights' power of two: |P| <= 2 STORE, so fp16 keeps entries normal down to 2^-28 of a
+# probability.
+STORE = 2.0**13
+
+
+class Factors:
+    """What a tile of weights is made with: per-row and per-column fp32, and the positives' terms.
+
+    ``diagonal`` (M,) is STORE-scaled like P. Without ``bounded`` the shifts are the log-sums in
+    base 2.
+    """
+
+    def __init__(self, m: int, n: int, symmetric: bool, bounded: bool, device) -> None:
+        def vector(length: int) -> Tensor:
+            return torch.empty(length, dtype=torch.float32, device=device)
+
+        self.row, self.diagonal = vector(m), vector(m)
+        self.col = vector(n) if symmetric else self.row
+        self.row_shift = self.row if bounded else vector(m)
+        self.col_shift = vector(n) if symmetric and not bounded else self.row_shift
+        self.symmetric, self.bounded = symmetric, bounded
+
+
+class View:
+    """One view's side of ``finish``: packed z, rnorm, accumulated dz, output or None, its dots."""
+
+    def __init__(self, z: Tensor, rnorm: Tensor, acc: Tensor, dr: Tensor | None, dots: bool):
+        self.z, self.rnorm, self.acc, self.dr = z, rnorm, acc, dr
+        self.dots = torch.empty_like(rnorm) if dots else None
