@@ -16,7 +16,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
 
-# Measures every committed CPU result again and fills the tables: about an hour on 2 idle cores.
+# Measures every committed CPU result again and fills the tables: about 40 minutes on 2 idle cores.
 bench: $(VENV)/.installed-bench
 	FORCE=1 PYTHON=$(BIN)/python bench/cpu_suite.sh
 
