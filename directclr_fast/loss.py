@@ -339,8 +339,15 @@ def _logits(cosines: Tensor, temperature: Tensor | None, options) -> Tensor:
 
 def _mixed(r: Tensor) -> bool:
     """Whether autocast is on, so that eager PyTorch would round operands: precision "auto"."""
-    kind = r.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return r.device.type in _AUTOCAST and torch.is_autocast_enabled(r.device.type)
+
+
+# Asked once: torch 2.11 cannot trace the question.
+_AUTOCAST = frozenset(
+    kind
+    for kind in ("cpu", "cuda", "xpu", "mps", "hpu", "xla", "mtia")
+    if torch.amp.is_autocast_available(kind)
+)
 
 
 def _is_number(value) -> bool:
