@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -64,3 +67,19 @@ def test_doctor_reports_versions_devices_and_reasons():
     assert report["chosen"]["cpu"] == dispatch.PRIORITY[0]
     text = doctor.text(report)
     assert "on cpu: available" in text and "fp32) on cpu: " in text
+
+
+@pytest.mark.parametrize("name", ["portable", "none such"])
+def test_the_environment_names_the_instruction_set(name):
+    pytest.importorskip("directclr_fast._cpu")
+    code = "from directclr_fast.backends import cpu; print(cpu._cpu.isa())"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"DIRECTCLR_FAST_ISA": name},
+        capture_output=True,
+        text=True,
+    )
+    if name == "portable":
+        assert done.stdout.strip() == "portable", done.stderr
+    else:
+        assert "DIRECTCLR_FAST_ISA: expected one of" in done.stderr and "'none such'" in done.stderr

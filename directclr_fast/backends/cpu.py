@@ -7,6 +7,7 @@ and the gradients is a scratch of a few MiB a thread, plus the tiles of S the wo
 from __future__ import annotations
 
 import math
+import os
 
 import torch
 from torch import Tensor
@@ -23,6 +24,12 @@ except ImportError as error:
     _missing = str(error).partition(" (/")[0]
 
 NAME = "cpu"
+
+_asked = os.environ.get("DIRECTCLR_FAST_ISA")
+if _cpu is not None and _asked and _asked not in _cpu.available_isas():
+    raise ValueError(
+        f"DIRECTCLR_FAST_ISA: expected one of {', '.join(_cpu.available_isas())}, got {_asked!r}"
+    )
 
 # Keeping S saves one of three tile products in the backward pass: 16 MiB hold all of it up to N =
 # 2048, where that is 20 % of the step; at N = 4096, 16 and 48 MiB measured within 5 % of none.
