@@ -1,20 +1,42 @@
 # Two commands: `make demo` trains and probes on real images, `make test` runs the whole suite.
-# Both create and reuse .venv; PYTHON=python3.12 picks another interpreter.
+#
+# Both create and reuse .venv with the pinned packages of constraints/default.txt.
+#   make test PYTHON=python3.12   another interpreter    (an environment of its own, .venv-...)
+#   make test TORCH=2.11.0        another PyTorch        (likewise; `newest` takes what pip finds)
+#   make test ISA=avx2            another body of the C++ kernels than the processor's best
+#   make test THREADS=2           threads of each of the WORKERS test processes
 PYTHON ?= python3
+TORCH ?=
+WORKERS ?= 2
+THREADS ?= 1
+ISA ?=
+TESTS ?=
+
+python_version := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+ifeq ($(TORCH)$(filter command line environment,$(origin PYTHON)),)
 VENV := .venv
+else
+VENV := .venv-py$(python_version)$(if $(TORCH),-torch$(TORCH))
+endif
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml setup.py $(shell find csrc -type f \
+# Without a lock of its own, a version of PyTorch gets what pip finds in pyproject.toml's range.
+LOCK := $(wildcard constraints/$(if $(TORCH),torch-$(TORCH),default).txt)
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -q $(if $(LOCK),-c $(LOCK)) \
+	$(if $(filter-out newest,$(TORCH)),torch==$(TORCH))
+SOURCES := pyproject.toml setup.py $(LOCK) $(shell find csrc -type f \
 	\( -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench lint lock clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python -m directclr_fast demo --out runs/demo
 
+# Test processes share the cores, one thread each; tests that need more threads ask for them.
 test: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=$(THREADS) DIRECTCLR_FAST_ISA=$(ISA) \
+		$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(TESTS)
 
 # Measures every committed CPU result again and fills the tables: about 40 minutes on 2 idle cores.
 bench: $(VENV)/.installed-bench
@@ -24,20 +46,26 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Pins anew what the .in files leave open; needs uv.
+lock: $(patsubst %.in,%.txt,$(wildcard constraints/*.in))
+constraints/%.txt: constraints/%.in pyproject.toml
+	uv pip compile pyproject.toml --extra test --universal --python-version 3.10 --no-annotate \
+		-q -c $< -o $@
+
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed-demo: $(SOURCES) | $(BIN)/python
-	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[train,plot]'
+	$(PIP) -e '.[train,plot]'
 	touch $@
 
 $(VENV)/.installed-test: $(SOURCES) | $(BIN)/python
-	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[test]'
+	$(PIP) -e '.[test]'
 	touch $@ $(VENV)/.installed-demo
 
 $(VENV)/.installed-bench: $(SOURCES) | $(BIN)/python
-	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[bench]'
+	$(PIP) -e '.[bench]'
 	touch $@ $(VENV)/.installed-demo
 
 clean:
-	rm -rf build dist *.egg-info $(VENV)
+	rm -rf build dist *.egg-info .venv .venv-*
