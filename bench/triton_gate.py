@@ -1,24 +1,34 @@
 """Compiles every Triton kernel a call would launch, for GPUs that need not be there, and reads the
 binaries: registers, stack, shared memory, matrix instructions.
 
-    python bench/triton_gate.py                                   # all architectures, a table
-    python bench/triton_gate.py --arch sm_90 --out docs/triton-kernels.md
+    python bench/triton_gate.py                       # what is not in the record yet, a summary
+    python bench/triton_gate.py --anew --arch sm_90   # everything again, without the record
+    python bench/triton_gate.py --triton 3.6.0 3.9.0 --write --out docs/triton-kernels.md
 
 The launches are those of the backend itself, recorded instead of run, so what is checked is what
 ships. Exit status 1 if a kernel spills, needs more shared memory than the chip has, or a tile
 product lacks the chip's matrix instruction.
+
+A compiler is a function of its input, so a kernel that was judged once need not be compiled again:
+the record (bench/results/triton_gate.json) holds what each Triton made of each launch, under a key
+of the kernel's code, the launch and the architecture. A change of a kernel, a tile or an option
+changes the key. ``--recheck`` compiles some of the recorded ones again and compares.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -31,6 +41,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from directclr_fast.backends import stages as driver
 from directclr_fast.backends.triton import TritonStages
 from directclr_fast.problem import Problem
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORD = ROOT / "bench/results/triton_gate.json"
+READ = ("shared", "registers", "stack", "spills", "matrix")  # what a binary tells
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -85,6 +99,39 @@ class Launch:
         text += [k.lower() for k, v in named.items() if v is True]
         text += [f"{k.lower()} {v}" for k, v in named.items() if k in ("D", "PITCH", "PRECISION")]
         return " ".join(text)
+
+    def key(self, arch: str) -> str:
+        """Names everything the binary depends on but the compiler."""
+        parts = (code_of(self.module, self.kernel), repr(self), arch)
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+@cache
+def definitions(module: str) -> dict[str, ast.stmt]:
+    """Top-level functions and constants of ``kernels/<module>.py``, without docstrings."""
+    named = {}
+    for node in ast.parse((ROOT / "kernels" / f"{module}.py").read_text()).body:
+        if isinstance(node, ast.FunctionDef):
+            if ast.get_docstring(node):
+                del node.body[0]
+            named[node.name] = node
+        elif isinstance(node, ast.Assign):
+            names = [n.id for target in node.targets for n in ast.walk(target) if hasattr(n, "id")]
+            named |= dict.fromkeys(names, node)
+    return named
+
+
+@cache
+def code_of(module: str, kernel: str) -> str:
+    """The code of a kernel and of everything it reaches in its module and those it imports from."""
+    known = definitions("records") | definitions("common") | definitions(module)
+    reached, new = {}, [kernel]
+    while new:
+        name = new.pop()
+        if name in known and name not in reached:
+            reached[name] = ast.dump(known[name])
+            new += [node.id for node in ast.walk(known[name]) if isinstance(node, ast.Name)]
+    return "\n".join(reached[name] for name in sorted(reached))
 
 
 def recorded(arch: str) -> list[Launch]:
@@ -181,7 +228,7 @@ def _call(backend: TritonStages, **changes) -> None:
 
 
 def compiled(work: tuple[Launch, str]) -> dict:
-    """One row of the table."""
+    """What the binary of one launch tells (:data:`READ`), or the error."""
     entry, arch = work
     module = __import__(f"directclr_fast.kernels.{entry.module}", fromlist=["x"])
     kernel = getattr(module, entry.kernel)
@@ -197,15 +244,12 @@ def compiled(work: tuple[Launch, str]) -> dict:
         attrs=attributes,
     )
     options = {"num_warps": entry.warps, "num_stages": entry.stages, "enable_fp_fusion": True}
-    row = {"arch": arch, "kernel": entry.kernel, "what": entry.label()}
     try:
         binary = triton.compile(source, target=TARGETS[arch], options=options)
     except Exception as error:  # one kernel that does not compile is a row of the table
-        return row | {"problems": [f"does not compile: {str(error).splitlines()[0]}"]}
-    row |= {"warps": entry.warps, "stages": entry.stages, "shared": binary.metadata.shared}
-    row |= _amd(binary) if arch.startswith("gfx") else _nvidia(binary)
-    row["problems"] = _problems(row, entry, arch)
-    return row
+        return {"error": f"does not compile: {str(error).splitlines()[0]}"}
+    read = _amd(binary) if arch.startswith("gfx") else _nvidia(binary)
+    return {"shared": binary.metadata.shared} | read
 
 
 def _nvidia(binary) -> dict:
@@ -242,6 +286,8 @@ def _amd(binary) -> dict:
 
 
 def _problems(row: dict, entry: Launch, arch: str) -> list[str]:
+    if "error" in row:
+        return [row["error"]]
     found = []
     if row["spills"] or row["stack"]:
         found.append(f"spills: {row['spills']} instructions, {row['stack']} bytes of stack")
@@ -255,55 +301,143 @@ def _problems(row: dict, entry: Launch, arch: str) -> list[str]:
     return found
 
 
-def table(rows: list[dict]) -> str:
-    """Markdown."""
-    lines = [
-        "| arch | kernel | specialisation | warps | stages | registers | stack | shared, KiB "
-        "| matrix instructions |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        if "registers" not in row:
-            lines.append(f"| {row['arch']} | {row['kernel']} | {row['what']} | {row['problems']} |")
-            continue
+def judged(work: list, record: dict, workers: int, anew: bool, recheck: int) -> list[dict]:
+    """A row for each (launch, architecture): from the record, else compiled and put into it."""
+    keys = [entry.key(arch) for entry, arch in work]
+    fresh = [i for i, key in enumerate(keys) if anew or key not in record]
+    again = sorted((i for i, key in enumerate(keys) if i not in set(fresh)), key=keys.__getitem__)
+    again = again[:recheck]
+    with ProcessPoolExecutor(workers) as pool:
+        results = pool.map(compiled, [work[i] for i in fresh + again], chunksize=1)
+        results = dict(zip(fresh + again, results))
+    rows = []
+    for i, ((entry, arch), key) in enumerate(zip(work, keys)):
+        row = {"arch": arch, "kernel": entry.kernel, "what": entry.label(), "key": key}
+        row |= {"warps": entry.warps, "stages": entry.stages, "compiled": i in results}
+        told = results.get(i) or dict(zip(READ, record[key]))
+        row |= told | {"problems": _problems(told, entry, arch)}
+        if i in again and [told.get(name) for name in READ] != record[key]:
+            row["problems"].append(f"the record says {record[key]}, the compiler {told}")
+        rows.append(row)
+    return rows
+
+
+def summary(version: str, rows: list[dict]) -> list[str]:
+    """Lines of the table for one Triton."""
+    lines = []
+    for arch in dict.fromkeys(row["arch"] for row in rows):
+        of = [row for row in rows if row["arch"] == arch]
+        whole = [row for row in of if "error" not in row]
+        most = max(whole, key=lambda row: row["shared"])
+        products = [row["registers"] for row in whole if row["kernel"] in PRODUCTS]
+        matrix = sorted({name for row in whole for name in row["matrix"]})
         lines.append(
-            f"| {row['arch']} | {row['kernel'].strip('_').removesuffix('_kernel')} | {row['what']} "
-            f"| {row['warps']} | {row['stages']} | {row['registers']} | {row['stack']} "
-            f"| {row['shared'] / 1024:.0f} | {' '.join(row['matrix'])} |"
+            f"| {version} | {arch} | {len(of)} | {max(products)} | "
+            f"{most['shared'] / 1024:.0f} of {configs.SHARED_BYTES[arch] / 1024:.0f} | "
+            f"{sum(bool(row['spills'] or row['stack']) for row in whole)} | "
+            f"{sum(bool(row['problems']) for row in of)} | {' '.join(matrix)} |"
         )
-    return "\n".join(lines)
+    return lines
+
+
+PAGE = """# Triton kernels, compiled
+
+What the compilers of the supported range of PyTorch make of every kernel that ships, read off the
+binaries; no GPU is needed. PyTorch 2.11 brings Triton 3.6, 2.12 and 2.13 bring 3.7, 2.14 brings
+3.8, 2.15 brings 3.9. Every single kernel, with its registers, stack, shared memory and matrix
+instructions, is in [bench/results/triton_gate.json](../bench/results/triton_gate.json);
+`python bench/triton_gate.py --list` prints those of the installed Triton as a table.
+
+| Triton | architecture | kernels | most registers, tile products | most shared memory, KiB | spill | with problems | matrix instructions |
+|---|---|---|---|---|---|---|---|
+"""  # noqa: E501
+
+
+def other_triton(version: str) -> Path:
+    """A folder that holds that Triton, to stand before the installed one."""
+    folder = ROOT / "build" / f"triton-{version}"
+    if not folder.exists():
+        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target"]
+        subprocess.run([*command, str(folder), f"triton=={version}"], check=True)
+    return folder
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Compiles, prints the table and every problem."""
+    """Judges every launch, prints a summary and every problem."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", nargs="+", choices=list(TARGETS), default=list(TARGETS))
     parser.add_argument("--kernel", nargs="+", help="only these (sums, weights, ...)")
+    parser.add_argument("--triton", nargs="+", help="versions to judge instead of the installed")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--anew", action="store_true", help="compile what the record has, too")
+    parser.add_argument("--recheck", type=int, default=0, help="recorded ones to compile again")
+    parser.add_argument("--write", action="store_true", help="put what was compiled on record")
+    parser.add_argument("--list", action="store_true", help="print a line for each kernel")
     parser.add_argument("--json", help="write the rows here")
-    parser.add_argument("--out", help="write the table here, under its own heading")
+    parser.add_argument("--out", help="write the summary of all recorded versions here")
     arguments = parser.parse_args(argv)
+    if arguments.triton:
+        return _each(arguments.triton, argv or sys.argv[1:])
+    version = triton.__version__
     work = [(entry, arch) for arch in arguments.arch for entry in recorded(arch)]
     if arguments.kernel:
         names = {f"_{name}_kernel" for name in arguments.kernel}
         work = [(entry, arch) for entry, arch in work if entry.kernel in names]
-    with ProcessPoolExecutor(arguments.workers) as pool:
-        rows = list(pool.map(compiled, work, chunksize=4))
-    print(table(rows))
+    record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    of_version = record.get(version, {})
+    rows = judged(work, of_version, arguments.workers, arguments.anew, arguments.recheck)
+    if arguments.list:
+        for row in rows:
+            numbers = " ".join(f"{name}={row.get(name)}" for name in ("warps", "stages", *READ))
+            print(f"{row['arch']} {row['kernel']} {row['what']}: {numbers}")
     bad = [row for row in rows if row["problems"]]
     for row in bad:
         print(f"{row['arch']} {row['kernel']} {row['what']}: {'; '.join(row['problems'])}")
-    print(f"{len(rows)} kernels for {', '.join(arguments.arch)}, {len(bad)} with problems")
+    count = sum(row["compiled"] for row in rows)
+    print(
+        f"Triton {version}: {len(rows)} kernels for {', '.join(arguments.arch)}, "
+        f"{count} compiled now, {len(rows) - count} on record, {len(bad)} with problems"
+    )
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(rows, indent=1) + "\n")
+    if arguments.write:
+        whole = len(arguments.arch) == len(TARGETS) and not arguments.kernel
+        kept = {} if whole else of_version
+        told = {row["key"]: [row[n] for n in READ] for row in rows if "error" not in row}
+        record[version] = dict(sorted((kept | told).items()))
+        _write(dict(sorted(record.items())))
     if arguments.out:
-        head = (
-            "# Triton kernels, compiled\n\nWhat the compiler made of every kernel that ships, read "
-            f"off the binaries\n(Triton {triton.__version__}; no GPU is needed). Written by "
-            "`python bench/triton_gate.py --out docs/triton-kernels.md`.\n\n"
-        )
-        Path(arguments.out).write_text(head + table(rows) + "\n")
+        pages = [line for v in record for line in summary(v, _on_record(record[v]))]
+        Path(arguments.out).write_text(PAGE + "\n".join(pages) + "\n")
     return 1 if bad else 0
+
+
+def _each(versions: list[str], argv: list[str]) -> int:
+    """This command once more with every Triton named after ``--triton``."""
+    rest = argv[: argv.index("--triton")] + argv[argv.index("--triton") + 1 + len(versions) :]
+    status = 0
+    for version in versions:
+        environment = dict(os.environ)
+        if version != triton.__version__:
+            environment["PYTHONPATH"] = str(other_triton(version))
+        command = [sys.executable, __file__, *rest]
+        status |= subprocess.run(command, env=environment).returncode
+    return status
+
+
+def _on_record(of_version: dict) -> list[dict]:
+    """The rows of every launch of today that a version has on record."""
+    work = [(entry, arch) for arch in TARGETS for entry in recorded(arch)]
+    return judged([w for w in work if w[0].key(w[1]) in of_version], of_version, 1, False, 0)
+
+
+def _write(record: dict) -> None:
+    """One line a kernel, so that a change of one is a change of one line."""
+    versions = []
+    for version, kernels in record.items():
+        lines = ",\n".join(f'  "{key}": {json.dumps(told)}' for key, told in kernels.items())
+        versions.append(f'"{version}": {{\n{lines}\n}}')
+    RECORD.write_text("{\n" + ",\n".join(versions) + "\n}\n")
 
 
 if __name__ == "__main__":

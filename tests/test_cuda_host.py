@@ -182,7 +182,7 @@ def arguments(case: dict):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_option_agrees_with_the_triton_kernels(name, rounding):
+def test_every_option_agrees_with_the_triton_kernels(name, interpreted):
     """They round the same operands, and were held against the reference themselves."""
     pytest.importorskip("triton")
     if torch.cuda.is_available():

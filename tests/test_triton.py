@@ -30,7 +30,7 @@ if not common.INTERPRETED.value:
 # numpy's, for log(0) and exp2 of large numbers
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-    pytest.mark.usefixtures("rounding"),
+    pytest.mark.usefixtures("interpreted"),
 ]
 COARSE = configs.Tile(128, 128, 64, 1, 1)  # fewer, larger steps for the interpreter
 
