@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import socket
 
 import pytest
 import torch
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# The suite may itself run under torchrun or a scheduler; no test is a rank of that job.
+_JOB = ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+for _name in [*os.environ]:
+    if _name in _JOB or _name.startswith(("MASTER_", "TORCHELASTIC_")):
+        del os.environ[_name]
+# All processes of a test are on this machine, whose own name need not resolve: Gloo would ask.
+_LOOPBACK = {name for _, name in socket.if_nameindex()} & {"lo", "lo0"}
+if _LOOPBACK:
+    os.environ["GLOO_SOCKET_IFNAME"] = _LOOPBACK.pop()
+os.environ["MPLBACKEND"] = "agg"
+# Of a home that cannot be written to, and of a font cache that takes long to build.
+logging.getLogger("matplotlib").setLevel(logging.ERROR)
 if not torch.cuda.is_available():
     # Triton decides when it is imported; without a GPU there is nothing else it could do.
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_configure(config):
+    # pytest-xdist's own marker, for runs without it.
+    config.addinivalue_line("markers", "xdist_group(name): tests that share what is dear to make")
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import waiting
 from test_loss_exact import CASES_PER_CHUNK, arguments_of, conditioning, generated_case
 
 from directclr_fast import dispatch, doctor, fast_directclr_loss, last_backend, ops
@@ -153,8 +154,9 @@ class GradientOfRows(torch.utils.data.Dataset):
 def test_inside_data_loader_workers_forked_after_use():
     here = [GradientOfRows()[index] for index in range(4)]
     loader = torch.utils.data.DataLoader(
-        GradientOfRows(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60
-    )
+        GradientOfRows(), batch_size=None, num_workers=2, multiprocessing_context="fork",
+        timeout=waiting.STILL,
+    )  # fmt: skip
     for found, expected in zip(loader, here):
         assert relative_error(found, expected) < 1e-6
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
+import signal
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import waiting
 
 from directclr_fast import (
     DirectCLRLoss,
@@ -34,8 +35,8 @@ from directclr_fast.testing import bound, evaluate, make_views, relative_error
 
 WORLD = 4
 SIZES = (1, 2, 3, 4)
+pytestmark = pytest.mark.xdist_group("four processes")  # whose start is what costs
 GATHERS = ("all", "ring")
-TIMEOUT = 240  # seconds for all of it; some 20 are used
 UNEVEN = (37, 1, 20, 64)  # one process with a single row; no total that W divides
 EVEN = (16, 16, 16, 16)
 
@@ -685,39 +686,26 @@ def processes(tmp_path_factory):
     if not (dist.is_available() and dist.is_gloo_available()):
         pytest.skip("this PyTorch has no Gloo")
     folder = tmp_path_factory.mktemp("distributed")
+    commands = [[sys.executable, __file__, rank, folder] for rank in range(WORLD)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    running = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(WORLD)
-    ]
-    try:
-        said = [process.communicate(timeout=TIMEOUT)[0] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    for rank, (process, text) in enumerate(zip(running, said)):
-        assert process.returncode == 0, f"rank {rank}:\n{text[-4000:]}"
+    ended = waiting.together(commands, folder, env=environment)
+    for rank, done in enumerate(ended):
+        assert done.returncode in (0, -signal.SIGKILL), f"rank {rank}:\n{done.stderr[-4000:]}"
+    assert not any(done.returncode for done in ended)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
 
 
 def main(rank: int, folder: Path) -> None:
     """One of the processes."""
-    from datetime import timedelta
-
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    dist.init_process_group("gloo", f"file://{folder}/init", timedelta(seconds=60), WORLD, rank)
+    dist.init_process_group("gloo", f"file://{folder}/init", world_size=WORLD, rank=rank)
     groups = {size: dist.new_group(list(range(size))) for size in SIZES}
     found = {}
     for size in SIZES[rank:]:
         for name, case in CASES.items():
+            print(size, name, flush=True)  # who waits for this process sees that it gets on
             own = case.own(size, rank)
             r1, r2 = (r[own] for r in case.views(size))
             upstream = case.upstream(size)
@@ -741,6 +729,7 @@ def main(rank: int, folder: Path) -> None:
                     rank, size, groups[size], gather, negatives
                 )
     for name, function in SCENARIOS.items():
+        print(name, flush=True)
         found[name] = function(rank)
     torch.save(found, folder / f"{rank}.pt")
     dist.barrier()

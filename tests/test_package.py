@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 def run(code: str) -> str:
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.strip()
 
 

@@ -7,13 +7,13 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import waiting
 
 from directclr_fast import cli
 from directclr_fast.train import checkpoint, encoders, optim, views
@@ -109,11 +109,9 @@ def test_a_folder_goes_through_the_recipe(photographs, tmp_path, capsys):
     words[words.index("--workers") + 1] = "1"
     words += f"--batch-size 4 --image-size 72 --epochs 2 --checkpoint-dir {runs}".split()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", "-m", "directclr_fast", *words, "--max-steps", "2"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    command += ["--local-addr", "127.0.0.1", "--nproc-per-node", "2", "-m", "directclr_fast"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = waiting.process([*command, *words, "--max-steps", "2"], runs, env=environment)
     assert done.returncode == 0, done.stderr
     assert "directclr, dim 360 on folder:" in done.stdout and "2 ranks" in done.stdout
     assert checkpoint.load(runs / "imagenet")["step"] == 2

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
-import signal
-import subprocess
 import sys
 
 import pytest
 import torch
+import waiting
 from test_train_run import TINY, assert_same, log_of, state_of, train
 
 pytestmark = pytest.mark.skipif(
@@ -18,7 +18,7 @@ FEW = {**TINY, "optimizer": "sgd", "learning_rate": 0.01, "epochs": 2, "max_step
 
 # Imports once and forks the ranks. The script defines main(rank), with train as in test_train_run.
 LAUNCH = r"""
-import json, os, socket, sys, time
+import json, os, sys
 import torch
 import torch.distributed as dist
 from directclr_fast.train import checkpoint, loop, ranks
@@ -35,17 +35,18 @@ def train(name, **settings):
     return trainer(name, **settings).run()
 
 exec(sys.argv[4])
-with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
+# A store of the parent's on a port that the system gives: nobody takes it before the ranks meet.
+store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 world, children = int(sys.argv[1]), []
 for rank in range(world):
     child = os.fork()
     if child == 0:
         code = 1
         try:
-            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
-            os.environ.update({k: str(v) for k, v in names.items()}, MASTER_ADDR="127.0.0.1")
+            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}
+            names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
+            names |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
+            os.environ.update({k: str(v) for k, v in names.items()})
             with ranks.launched():
                 main(rank)
             code = 0
@@ -69,23 +70,12 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def launch(world, run_dir, script, timeout=120):
+def launch(world, run_dir, script):
     """Runs ``main(rank)`` of the script in ``world`` processes."""
-    import json
-
-    command = [sys.executable, "-c", LAUNCH, str(world), str(run_dir), json.dumps(FEW), script]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
-        start_new_session=True,
-    ) as process:  # fmt: skip
-        try:
-            output, _ = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            pytest.fail(f"no end after {timeout} s: {process.communicate()[0]}")
-    assert process.returncode == 0, output
-    return output
+    command = [sys.executable, "-c", LAUNCH, world, run_dir, json.dumps(FEW), script]
+    done = waiting.process(command, run_dir, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
 
 
 def apart(a, b, only=""):
@@ -256,13 +246,12 @@ def main(rank):
 def test_the_command_under_torchrun(run_dir):
     """Trains, says everything once, refuses in one sentence; a batch of fewer than the ranks."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", "-m", "directclr_fast", "train"]
+    command += ["--local-addr", "127.0.0.1", "--nproc-per-node", "2", "-m", "directclr_fast"]
+    command += ["train"]
     for name, value in {**FEW, "checkpoint_dir": run_dir, "name": "run"}.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
-    done = subprocess.run(
-        [*command, "--resume"], capture_output=True, text=True, timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = waiting.process([*command, "--resume"], run_dir, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("done: step 4") == 1 and done.stdout.count("2 ranks") == 1
     assert done.stdout.count("step      4/4  loss") == 1
