@@ -8,10 +8,10 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
+import waiting
 
 from directclr_fast import cli
 from directclr_fast.paper import compare, report, runs
@@ -24,10 +24,25 @@ TINY = {"data_spec": "fake:n=96,size=8,channels=1", "seeds": 2, "rates": (5e-4, 
 TINY |= {"dims": (10,), "modes": ("directclr", "random"), **SETTINGS}
 RUNS = 2 * 2 + 2 * 2 + 2 + 2 * 2 + 2 * 2  # search, table, d0, agreement, untrained and pixels
 
+# Holds a training once as many runs are done as its second argument says, until a signal comes: it
+# cannot reach its end before the test, held up, has sent one.
 COMPARE = f"""
-import sys
-from directclr_fast.paper import compare
+import signal, sys, time
+from pathlib import Path
+from directclr_fast.paper import compare, pool
 from directclr_fast.train.supervise import TrainingStopped
+
+execute, runs = pool.execute, Path(sys.argv[1]) / "runs"
+
+def held(run, settings, out, on_step):
+    def step(record):
+        on_step(record)
+        caught = signal.getsignal(signal.SIGTERM).__self__  # supervise.Signals
+        while not caught.caught and len(list(runs.glob("*.json"))) >= int(sys.argv[2]):
+            time.sleep(0.01)
+    return execute(run, settings, out, step)
+
+pool.execute = held
 if __name__ == "__main__":
     try:
         compare.run(sys.argv[1], compare.plan(**{TINY!r}), jobs=1, progress=False)
@@ -131,16 +146,14 @@ def test_other_settings_in_the_same_folder_are_refused(whole):
 
 
 def children(pid):
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
-    return [int(p) for p in found.stdout.split()]
+    return [int(p) for p in open(f"/proc/{pid}/task/{pid}/children").read().split()]
 
 
 def alive(pid):
     try:
-        os.kill(pid, 0)
+        return "Z" not in open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[0]
     except OSError:
         return False
-    return "Z" not in open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[0]
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs /proc")
@@ -151,34 +164,36 @@ def test_killed_and_interrupted_comparisons_continue(whole, tmp_path):
     out = tmp_path / "out"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
-    def start():
+    def start(count):
         return subprocess.Popen(
-            [sys.executable, str(script), str(out)], stdout=subprocess.PIPE, text=True,
+            [sys.executable, str(script), str(out), str(count)], stdout=subprocess.PIPE, text=True,
             env=environment, start_new_session=True,
         )  # fmt: skip
 
-    def wait_for(count, process):
-        end = time.monotonic() + 100
-        while len(list((out / "runs").glob("*.json"))) < count:
-            assert process.poll() is None and time.monotonic() < end
-            time.sleep(0.02)
+    def signs():
+        return waiting.sizes(out)
 
-    with start() as process:
+    def wait_for(count, process):
+        def there():
+            assert process.poll() is None, process.communicate()[0]
+            return len(list((out / "runs").glob("*.json"))) >= count
+
+        waiting.until(there, signs)
+
+    with start(3) as process:
         wait_for(3, process)
         workers = children(process.pid)
         assert workers
         process.kill()
-    end = time.monotonic() + 20
-    while any(map(alive, workers)) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert not any(map(alive, workers))
+    waiting.until(lambda: not any(map(alive, workers)), signs)
     before = results_of(out)
     assert 3 <= len(before) < RUNS
 
-    with start() as process:
+    with start(len(before) + 3) as process:
         wait_for(len(before) + 3, process)
         os.killpg(process.pid, signal.SIGINT)
-        output, _ = process.communicate(timeout=60)
+        waiting.until(lambda: process.poll() is not None, signs)
+        output = process.communicate()[0]
     assert process.returncode == 75, output
     assert output == ("stopped by SIGINT; what is done is kept, the same command continues\n")
     after, undisturbed = results_of(out), results_of(whole[0])

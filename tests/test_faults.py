@@ -10,10 +10,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+import waiting
 from test_train_run import (
     STEPS,
     TINY,
@@ -231,18 +231,13 @@ def test_restarts_refused(capsys, monkeypatch):
     assert "expected it given to torchrun, and --resume here, got 3" in capsys.readouterr().err
 
 
-def wait(until, timeout=60):
-    end = time.monotonic() + timeout
-    while not until():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 def test_a_killed_run_starts_again_by_itself(run_dir):
     """The command itself: killed once, it goes on; told to stop, it saves; without its supervisor
     it stops too."""
-    train(run_dir, "whole", epochs=100, max_steps=40)
-    settings = {"epochs": 100, "save_every": 1}
+    # So many that it is not at its end before this process, held up, has sent its signal.
+    epochs = 100_000
+    train(run_dir, "whole", epochs=epochs, max_steps=40)
+    settings = {"epochs": epochs, "save_every": 1}
     command = [sys.executable, "-m", "directclr_fast", *flags(run_dir, "run", **settings)]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     quiet["env"] = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -257,13 +252,14 @@ def test_a_killed_run_starts_again_by_itself(run_dir):
 
     with subprocess.Popen([*command, "--max-restarts", "1"], **quiet) as parent:
         try:
-            wait(lambda: step() > 5)
+            waiting.until(lambda: step() > 5, step)
             before = step()
             (first,) = trainers(parent.pid)
             os.kill(first, signal.SIGKILL)
-            wait(lambda: step() > before + 5)
+            waiting.until(lambda: step() > before + 5, step)
             parent.terminate()
-            errors = parent.communicate(timeout=60)[1]
+            waiting.until(lambda: parent.poll() is not None, step)
+            errors = parent.communicate()[1]
         finally:
             parent.kill()
     assert parent.returncode == supervise.STOPPED, errors
@@ -272,13 +268,13 @@ def test_a_killed_run_starts_again_by_itself(run_dir):
     after = checkpoint.load(run_dir / "run")["step"]
     assert after == step()
     with subprocess.Popen([*command, "--max-restarts", "1", "--resume"], **quiet) as parent:
-        wait(lambda: step() > after + 2)
+        waiting.until(lambda: step() > after + 2, step)
         (orphan,) = trainers(parent.pid)
         parent.kill()
-        wait(lambda: not Path(f"/proc/{orphan}").exists() or "Z" in state(orphan))
+        waiting.until(lambda: not Path(f"/proc/{orphan}").exists() or "Z" in state(orphan))
     assert checkpoint.load(run_dir / "run")["step"] == step()
-    train(run_dir, "run", epochs=100, max_steps=max(40, step()), resume=True)
-    train(run_dir, "whole", epochs=100, max_steps=max(40, step()), resume=True)
+    train(run_dir, "run", epochs=epochs, max_steps=max(40, step()), resume=True)
+    train(run_dir, "whole", epochs=epochs, max_steps=max(40, step()), resume=True)
     assert_same(state_of(run_dir / "run")["model"], state_of(run_dir / "whole")["model"])
     assert untimed(run_dir / "run") == untimed(run_dir / "whole")
 
@@ -296,8 +292,9 @@ def state(process):
 def test_short_campaigns(tmp_path):
     out = tmp_path / "faults.json"
     command = [sys.executable, ROOT / "bench" / "faults.py", "--kills", "6", "--rank-kills", "2"]
-    command += ["--epochs", "8"]
-    done = subprocess.run([*command, "--out", out], capture_output=True, text=True, timeout=300)
+    command += ["--epochs", "8", "--timeout", waiting.STILL, "--out", out]
+    # Their runs write below tmp_path too, which is how it is seen that they get on.
+    done = waiting.process(command, tmp_path, env={**os.environ, "TMPDIR": str(tmp_path)})
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
     killed = found["kill_9"]
