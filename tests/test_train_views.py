@@ -327,7 +327,8 @@ def test_a_sample_s_view_does_not_depend_on_the_division_of_the_batch(
     drawn = make.sample(23, 32, 32, generator(3))
     for view, params, whole in zip((make.first, make.second), drawn, want):
         parts = [view.rows(x[a:b], params, a) for a, b in zip(ends, ends[1:])]
-        assert torch.equal(torch.cat(parts), whole)
+        # Up to rounding: a library may take another kernel for a product of fewer rows.
+        close(torch.cat(parts), whole, atol=1e-5 / min(views.STD))
 
 
 def test_float_images_are_taken_as_they_are():
