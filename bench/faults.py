@@ -5,8 +5,8 @@
 A tiny run that saves at every step, so that much of its time goes into saving. First campaign: the
 run is killed at a random moment, its checkpoint read, the run resumed, and so on; each run that
 reaches its end must have the bits of one that nobody killed. Second: one of the two processes of a
-torchrun job is killed at random steps, and torchrun restarts the job, which must go on, no more than
---timeout seconds without a step, and end with the bits of an undisturbed job. Linux.
+torchrun job is killed at random steps, and torchrun restarts the job, which must go on, without a
+step for no more than --timeout seconds, and end with the bits of an undisturbed job. Linux.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def rank_kills(count: int, folder: Path, timeout: float = 120.0, seed: int = 0) 
             found["kills"] += 1
             found["steps"].append(step)
 
-            def goes_on(victim=victim, step=step) -> bool:
+            def goes_on(job=job, victim=victim, step=step) -> bool:
                 now = _children(job.pid)
                 # The other rank may have been a step or two ahead of the log.
                 return len(now) == 2 and victim not in now and _step(log) > step + 2
@@ -219,7 +219,9 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--rank-kills", type=int, default=20)
     parser.add_argument("--epochs", type=int, default=20, help="of 3 steps, of the killed run")
-    parser.add_argument("--timeout", type=float, default=120.0, help="seconds without a step: a hang")
+    parser.add_argument(
+        "--timeout", type=float, default=120.0, help="seconds without a step: a hang"
+    )
     parser.add_argument("--out")
     arguments = parser.parse_args()
     result = {"machine": machine(), "timeout_s": arguments.timeout}

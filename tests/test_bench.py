@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 BASELINE = ROOT / "bench" / "results" / "cpu-2core-zen5" / "ci-baseline.json"
 # The cases of the baseline, and a small one.
 TINY = "--rows 64 1024 2048 --rounds 5 --device cpu --variants released eager torch cpu".split()
-pytestmark = pytest.mark.xdist_group("bench")  # the fixture takes long
+of_tiny = pytest.mark.xdist_group("bench")  # tests of one fixture, which takes long
 linux = pytest.mark.skipif(not memory.supported(), reason="reads /proc")
 
 
@@ -55,6 +55,7 @@ def tiny(tmp_path_factory):
     return done, out
 
 
+@of_tiny
 def test_command_measures(tiny):
     """No verdict of these figures is on a time: that is what it was on a machine that may be busy,
     and test_cpu_backend.py counts what a step asks for instead."""
@@ -78,6 +79,7 @@ def roof_of(result: dict, case: dict) -> float:
     return max(rate for name, rate in rates.items() if name.endswith(" fp32"))
 
 
+@of_tiny
 def test_nothing_but_times_is_worse_than_in_the_baseline(tiny):
     """Failures, peaks of memory and errors, against those of another machine."""
     old, new = (report.load([path]) for path in (BASELINE, tiny[1] / "bench.json"))
@@ -87,6 +89,7 @@ def test_nothing_but_times_is_worse_than_in_the_baseline(tiny):
     assert not [str(c) for c in changes if c.worse and c.what not in timed]
 
 
+@of_tiny
 def test_command_prints_the_table_and_draws_four_figures(tiny):
     done, out = tiny
     for word in ("ceilings:", "quartiles", "N 2048, d 360 of 2048, float32", "100 %"):
@@ -95,6 +98,7 @@ def test_command_prints_the_table_and_draws_four_figures(tiny):
         assert (out / f"bench-{name}.png").stat().st_size > 5000, name
 
 
+@of_tiny
 @linux
 def test_peaks_hold_what_a_step_must_and_eager_more(tiny):
     _, out = tiny
@@ -103,6 +107,7 @@ def test_peaks_hold_what_a_step_must_and_eager_more(tiny):
     assert must < rows["torch"]["peak_mib"] < rows["eager"]["peak_mib"] < must + 300
 
 
+@of_tiny
 def test_tables_of_the_pages_come_from_the_files(tiny):
     tables = script("tables")
     cases = report.load([tiny[1] / "bench.json"])["cases"]
@@ -140,8 +145,8 @@ def test_variants_compute_the_reference_loss(name, negatives):
     if variant.precision == "fp32":
         eager = next(v for v in variants.catalogue(case) if v.name == "eager")
         plain = grid.errors(case, eager.build(case), 64)
-        # 16 roundings of a s; people's own code may add up in another order than eager's.
-        floor = 16 * torch.finfo(torch.float32).eps / case.temperature
+        # Some roundings of a s: other people's code may add up in another order than eager's.
+        floor = 4 * torch.finfo(torch.float32).eps / case.temperature
         assert max(found.values()) <= 2 * max(plain.values()) + floor
 
 

@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import shutil
+import struct
 import subprocess
 import sys
 import warnings
@@ -178,7 +179,7 @@ def test_death_at_each_step(call, damaged, path, monkeypatch):
     monkeypatch.setattr(os, call, between)
     checkpoint.save(path, state(3))
     monkeypatch.undo()
-    assert len(copies) >= 2
+    assert copies  # two for a call, one where this file system has no links
     for copy in copies:
         fresh = shutil.copytree(copy, copy.with_name(f"{copy.name}-fresh"))
         found = load_quietly(copy)
@@ -214,7 +215,11 @@ def test_flipped_bytes(path):
     the padding between records. 1.0 turned into 1.5 unseen is what must not be."""
     whole = path.read_bytes()
     with zipfile.ZipFile(path) as archive:
-        data = [i.header_offset + 64 for i in archive.infolist() if i.file_size > 500]
+        large = [i for i in archive.infolist() if i.file_size > 500]
+    data = []
+    for info in large:  # behind a header of 30 bytes, the name and padding
+        lengths = struct.unpack_from("<HH", whole, info.header_offset + 26)
+        data.append(info.header_offset + 30 + sum(lengths) + info.file_size // 2)
     assert data
     chance = random.Random(0)
     offsets = data + [chance.randrange(len(whole)) for _ in range(150)]
@@ -226,7 +231,8 @@ def test_flipped_bytes(path):
         found = load_quietly(path)
         assert same(found, found["step"]), offset
         seen += found["step"] == 1
-    assert seen > len(offsets) // 4
+        assert found["step"] == 1 or offset not in data
+    assert seen >= len(data)
 
 
 def test_flipped_byte_of_a_tensor_is_said(path):

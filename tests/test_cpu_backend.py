@@ -81,7 +81,10 @@ def test_bf16_products_err_less_than_eager_autocast(kind):
     people = evaluate(autocast, r1, r2)
     assert relative_error(ours.dr1, truth.dr1) < 3e-3
     assert relative_error(ours.dr1, truth.dr1) < relative_error(people.dr1, truth.dr1)
-    assert relative_error(ours.loss, truth.loss) < relative_error(people.loss, truth.loss)
+    # A loss is one number, and eager's may be right by chance. Rounding z to 8 bits moves each s by
+    # 2^-9 / sqrt(d), a log-sum over others by a times that at most, and the mean over rows by less.
+    allowed = 2.0**-9 / 360**0.5 / 0.1
+    assert abs(float(ours.loss - truth.loss)) < allowed
 
 
 @pytest.mark.parametrize("negatives", ["cross", "both"])
@@ -116,6 +119,43 @@ def test_a_larger_workspace_keeps_more_and_never_more_than_asked():
     assert sizes == [0, 10**5, 5 * 10**5, 4 * 563 * 763]
     for rows, candidates in ((1, 1), (8, 48), (64, 64), (65, 97), (500, 700)):
         assert 4 * (rows + 63) * (candidates + 63) >= _cpu.workspace_bytes(rows, candidates)
+
+
+class Asked:
+    """The extension, noting each call of a stage: its name and threads."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getattr__(self, name):
+        found = getattr(_cpu, name)
+        if name not in ("normalize", "positives", "sums", "products", "finish"):
+            return found
+
+        def noted(*arguments):
+            self.calls.append((name, arguments[-1]))
+            return found(*arguments)
+
+        return noted
+
+
+def test_a_step_asks_for_each_stage_once_on_all_threads_of_the_widest_body(monkeypatch):
+    """What its time hangs on, by counts: those of a machine that may be busy are no verdict."""
+    from directclr_fast.backends import cpu
+
+    asked = Asked()
+    monkeypatch.setattr(cpu, "_cpu", asked)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    r1, r2 = (r.requires_grad_() for r in make_views(64, 48, dtype=torch.float32))
+    loss = fast_directclr_loss(r1, r2, 40)
+    assert asked.calls == [(s, 3) for s in ("normalize", "normalize", "positives", "sums")]
+    del asked.calls[:]
+    loss.backward()
+    assert asked.calls == [(s, 3) for s in ("products", "finish", "finish")]
+    assert _cpu.isa() == _cpu.available_isas()[0]
+    # The tiles of S are kept whole where they fit, and then are not made anew.
+    problem = Problem(1024, 1024, 48, 40, torch.float32, "cpu", 0.1, keep=True)
+    assert 4 * cpu.CpuStages().kept_shape(problem)[0] >= _cpu.workspace_bytes(1024, 1024)
 
 
 def test_thread_counts_agree_and_each_repeats_its_bits():

@@ -31,6 +31,9 @@ if build_cuda.nvcc() is None:
     pytest.skip("no nvcc", allow_module_level=True)
 
 
+pytestmark = pytest.mark.xdist_group("cuda host")  # one build for all
+
+
 @pytest.fixture(scope="module")
 def library(tmp_path_factory) -> Path:
     """The module built for the CPU, and, with CUTLASS's headers, its check of the accumulators."""

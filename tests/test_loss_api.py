@@ -10,9 +10,12 @@ import torch
 import directclr_fast
 from directclr_fast import DirectCLRLoss, fast_directclr_loss, info_nce, last_backend
 from directclr_fast.dispatch import PRIORITY
-from directclr_fast.testing import backends, eager_loss, evaluate, make_views, relative_error
+from directclr_fast.testing import backends, bound, eager_loss, evaluate, make_views, relative_error
 
 BACKENDS = [*backends(), "reference"]
+# Four units in the last place of a logit, 1 / temperature times a cosine, which libraries round as
+# they like: what it moves a loss or a weight by, relatively.
+OF_LOGITS = 4 * torch.finfo(torch.float32).eps / 0.1
 
 
 @pytest.fixture
@@ -24,9 +27,14 @@ def views():
 def test_the_same_tensor_twice(backend, views):
     r = views[0].clone().requires_grad_()
     (ours,) = torch.autograd.grad(fast_directclr_loss(r, r, 20, backend=backend), r)
-    wide = views[0].double().requires_grad_()
-    (truth,) = torch.autograd.grad(eager_loss(wide, wide, 20), wide)
-    assert relative_error(ours, truth) < 1e-5
+
+    def eager(x):
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad(eager_loss(x, x, 20), x)[0]
+
+    truth = eager(views[0].double())
+    allowed = bound(relative_error(eager(views[0]), truth), torch.float32)
+    assert relative_error(ours, truth) < max(allowed, OF_LOGITS)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -59,7 +67,11 @@ def test_only_the_temperature_wants_a_gradient(backend, views):
             temperature=torch.tensor(0.1).double(),
             negatives=negatives,
         )
-        assert relative_error(ours, truth.dtemperature) < 1e-5
+        # a^2 sum G s over entries of either sign: their size is what rounding goes by.
+        plain = evaluate(eager_loss, *views, 20, temperature=torch.tensor(0.1), negatives=negatives)
+        error = relative_error(plain.dtemperature, truth.dtemperature)
+        allowed = max(bound(error, torch.float32), OF_LOGITS)
+        assert relative_error(ours, truth.dtemperature) < allowed
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -121,14 +133,14 @@ def test_dtypes_in_and_out(backend, dtype):
     result = evaluate(fast_directclr_loss, r1, r2, 20, backend=backend)
     assert result.loss.dtype == torch.float32 and result.dr1.dtype == dtype
     truth = evaluate(eager_loss, r1.double(), r2.double(), 20)
-    assert relative_error(result.loss, truth.loss) < 1e-6
+    assert relative_error(result.loss, truth.loss) < OF_LOGITS
 
 
 def test_gradients_do_not_depend_on_how_columns_are_named(views):
     by_dim = evaluate(fast_directclr_loss, *views, 20)
     by_index = evaluate(fast_directclr_loss, *views, columns=list(range(20)))
     for a, b in zip(by_dim[:3], by_index):
-        assert relative_error(a, b) < 1e-6
+        assert relative_error(a, b) < OF_LOGITS
     one_group = evaluate(fast_directclr_loss, *views, columns=torch.arange(20)[None])
     assert torch.equal(by_index.dr1, one_group.dr1)
 

@@ -215,8 +215,9 @@ def test_a_converged_pair_keeps_its_relative_accuracy(backend, temperature):
     truth = evaluate(loss_without_cancellation, r1.double(), r2.double(), temperature=temperature)
     ours = evaluate(fast_directclr_loss, r1, r2, None, temperature=temperature, backend=backend)
     assert 0 < float(truth.loss) < 0.05
-    # What is left is the rounding of a s_ij in fp32.
-    allowed = 4e-7 / temperature
+    # What is left is the rounding of a s_ij in fp32: that of z, and of a sum of 64 products, which
+    # a library takes in the order it likes; eps sqrt(64) / 2 if its roundings are independent.
+    allowed = 64**0.5 / 2 * torch.finfo(torch.float32).eps / temperature
     assert relative_error(ours.loss, truth.loss) < allowed
     assert relative_error(ours.dr1, truth.dr1) < allowed
     assert relative_error(ours.dr2, truth.dr2) < allowed
@@ -288,13 +289,16 @@ def test_repeat_runs_are_bitwise_equal(backend, workspace):
 
 
 def test_highest_precision_ignores_the_process_setting():
+    """The same bits under both, whatever a library rounds to where it is allowed to."""
     r1, r2 = make_views(256, 128, dtype=torch.float32)
-    truth = evaluate(eager_loss, r1.double(), r2.double(), None)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
+    found, before = [], torch.get_float32_matmul_precision()
     try:
-        ours = evaluate(fast_directclr_loss, r1, r2, None, precision="highest", backend="torch")
-        assert torch.get_float32_matmul_precision() == "medium"
+        for setting in ("highest", "medium"):
+            torch.set_float32_matmul_precision(setting)
+            found.append(
+                evaluate(fast_directclr_loss, r1, r2, None, precision="highest", backend="torch")
+            )
+            assert torch.get_float32_matmul_precision() == setting
     finally:
         torch.set_float32_matmul_precision(before)
-    assert relative_error(ours.dr1, truth.dr1) < 2e-6
+    assert all(torch.equal(a, b) for a, b in zip(*(result[:3] for result in found)))

@@ -584,8 +584,11 @@ def test_bf16(widest, n, d):
         with torch.autocast("cpu", torch.bfloat16):
             eager = plain(x1, x2, wr, wc, dtype=torch.float32)
         got = (*native.losses(), *native.backward(wr, wc))
+        # What 8 bits of z leave of any a s, where eager is near by chance: few rows, or short ones.
+        floor = 10 * 2.0**-9 / d**0.5
         for x, t, e in zip(got, truth, eager):
-            assert float((x - t).norm()) <= 2 * float((e - t).norm())
+            size = max(float(t.norm()), len(t) ** 0.5) if t.dim() == 1 else float(t.norm())
+            assert float((x - t).norm()) <= 2 * float((e - t).norm()) + floor * size
         kept = Native(x1, x2, bf16=True, keep=1.0)
         for a, b in zip(native.backward(wr, wc), kept.backward(wr, wc)):
             assert torch.equal(a, b)

@@ -106,7 +106,8 @@ def test_compiled_step_with_statistics_and_module():
     module.log_temperature.grad = None
     ours = torch.compile(step, fullgraph=True)(r1, r2)
     ours.backward()
-    torch.testing.assert_close(ours, eager, rtol=1e-6, atol=0)
+    # The compiler's own exp gives another temperature in the last place, and 1 / 0.1 as much more.
+    torch.testing.assert_close(ours, eager, rtol=1e-5, atol=0)
     torch.testing.assert_close(module.log_temperature.grad, want, rtol=1e-5, atol=0)
 
 

@@ -109,7 +109,9 @@ def plain_knn(features, k, temperature):
 @pytest.mark.parametrize("temperature", [0.07, 0.1])
 @pytest.mark.parametrize("k", [1, 7, 120])
 def test_knn_against_a_plain_loop(k, temperature):
+    # In fp64, where no library's rounding decides which neighbour is the k-th.
     features = clusters(spread=1.5, seed=k)
+    features = features._replace(train=features.train.double(), test=features.test.double())
     want = plain_knn(features, k, temperature)
     assert 0.3 < want < 1
     for block in (1, 50, 1024):
@@ -152,7 +154,8 @@ def test_encode_keeps_the_order_and_the_encoder():
     assert features.shape == (50, 256) and not features.requires_grad
     with torch.no_grad():
         want = encoder.eval()(views.plain(images.images, 8))
-    torch.testing.assert_close(features, want, rtol=1e-4, atol=1e-6)
+    # Rounding is relative to what is averaged, not to what is left of it.
+    torch.testing.assert_close(features, want, rtol=1e-4, atol=1e-5 * want.max().item())
     pixels, _ = probe.encode(None, images, 8, batch_size=16)
     torch.testing.assert_close(pixels, views.plain(images.images, 8).flatten(1))
 

@@ -39,7 +39,11 @@ def test_representation(name, channels, size, width, image_size):
     with torch.no_grad():
         want = model(x)
         got = last(x.to(memory_format=torch.channels_last))
-    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    # Kernels of the two layouts add up in orders of their own: each is held against fp64.
+    with torch.no_grad():
+        truth = model.double()(x.double())
+    for r in (got, want):
+        assert (r - truth).norm() < 1e-4 * truth.norm()
 
 
 def test_stems():

@@ -7,6 +7,7 @@ runs them on one.
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ import torch
 from directclr_fast import dispatch, fast_directclr_loss, last_backend, ops
 from directclr_fast.backends import triton as backend
 from directclr_fast.problem import Problem
-from directclr_fast.testing import eager_loss, evaluate, make_views, relative_error
+from directclr_fast.testing import bound, eager_loss, evaluate, make_views, relative_error
 
 triton = pytest.importorskip("triton")
 if torch.cuda.is_available():
@@ -85,7 +86,8 @@ def test_generated_cases_match_the_reference(chunk):
 
 
 # Of the gradient against fp64, N = 256, d = 360; eager under bf16 autocast makes 2e-3 to 5e-2.
-ALLOWED = {"fp16": 5e-4, "bf16": 4e-3, "tf32": 2e-6, "highest": 2e-6, "fp8": 3e-2}
+# None: the rule for fp32, twice eager's own.
+ALLOWED = {"fp16": 5e-4, "bf16": 4e-3, "tf32": None, "highest": None, "fp8": 3e-2}
 
 
 def autocast_loss(r1, r2, dim, **options):
@@ -99,10 +101,12 @@ def test_each_precision_keeps_its_error(coarse, precision, kind):
     r1, r2 = make_views(256, 400, kind=kind, dtype=torch.float32)
     truth = evaluate(eager_loss, r1.double(), r2.double(), 360)
     people = evaluate(autocast_loss, r1, r2, 360)
+    plain = evaluate(eager_loss, r1, r2, 360)
     ours = evaluate(fast_directclr_loss, r1, r2, 360, backend="triton", precision=precision)
-    for got, want, theirs in zip(ours[1:3], truth[1:3], people[1:3]):
+    for got, want, theirs, eager in zip(ours[1:3], truth[1:3], people[1:3], plain[1:3]):
         error = relative_error(got, want)
-        assert error < ALLOWED[precision]
+        fp32 = bound(relative_error(eager, want), torch.float32)
+        assert error < (ALLOWED[precision] or fp32)
         assert error <= 2 * relative_error(theirs, want)
 
 
@@ -205,8 +209,14 @@ def test_strips_and_superblocks_give_the_same_result(
 def test_a_row_beyond_two_to_the_31_elements(tmp_path):
     """Addresses are formed in int64: rows a sparse file apart, 4 GiB into it and beyond."""
     stride, rows = 2**30 + 8, 3
-    with open(tmp_path / "rows", "wb") as file:
-        file.truncate(2 * (stride * rows))
+    try:
+        with open(tmp_path / "rows", "wb") as file:
+            file.truncate(2 * (stride * rows))
+            holds = os.fstat(file.fileno()).st_blocks * 512
+    except OSError as error:
+        pytest.skip(f"this file system has no sparse file of 6 GiB: {error}")
+    if holds > 2**20:
+        pytest.skip("this file system has no sparse files")
     memory = np.memmap(tmp_path / "rows", dtype=np.float16, mode="r+", shape=(rows * stride,))
     far = torch.as_strided(torch.from_numpy(memory), (rows, 20), (stride, 1))
     r1, r2 = make_views(rows, 20, dtype=torch.float16)

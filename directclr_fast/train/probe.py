@@ -159,7 +159,7 @@ def knn(
         similarity, index = (queries.to(device) @ bank.T).topk(k, dim=1)
         # The largest weight of a row is 1: no overflow, and no change to the vote.
         weight = ((similarity - similarity[:, :1]) / temperature).exp()
-        votes = torch.zeros(len(queries), features.classes, device=device)
+        votes = weight.new_zeros(len(queries), features.classes)
         scores.append(votes.scatter_add_(1, labels[index], weight))
     return _accuracy(torch.cat(scores), features.test_labels.to(device))
 
