@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import socket
+import sys
 
 import pytest
 import torch
@@ -40,6 +42,14 @@ def uninitialised_memory_is_nan():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def inductor():
+    """Skips where PyTorch's compiler finds no C++ compiler to call."""
+    name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(name) is None:
+        pytest.skip(f"torch.compile needs a C++ compiler, got no {name}")
 
 
 @pytest.fixture

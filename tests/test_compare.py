@@ -69,6 +69,9 @@ def results_of(out):
     return found
 
 
+of_whole = pytest.mark.xdist_group("comparison")  # tests of one fixture, which takes long
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """(folder, what run returned) of an undisturbed comparison."""
@@ -77,6 +80,7 @@ def whole(tmp_path_factory):
     return out, compare.run(out, compare.plan(**TINY), jobs=2, progress=False)
 
 
+@of_whole
 def test_what_is_run(whole):
     out, found = whole
     results = results_of(out)
@@ -104,18 +108,22 @@ def test_what_is_run(whole):
     assert json.loads((out / "results.json").read_text()) == found
 
 
+@of_whole
 def test_both_losses_train_the_same_network(whole):
     """Their difference is held against that of a rounding error and of another seed."""
     agreement = whole[1]["agreement"]
-    for values in agreement["loss apart"]["reference"]:
-        assert len(values) == 12 and max(values[:3]) < 1e-5
+    first = {k: max(max(v[:3]) for v in runs) for k, runs in agreement["loss apart"].items()}
+    assert all(len(values) == 12 for values in agreement["loss apart"]["reference"])
+    assert first["reference"] < 20 * first["rounded"] + 1e-6
     apart = {kind: max(v["values"]) for kind, v in agreement["weights apart"].items()}
-    assert apart["reference"] < 0.02 * min(agreement["weights apart"]["another seed"]["values"])
-    assert 0 < apart["rounded"] < 0.02
+    assert 0 < apart["reference"] < 20 * apart["rounded"]
+    other = min(agreement["weights apart"]["another seed"]["values"])
+    assert 20 * apart["rounded"] < other  # or it would say nothing
     fast, reference = (agreement["accuracy"][kind]["values"] for kind in ("fast", "reference"))
     assert fast == pytest.approx(reference, abs=0.05)
 
 
+@of_whole
 def test_the_page_needs_nothing_else(whole):
     out, found = whole
     page = (out / "report.html").read_text()
@@ -132,6 +140,7 @@ def test_the_page_needs_nothing_else(whole):
     assert "<td>62.7 (47.9 of r[:, :d0])</td>" in page
 
 
+@of_whole
 def test_a_finished_comparison_is_not_run_again(whole, monkeypatch):
     out, found = whole
     monkeypatch.setattr(compare.Pool, "start", lambda *_: pytest.fail("nothing is left to run"))
@@ -140,6 +149,7 @@ def test_a_finished_comparison_is_not_run_again(whole, monkeypatch):
         assert again[key] == found[key]
 
 
+@of_whole
 def test_other_settings_in_the_same_folder_are_refused(whole):
     with pytest.raises(ValueError, match="^epochs: expected 2 as in .*, got 3; give another --out"):
         compare.run(whole[0], compare.plan(**{**TINY, "epochs": 3}), progress=False)
@@ -156,6 +166,7 @@ def alive(pid):
         return False
 
 
+@of_whole
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs /proc")
 def test_killed_and_interrupted_comparisons_continue(whole, tmp_path):
     """kill -9 of the parent takes its processes along, Ctrl-C ends it with 75; nothing differs."""

@@ -269,6 +269,7 @@ def test_the_same_tensor_twice_and_one_side_without_gradient():
     assert torch.equal(full[0], other) and torch.equal(full[1], one)
 
 
+@pytest.mark.usefixtures("inductor")
 def test_compiled_equals_eager():
     torch._dynamo.reset()
     r1, r2 = make_views(33, 32, dtype=torch.float32)

@@ -282,6 +282,6 @@ def test_two_ranks_are_one_process(run_dir):
     launch(2, run_dir, f"def main(rank): [train(mode, mode=mode) for mode in {LATER!r}]")
     for mode in LATER:
         train(run_dir, f"{mode}-one", **{**FEW, "mode": mode})
-        assert apart(run_dir / mode, run_dir / f"{mode}-one", "encoder") < 1e-5, mode
+        assert apart(run_dir / mode, run_dir / f"{mode}-one", "encoder") < 1e-4, mode
         ours, theirs = ([r["loss"] for r in log_of(run_dir / n)[1]] for n in (mode, f"{mode}-one"))
-        assert ours == pytest.approx(theirs, rel=1e-5)
+        assert ours == pytest.approx(theirs, rel=1e-4)

@@ -77,6 +77,7 @@ CASES = {
 }
 
 
+@pytest.mark.usefixtures("inductor")
 @pytest.mark.parametrize("case", CASES)
 def test_compiled_equals_eager(case):
     options = CASES[case]
@@ -92,6 +93,7 @@ def test_compiled_equals_eager(case):
                 assert relative_error(a, b) < (1e-5 if case in ("reference", "same") else 1e-7)
 
 
+@pytest.mark.usefixtures("inductor")
 def test_compiled_step_with_statistics_and_module():
     r1, r2 = make_views(33, 32, dtype=torch.float32)
     module = DirectCLRLoss(20, learnable_temperature=True, return_stats=True)

@@ -103,6 +103,9 @@ RUNS = {
 }
 
 
+of_pairs = pytest.mark.xdist_group("pairs")  # tests of one fixture, which takes long
+
+
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
     """Folder of RUNS trained by two processes, and of what was seen on the way."""
@@ -124,22 +127,28 @@ def main(rank):
     return folder
 
 
+@of_pairs
 @pytest.mark.parametrize("name", [n for n in RUNS if n != "two-pass-start"])
 def test_two_ranks_are_one_process(name, pairs, run_dir):
     train(run_dir, name, **{**FEW, **RUNS[name]})
     # Running statistics move once for each of a rank's chunks, and these are half as many.
     only = "weight" if name == "chunk" else ""
+    train(run_dir, "start", **{**FEW, **RUNS[name], "max_steps": 1})
+    moved = apart(run_dir / name, run_dir / "start", only)
+    assert moved > 1e-3
+    # A hundredth of the way that all went: rounding is far below it on every machine.
     # The chunks lie elsewhere: deeper statistics are pooled over others, as "two-pass" says itself.
-    bound = 0.02 if name == "two-pass" else 1e-5
+    bound = 0.02 if name == "two-pass" else 0.01 * moved
     assert apart(pairs / name, run_dir / name, only) < bound
     ours, theirs = ([r for r in log_of(d / name)[1]] for d in (pairs, run_dir))
     if name != "two-pass":
-        assert [r["loss"] for r in ours] == pytest.approx([r["loss"] for r in theirs], rel=1e-5)
-        assert [r["accuracy"] for r in ours] == [r["accuracy"] for r in theirs]
-    train(run_dir, "start", **{**FEW, **RUNS[name], "max_steps": 1})
-    assert apart(run_dir / name, run_dir / "start", only) > 1e-3  # it has moved
+        assert [r["loss"] for r in ours] == pytest.approx([r["loss"] for r in theirs], rel=1e-4)
+        one = 1.5 / (RUNS[name].get("batch_size") or FEW["batch_size"])  # a tie may fall either way
+        for a, b in zip(ours, theirs, strict=True):
+            assert a["accuracy"] == pytest.approx(b["accuracy"], abs=one)
 
 
+@of_pairs
 def test_two_pass_statistics_are_of_all_ranks(pairs, run_dir):
     """The first BatchNorm's do not depend on the chunks, so they show it exactly."""
     name = "two-pass-start"
@@ -147,6 +156,7 @@ def test_two_pass_statistics_are_of_all_ranks(pairs, run_dir):
     assert apart(pairs / name, run_dir / name, "stem.1.running") < 1e-6
 
 
+@of_pairs
 def test_views_are_the_same(pairs, run_dir):
     """Up to rounding: a library may take another kernel for a product of fewer rows."""
     from directclr_fast.train.config import TrainConfig

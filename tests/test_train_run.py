@@ -85,16 +85,16 @@ def state_of(folder):
 
 def test_both_losses_give_the_same_curve(run_dir):
     """They differ by fp32 rounding, and training lets any difference grow: by step 30 to between
-    1e-4 and 1e-3 of the loss. The bound: within 1e-5 over the first 10 steps, and never more than
-    20 times what one rounding error in each initial weight comes to."""
+    1e-4 and 1e-3 of the loss. The bound, over the first 10 steps and over all: 20 times what one
+    rounding error in each initial weight comes to here, the most of three."""
     pytest.importorskip("sklearn")
 
     def curve(name, loss):
         settings = {**TINY, "data": "digits", "batch_size": 64, "epochs": 60, "max_steps": 30}
         settings.update(checkpoint_dir=str(run_dir), name=name, loss=loss)
         trainer = Trainer(TrainConfig(**settings), progress=False)
-        if name == "rounded":
-            generator = torch.Generator().manual_seed(0)
+        if name.startswith("rounded"):
+            generator = torch.Generator().manual_seed(int(name[-1]))
             for p in trainer.model.parameters():
                 p.data *= 1 + 1.2e-7 * torch.randint(-1, 2, p.shape, generator=generator)
         result = trainer.run()
@@ -104,9 +104,11 @@ def test_both_losses_give_the_same_curve(run_dir):
     fast, reference = curve("fast", "fast"), curve("reference", "reference")
     assert len(fast) == 30 and reference[-5:].mean() < 0.8 * reference[:5].mean()
     growth = (fast - reference).abs() / reference
-    ulp = (curve("rounded", "reference") - reference).abs() / reference
-    assert growth[:10].max() < 1e-5
-    assert growth.max() < 20 * ulp.max() < 0.1
+    rounded = torch.stack([curve(f"rounded{k}", "reference") for k in range(3)])
+    ulp = ((rounded - reference).abs() / reference).amax(0)
+    assert 20 * ulp[:10].max() < 1e-2 and 20 * ulp.max() < 0.1  # or it would say nothing
+    for steps in (10, 30):
+        assert growth[:steps].max() < 20 * ulp[:steps].max() + 1e-6
 
 
 @pytest.mark.parametrize("mode", ["baseline", "directclr", "single", "simclr", "group"])
@@ -138,6 +140,7 @@ def test_bf16(run_dir):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("inductor")
 def test_compiled_encoder(run_dir):
     train(run_dir, "compiled", compile=True, max_steps=3)
     train(run_dir, "eager", max_steps=3)

@@ -267,6 +267,7 @@ def test_opcheck(columns, changes):
     )
 
 
+@pytest.mark.usefixtures("inductor")
 def test_compiled_equals_eager():
     torch._dynamo.reset()
     r1, r2 = make_views(33, 32, dtype=torch.float32)
