@@ -68,7 +68,8 @@ def stages(args):
         acc.zero_()
         a = acc.data_ptr()
         row = dict(row_sum=a, row_ref=a + 8 * n, col_sum=a + 16 * n, col_ref=a + 24 * n)
-        _cpu.sums(**of("z1", "z2"), **shape, upper=False, **keep, **row)
+        logits = 0 if args.bf16 else pos.data_ptr()
+        _cpu.sums(**of("z1", "z2"), **shape, upper=False, **keep, **row, logits=logits)
 
     def normalize(i):
         _cpu.normalize(
@@ -86,10 +87,11 @@ def stages(args):
     normalize(0), normalize(1), sums()
     c = 2.0 * n * n * d
     pair = of("z1", "z2")
+    exact = ("positives", 2.0 * n * d, 8 * n * d,
+             lambda: _cpu.positives(**pair, m=n, d=d, row_offset=0, **of("pos"), threads=threads))
     return [
         ("normalize", 8.0 * n * d, 16 * n * d, lambda: [normalize(0), normalize(1)]),
-        ("positives", 2.0 * n * d, 8 * n * d,
-         lambda: _cpu.positives(**pair, m=n, d=d, row_offset=0, **of("pos"), threads=threads)),
+        *([exact] if args.bf16 else []),
         ("sums", c, 8 * n * d, sums),
         ("products", (3 - args.keep) * c, 24 * n * d,
          lambda: _cpu.products(**pair, **shape, upper=False, **keep, **weights,

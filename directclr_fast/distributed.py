@@ -317,9 +317,8 @@ def _forward(call: Call, r1: Tensor, r2: Tensor, columns: Tensor | None, scale):
     stages = dispatch.load(call.backend).stages()
     indices = [None] if columns is None else columns
     states, *sums = zip(*(_sums(call, stages, r1, r2, index, scale) for index in indices))
-    cosines, rest_row, rest_col, rest_self = (torch.stack(values) for values in sums)
+    logits, rest_row, rest_col, rest_self = (torch.stack(values) for values in sums)
 
-    logits = cosines * scale
     nll_row, row_lse = _with_positive(rest_row, logits)
     per_row, nothing = nll_row, row_lse[:0]
     nll_col, col_lse = row_lse.new_empty(2, problem.groups, 0)
@@ -352,13 +351,13 @@ def _forward(call: Call, r1: Tensor, r2: Tensor, columns: Tensor | None, scale):
 
 
 def _sums(call: Call, stages: Stages, r1: Tensor, r2: Tensor, index: Tensor | None, scale):
-    """One column group: its State without the log-sums; the cosines; log-sums of the others (n,) by
-    row, (N,) by column in part, and (n,) over view 2's own rows (-inf but for "both")."""
+    """One column group: its State without the log-sums; the positives' logits; log-sums of the others
+    (n,) by row, (N,) by column in part, and (n,) over view 2's own rows (-inf but for "both")."""
     problem = call.problem
     z1, rnorm1 = stages.normalize(problem, r1, index)
     z2, rnorm2 = stages.normalize(problem, r2, index)
-    cosines = stages.positives(problem, z1, z2)
-    rest_row = torch.full_like(cosines, -torch.inf)
+    logits = z1.new_empty(problem.rows, dtype=problem.statistics_dtype)
+    rest_row = torch.full_like(logits, -torch.inf)
     rest_self = rest_row.clone()
     rest_col = rest_row.new_empty(call.total)
     views = [z2] if problem.negatives == "cross" else [z2, z1]
@@ -366,7 +365,7 @@ def _sums(call: Call, stages: Stages, r1: Tensor, r2: Tensor, index: Tensor | No
     for where, offset, *blocks in _blocks(call, held):
         part, alone = _part(call, where, offset)
         kept = stages.kept_buffer(part, z1)
-        row, col = stages.sums(part, z1, blocks[0], scale, kept)
+        row, col = stages.sums(part, z1, blocks[0], scale, kept, logits)
         rest_row = torch.logaddexp(rest_row, row)
         if problem.symmetric:
             rest_col[where] = col
@@ -379,7 +378,7 @@ def _sums(call: Call, stages: Stages, r1: Tensor, r2: Tensor, index: Tensor | No
                 rest_self = torch.logaddexp(rest_self, row)
     later = [rest_row] * 4  # filled in when the column sums are whole
     state = State(held[1] if len(held) > 1 else z1, held[0], rnorm1, rnorm2, *later, kept)
-    return state, cosines, rest_row, rest_col, rest_self
+    return state, logits, rest_row, rest_col, rest_self
 
 
 def _backward(call: Call, dloss: Tensor, states: list[State], columns, scale, here):

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import dispatch
 from .problem import Problem
 
-KINDS = ("unrelated", "views", "converged", "clustered", "duplicate", "antipodal")
+KINDS = ("unrelated", "views", "converged", "clustered", "ties", "duplicate", "antipodal")
 
 
 def make_views(
@@ -28,7 +28,9 @@ def make_views(
 
     ``kind``: "unrelated" Gaussian rows; "views", two noisy copies of each point; "converged",
     copies so near that the positive takes most of the probability; "clustered" rows around few
-    centres; "duplicate", every row the same; "antipodal", view 2 is minus view 1.
+    centres; "ties", views with equal rows: of every eight, 0 and 1 in view 1, 2 and 3 in view 2, 4 to
+    6 in and across both, 7 with every other 7 in both; "duplicate", every row the same;
+    "antipodal", view 2 is minus view 1.
     """
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
@@ -42,6 +44,13 @@ def make_views(
     base = gaussian(most, width)
     if kind == "clustered":
         base = gaussian(8, width)[torch.arange(most) % 8] + 0.3 * base
+    if kind == "ties":
+        # Rows that tie in one view belong to points near enough to be told from the rest, and far
+        # enough from each other that only exact ties compete at small temperatures.
+        own = torch.arange(most)
+        first = own - own % 8 + torch.tensor([0, 0, 2, 2, 4, 4, 4, 7])[own % 8]
+        first[7::8] = 7
+        base = base[first] + 0.7 * base
     if kind == "duplicate":
         base = base[:1].expand(most, width)
     noise = {"unrelated": 0.0, "converged": 0.05, "duplicate": 0.0}.get(kind, 0.7)
@@ -53,6 +62,11 @@ def make_views(
         r1, r2 = base[:rows], -base[:candidates]
     scale = torch.exp(gaussian(most, 1))  # rows of different lengths
     r1, r2 = r1 * scale[:rows], r2 * scale[:candidates]
+    if kind == "ties":
+        r1 = r1[torch.where(own % 8 == 3, own, first)[:rows]]
+        r2 = r2[torch.where(own % 8 == 1, own, first)[:candidates]]
+        across = (own % 8 >= 4) & (own % 8 < 7)
+        r2[:rows] = torch.where(across[:rows, None], r1, r2[:rows])
     return r1.to(device, dtype), r2.to(device, dtype)
 
 

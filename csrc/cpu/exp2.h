@@ -15,9 +15,10 @@ struct Power {
   vf p, n;
 };
 
-// Similarities that are left out get the value for which a' s = -2^20, beyond every reference.
-constexpr float kLeftOut = -1048576.0f;
-constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+// Similarities that are left out get the value for which a' s = -2^24, beyond every reference: those
+// of the rest stay within 2^22, since the callers see to it that a is at most 2^21.
+constexpr float kLeftOut = -16777216.0f;
+constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds |x| < 2^22 to a whole number
 
 DCLR_INLINE Power power(vf s, vf scale_hi, vf scale_lo) {
 #if defined(__AVX512F__)

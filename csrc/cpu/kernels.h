@@ -29,7 +29,7 @@ struct Normalize {
   float* rnorm;
 };
 
-// pos_i = z1_i . z2_{row_offset + i}
+// pos_i = z1_i . z2_{row_offset + i}, exact: for sums of rounded products
 struct Positives {
   const float* z1;
   const float* z2;
@@ -48,6 +48,9 @@ struct Pair {
   bool bf16;
   // a log2(e) in two floats: exp(a s) = 2^(scale_hi s + scale_lo s).
   float scale_hi, scale_lo;
+  // a s_i of the entries (i, row_offset + i), as the tile has them, goes here (m) where not null.
+  double scale;
+  double* logits;
   // S tiles kept from forward to backward: `keep_panels` of the row panels, evenly spread.
   float* keep;
   int64_t keep_panels;

@@ -52,15 +52,20 @@ DCLR_INLINE vf splat(float x, Lanes<L...>) {
 }
 DCLR_INLINE vf splat(float x) { return splat(x, typename FirstLanes<VL>::type{}); }
 
-// a * b - c with one rounding where the hardware can: contraction alone would not fuse a product
-// that is also used elsewhere.
+// a * b - c as if a * b were exact, where c is about a * b: contraction alone would not fuse a product
+// that is also used elsewhere. Without fused hardware a * b is four exact products of 12-bit halves,
+// the largest of which cancels against c without rounding.
+#if !defined(__AVX2__)
+DCLR_INLINE vf upper_half(vf a) { return (vf)((vi)a & ~0xFFF); }
+#endif
 DCLR_INLINE vf multiply_subtract(vf a, vf b, vf c) {
 #if defined(__AVX512F__)
   return (vf)_mm512_fmsub_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__AVX2__)
   return (vf)_mm256_fmsub_ps((__m256)a, (__m256)b, (__m256)c);
 #else
-  return a * b - c;
+  const vf ah = upper_half(a), al = a - ah, bh = upper_half(b), bl = b - bh;
+  return ((ah * bh - c) + (ah * bl + al * bh)) + al * bl;
 #endif
 }
 DCLR_INLINE vd load_double(const float* p) {

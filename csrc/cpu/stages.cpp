@@ -149,6 +149,8 @@ Pair make_pair(const SimilarityArgs& s) {
   p.bf16 = s.bf16 && kernels().has_bf16;
   p.scale_hi = float(scale);
   p.scale_lo = float(scale - double(p.scale_hi));
+  p.scale = s.scale;
+  p.logits = nullptr;
   p.keep = static_cast<float*>(s.workspace);
   p.keep_panels = 0;
   if (s.workspace) {
@@ -351,9 +353,11 @@ std::string positives(const float* z1, const float* z2, int64_t m, int64_t d, in
   return "";
 }
 
-std::string sums(const SimilarityArgs& s, Accumulator rows, Accumulator cols, int threads) {
+std::string sums(const SimilarityArgs& s, Accumulator rows, Accumulator cols, double* logits,
+                 int threads) {
   threads = team_size(threads, double(s.m) * double(s.n) * double(s.d));
-  const Sums args{make_pair(s), is_bounded(s), rows.sum, rows.ref};
+  Sums args{make_pair(s), is_bounded(s), rows.sum, rows.ref};
+  args.pair.logits = logits;
   const int64_t bytes = thread_scratch(s.m, s.n, s.d);
   Schedule schedule(part_count(s.m, threads));
   Scratch scratch(threads * bytes);

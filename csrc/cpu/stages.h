@@ -51,8 +51,11 @@ struct Gradient {
 std::string normalize(const View& view, int64_t d, double eps, int threads);
 std::string positives(const float* z1, const float* z2, int64_t m, int64_t d, int64_t row_offset,
                       double* pos, int threads);
-// Adds to the accumulators. For `upper` rows and cols may be the same arrays.
-std::string sums(const SimilarityArgs& s, Accumulator rows, Accumulator cols, int threads);
+// Adds to the accumulators, and writes the positives' a s_i to `logits` (m) where that is not null:
+// in the rounding of the tiles, so that a candidate equal to the positive has its bits. For `upper`
+// rows and cols may be the same arrays.
+std::string sums(const SimilarityArgs& s, Accumulator rows, Accumulator cols, double* logits,
+                 int threads);
 // G_ij = row_weight_i exp(a s_ij - row_lse_i) + col_weight_j exp(a s_ij - col_lse_j), and
 // diagonal_i at the positives. In fp64: a log-sum of 17 in fp32 would shift a row by 1e-6.
 struct WeightArgs {

@@ -57,7 +57,7 @@ void run_case(const Case& c) {
   }
   Floats z1(m * p), z2(n * p), rnorm1(m), rnorm2(n), dz1(m * p), dz2(n * p), g1(m * width),
       g2(n * width), nll_row(m);
-  std::vector<double> pos(m), row_lse(m), col_lse(n), diagonal(m), wr(m), wc(n);
+  std::vector<double> logits(m), row_lse(m), col_lse(n), diagonal(m), wr(m), wc(n);
   for (double& v : wr) v = std::fabs(normal(random));
   for (double& v : wc) v = std::fabs(normal(random));
   const int64_t bytes = int64_t(c.keep * double(workspace_bytes(m, n)));
@@ -68,12 +68,16 @@ void run_case(const Case& c) {
   const int team = -c.threads;
   normalize({s1, m, z1.data(), rnorm1.data()}, d, 1e-12, team);
   normalize({s2, n, z2.data(), rnorm2.data()}, d, 1e-12, team);
-  positives(z1.data(), z2.data(), m, d, c.offset, pos.data(), team);
+  if (c.bf16) {
+    positives(z1.data(), z2.data(), m, d, c.offset, logits.data(), team);
+    for (double& l : logits) l *= a;
+  }
   const SimilarityArgs pair{z1.data(), z2.data(), m,      n,    d,    c.offset,
                             a,         false,     c.bf16, kept, bytes};
   std::vector<double> rows(2 * m), cols(2 * n);
   const std::string error =
-      sums(pair, {rows.data(), rows.data() + m}, {cols.data(), cols.data() + n}, team);
+      sums(pair, {rows.data(), rows.data() + m}, {cols.data(), cols.data() + n},
+           c.bf16 ? nullptr : logits.data(), team);
   expect(error.empty(), "sums", isa, m, n, d);
   // The positives join the sums of the others, as in directclr_fast/backends/stages.py.
   const auto log_sum = [](const std::vector<double>& x, int64_t i, int64_t count) {
@@ -81,11 +85,11 @@ void run_case(const Case& c) {
   };
   for (int64_t j = 0; j < n; ++j) col_lse[j] = log_sum(cols, j, n);
   for (int64_t i = 0; i < m; ++i) {
-    const double nll = std::log1p(std::exp(log_sum(rows, i, m) - a * pos[i]));
-    const double nll_col = std::log1p(std::exp(col_lse[c.offset + i] - a * pos[i]));
+    const double nll = std::log1p(std::exp(log_sum(rows, i, m) - logits[i]));
+    const double nll_col = std::log1p(std::exp(col_lse[c.offset + i] - logits[i]));
     nll_row[i] = float(nll);
-    row_lse[i] = a * pos[i] + nll;
-    col_lse[c.offset + i] = a * pos[i] + nll_col;
+    row_lse[i] = logits[i] + nll;
+    col_lse[c.offset + i] = logits[i] + nll_col;
     diagonal[i] = a * (wr[i] * std::expm1(-nll) + wc[c.offset + i] * std::expm1(-nll_col));
   }
   std::vector<double> awr(wr), awc(wc);
@@ -171,9 +175,9 @@ void run_self(int64_t m, int64_t d, int threads) {
   std::vector<double> upper(2 * m), whole(2 * m);
   SimilarityArgs s{z.data(), z.data(), m, m, d, 0, 10.0, true, false, nullptr, 0};
   const Accumulator rows{upper.data(), upper.data() + m};
-  sums(s, rows, rows, threads);
+  sums(s, rows, rows, nullptr, threads);
   s.upper = false;
-  sums(s, {whole.data(), whole.data() + m}, {nullptr, nullptr}, threads);
+  sums(s, {whole.data(), whole.data() + m}, {nullptr, nullptr}, nullptr, threads);
   for (int64_t i = 0; i < m; ++i) {
     const double u = std::ldexp(upper[i], int(upper[m + i]));
     const double v = std::ldexp(whole[i], int(whole[m + i]));

@@ -35,6 +35,10 @@ if _cpu is not None and _asked and _asked not in _cpu.available_isas():
 # 2048, where that is 20 % of the step; at N = 4096, 16 and 48 MiB measured within 5 % of none.
 DEFAULT_WORKSPACE_BYTES = 16 * 2**20
 
+# The octaves of exp(a s) are counted in fp32, and -2^24 of them stands for "left out"
+# (csrc/cpu/exp2.h).
+MAX_SCALE = 2.0**21
+
 _LN2 = math.log(2.0)
 
 
@@ -53,6 +57,8 @@ def why_not(problem: Problem) -> list[str]:
         reasons.append(f"precision 'bf16': {_cpu.isa()} has no bf16 dot product")
     elif problem.precision not in ("auto", "highest", "bf16"):
         reasons.append(f"precision {problem.precision!r}: it computes in fp32 or bf16")
+    if problem.temperature is not None and 1.0 / problem.temperature > MAX_SCALE:
+        reasons.append(f"it takes a temperature from 2^-21 on, got {problem.temperature}")
     return reasons
 
 
@@ -108,33 +114,46 @@ class CpuStages:
         )
         return z, rnorm
 
-    def positives(self, problem: Problem, z1: Tensor, z2: Tensor) -> Tensor:
-        found = torch.empty(problem.rows, dtype=torch.float64)
-        _cpu.positives(
-            z1.data_ptr(),
-            z2.data_ptr(),
-            problem.rows,
-            problem.dim,
-            problem.row_offset,
-            found.data_ptr(),
-            torch.get_num_threads(),
-        )
-        return found
-
-    def sums(self, problem: Problem, z1: Tensor, z2: Tensor, scale, kept: Tensor):
+    def sums(
+        self,
+        problem: Problem,
+        z1: Tensor,
+        z2: Tensor,
+        scale,
+        kept: Tensor,
+        logits: Tensor | None = None,
+    ):
+        if scale > MAX_SCALE:  # of a tensor, which why_not has not seen
+            raise ValueError(
+                f"temperature: the cpu backend takes one from 2^-21 on, got {1.0 / scale}; "
+                "backend='torch' takes any"
+            )
+        if logits is not None and problem.precision == "bf16":
+            if problem.row_offset < problem.candidates:
+                _cpu.positives(
+                    z1.data_ptr(),
+                    z2.data_ptr(),
+                    problem.rows,
+                    problem.dim,
+                    problem.row_offset,
+                    logits.data_ptr(),
+                    torch.get_num_threads(),
+                )
+                logits.mul_(scale)
+            logits = None
         row = torch.zeros(2, problem.rows, dtype=torch.float64)
         column = None
         if problem.symmetric:
             column = torch.zeros(2, problem.candidates, dtype=torch.float64)
-        self._sums(problem, z1, z2, scale, kept, row, column, problem.row_offset, False)
+        self._sums(problem, z1, z2, scale, kept, row, column, logits, problem.row_offset, False)
         return _log(row), None if column is None else _log(column)
 
     def self_sums(self, problem: Problem, z: Tensor, scale) -> Tensor:
         total = torch.zeros(2, z.shape[0], dtype=torch.float64)
-        self._sums(problem, z, z, scale, z.new_empty(0), total, total, 0, True)
+        self._sums(problem, z, z, scale, z.new_empty(0), total, total, None, 0, True)
         return _log(total)
 
-    def _sums(self, problem, z1, z2, scale, kept, row, column, offset, upper) -> None:
+    def _sums(self, problem, z1, z2, scale, kept, row, column, logits, offset, upper) -> None:
         _cpu.sums(
             z1.data_ptr(),
             z2.data_ptr(),
@@ -151,6 +170,7 @@ class CpuStages:
             row[1].data_ptr(),
             0 if column is None else column[0].data_ptr(),
             0 if column is None else column[1].data_ptr(),
+            _address(logits),
             torch.get_num_threads(),
         )
 

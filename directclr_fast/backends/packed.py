@@ -220,12 +220,21 @@ class PackedStages:
         with self.kernels.device(r):
             return self.kernels.normalize(self._layout(problem), r, index, problem.eps)
 
-    def positives(self, problem: Problem, z1: Tensor, z2: Tensor) -> Tensor:
-        with self.kernels.device(z1):
-            return self.kernels.positives(self._layout(problem, z1), z1, z2, problem.row_offset)
-
-    def sums(self, problem: Problem, z1: Tensor, z2: Tensor, scale, kept: Tensor):
-        return self._log_sums(problem, z1, z2, scale, problem.row_offset, problem.symmetric)
+    def sums(
+        self,
+        problem: Problem,
+        z1: Tensor,
+        z2: Tensor,
+        scale,
+        kept: Tensor,
+        logits: Tensor | None = None,
+    ):
+        offset = problem.row_offset
+        if logits is not None and offset < problem.candidates:
+            with self.kernels.device(z1):
+                cosines = self.kernels.positives(self._layout(problem, z1), z1, z2, offset)
+            torch.mul(cosines, scale, out=logits)
+        return self._log_sums(problem, z1, z2, scale, offset, problem.symmetric)
 
     def self_sums(self, problem: Problem, z: Tensor, scale) -> Tensor:
         row, column = self._log_sums(problem, z, z, scale, 0, True, upper=True)

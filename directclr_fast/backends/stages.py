@@ -4,8 +4,7 @@ A backend hands in an object with the methods of :class:`Stages`; this module wa
 and pairs of views, forms the per-row terms between the heavy stages (all O(N) work), and returns
 what the op layer saves. The mathematics is in ``directclr_fast.reference`` and docs/design.md.
 
-Where the positive appears it is one dot product of the unit rows (``positives``), and the sums
-leave it out. With rest_i = log of the sum over the other candidates,
+The sums leave the positive out and hand its logit a s_ip(i) on. With rest_i = log of the sum over the other candidates,
 
 .. code-block:: text
 
@@ -80,11 +79,21 @@ class Stages(Protocol):
     def normalize(self, problem: Problem, r: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
         """Unit rows z and reciprocal norms of the columns taken from ``r`` (rows, width)."""
 
-    def positives(self, problem: Problem, z1: Tensor, z2: Tensor) -> Tensor:
-        """s_ip(i), (M,), in the statistics dtype."""
+    def sums(
+        self,
+        problem: Problem,
+        z1: Tensor,
+        z2: Tensor,
+        scale,
+        kept: Tensor,
+        logits: Tensor | None = None,
+    ):
+        """log sum of exp(a s) over all but the positives: (M,) by rows and (N,) by columns.
 
-    def sums(self, problem: Problem, z1: Tensor, z2: Tensor, scale, kept: Tensor):
-        """log sum of exp(a s) over all but the positives: (M,) by rows and (N,) by columns."""
+        ``logits`` (M,), in the statistics dtype, receives the positives' a s_ip(i) where these are
+        among the candidates: with the rounding of their neighbours in the tile, or from an exact
+        product where the tile's operands are rounded. None: nobody asks.
+        """
 
     def self_sums(self, problem: Problem, z: Tensor, scale) -> Tensor:
         """log sum_j exp(a z_i . z_j) over j != i: (rows,)."""
@@ -131,22 +140,22 @@ def forward(
     for index in [None] if columns is None else columns:
         z1, rnorm1 = stages.normalize(problem, r1, index)
         z2, rnorm2 = stages.normalize(problem, r2, index)
-        cosines = stages.positives(problem, z1, z2)
         kept = stages.kept_buffer(problem, z1)
-        rest_row, rest_col = stages.sums(problem, z1, z2, scale, kept)
+        logits = z1.new_empty(problem.rows, dtype=problem.statistics_dtype)
+        rest_row, rest_col = stages.sums(problem, z1, z2, scale, kept, logits)
         if problem.negatives == "both":
             rest_row = torch.logaddexp(rest_row, stages.self_sums(problem, z1, scale))
             if problem.symmetric:
                 rest_col = torch.logaddexp(rest_col, stages.self_sums(problem, z2, scale))
-        logits = cosines * scale
         nll_row, row_lse = _with_positive(rest_row, logits)
         # Two tensors: outputs of the registered op must not share memory.
-        nll_col, col_lse = cosines.new_empty(0), cosines.new_empty(0)
+        nll_col, col_lse = logits.new_empty(0), logits.new_empty(0)
         if problem.symmetric:
             own = _own(problem)
             nll_col, own_lse = _with_positive(rest_col[own], logits)
             col_lse = rest_col.clone()
             col_lse[own] = own_lse
+        cosines = logits / scale
         groups.append(
             Saved(z1, z2, rnorm1, rnorm2, cosines, row_lse, col_lse, nll_row, nll_col, kept)
         )

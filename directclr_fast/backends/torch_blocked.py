@@ -78,21 +78,19 @@ class TorchStages:
         # Division, not a product with 1/norm: a row of one column is then exactly +-1.
         return torch.div(x, norm[:, None], out=z), norm.reciprocal_()
 
-    def positives(self, problem: Problem, z1: Tensor, z2: Tensor) -> Tensor:
-        own = z2[problem.row_offset : problem.row_offset + problem.rows]
-        wide = problem.statistics_dtype
-        return torch.cat(
-            [
-                torch.linalg.vecdot(a.to(wide), b.to(wide))
-                for a, b in zip(z1.split(BLOCK_M), own.split(BLOCK_M))
-            ]
-        )
-
-    def sums(self, problem: Problem, z1: Tensor, z2: Tensor, scale, kept: Tensor):
+    def sums(
+        self,
+        problem: Problem,
+        z1: Tensor,
+        z2: Tensor,
+        scale,
+        kept: Tensor,
+        logits: Tensor | None = None,
+    ):
         unshifted = _unshifted(problem, scale)
         row = _Accumulator(problem, z1, unshifted)
         col = _Accumulator(problem, z2, unshifted) if problem.symmetric else None
-        for rows, columns, s in _blocks(problem, z1, z2, scale, problem.row_offset, kept):
+        for rows, columns, s in _blocks(problem, z1, z2, scale, problem.row_offset, kept, logits):
             if unshifted:
                 s.exp_()
             row.add(rows, s, 1)
@@ -186,7 +184,11 @@ class _Accumulator:
         if self.unshifted:
             self.total[where] += s.sum(dim)
         else:
-            self.total[where] = torch.logaddexp(self.total[where], torch.logsumexp(s, dim))
+            # As torch.logsumexp, but the maximum joins in fp64: in fp32 a log-sum of 1000 is off by
+            # 3e-5, and with it every probability.
+            top = s.amax(dim, keepdim=True).clamp_min_(torch.finfo(s.dtype).min)
+            part = torch.exp(s - top).sum(dim).to(self.total.dtype).log_() + top.squeeze(dim)
+            self.total[where] = torch.logaddexp(self.total[where], part)
 
     def log_sum(self) -> Tensor:
         return self.total.log_() if self.unshifted else self.total
@@ -206,7 +208,11 @@ class _Weigher:
             if pair.v is not None:
                 self.of_col = (pair.v * torch.exp(-pair.col_lse)).to(dtype)
         else:
-            pair = Pair(*(None if value is None else value.to(dtype) for value in pair))
+            w, row_lse = _rounded(pair.w, pair.row_lse, dtype)
+            pair = pair._replace(w=w, row_lse=row_lse)
+            if pair.v is not None:
+                v, col_lse = _rounded(pair.v, pair.col_lse, dtype)
+                pair = pair._replace(v=v, col_lse=col_lse)
         self.pair = pair
         rows, columns = block_shape(problem)
         self.buffer = None
@@ -235,11 +241,19 @@ class _Weigher:
         return s if other is None else s.add_(other)
 
 
+def _rounded(weight: Tensor, lse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The same weight exp(x - lse) with a log-sum that ``dtype`` holds: the rest is in the weight."""
+    reference = lse.to(dtype)
+    return (weight * torch.exp(reference - lse)).to(dtype), reference
+
+
 def _unshifted(problem: Problem, scale) -> bool:
     return not isinstance(scale, Tensor) and problem.unshifted_is_safe(scale)
 
 
 def _slices(size: int, block: int):
+    # About equal: a library takes another way for a block of one column, and rounds otherwise.
+    block = -(-size // -(-size // block))
     return [slice(start, min(start + block, size)) for start in range(0, size, block)]
 
 
@@ -250,9 +264,12 @@ def _blocks(
     scale,
     offset: int,
     kept: Tensor | None = None,
+    logits: Tensor | None = None,
     triangle: bool = False,
 ):
     """Yields (rows, columns, a S) in a fixed order, -inf where column = row + offset.
+
+    What stood there is written to ``logits`` (rows of z1,) if given.
 
     The block is a view of one reused buffer, or of ``kept`` where that is given and not empty.
     ``triangle`` (z1 is z2) leaves out the blocks below the diagonal.
@@ -264,14 +281,17 @@ def _blocks(
     if kept is None or not kept.numel():
         buffer = z1.new_empty(min(block_m, z1.shape[0]) * min(block_n, z2.shape[0]))
     for rows in _slices(z1.shape[0], block_m):
-        scaled = z1[rows] * scale
         for columns in _slices(z2.shape[0], block_n):
             if triangle and columns.start < rows.start:
                 continue
             size = (rows.stop - rows.start, columns.stop - columns.start)
             s = kept[rows, columns] if buffer is None else buffer[: size[0] * size[1]].view(size)
-            torch.mm(scaled, z2[columns].T, out=s)
-            _diagonal(s, rows, columns, offset)[2].fill_(float("-inf"))
+            # a joins afterwards: a z1 would be rounded, so s_ij and s_ji would differ.
+            torch.mm(z1[rows], z2[columns].T, out=s).mul_(scale)
+            start, stop, diagonal = _diagonal(s, rows, columns, offset)
+            if logits is not None:
+                logits[start:stop] = diagonal
+            diagonal.fill_(float("-inf"))
             yield rows, columns, s
 
 
