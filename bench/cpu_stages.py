@@ -87,8 +87,12 @@ def stages(args):
     normalize(0), normalize(1), sums()
     c = 2.0 * n * n * d
     pair = of("z1", "z2")
-    exact = ("positives", 2.0 * n * d, 8 * n * d,
-             lambda: _cpu.positives(**pair, m=n, d=d, row_offset=0, **of("pos"), threads=threads))
+    exact = (
+        "positives",
+        2.0 * n * d,
+        8 * n * d,
+        lambda: _cpu.positives(**pair, m=n, d=d, row_offset=0, **of("pos"), threads=threads),
+    )
     return [
         ("normalize", 8.0 * n * d, 16 * n * d, lambda: [normalize(0), normalize(1)]),
         *([exact] if args.bf16 else []),

@@ -44,13 +44,6 @@ def make_views(
     base = gaussian(most, width)
     if kind == "clustered":
         base = gaussian(8, width)[torch.arange(most) % 8] + 0.3 * base
-    if kind == "ties":
-        # Rows that tie in one view belong to points near enough to be told from the rest, and far
-        # enough from each other that only exact ties compete at small temperatures.
-        own = torch.arange(most)
-        first = own - own % 8 + torch.tensor([0, 0, 2, 2, 4, 4, 4, 7])[own % 8]
-        first[7::8] = 7
-        base = base[first] + 0.7 * base
     if kind == "duplicate":
         base = base[:1].expand(most, width)
     noise = {"unrelated": 0.0, "converged": 0.05, "duplicate": 0.0}.get(kind, 0.7)
@@ -63,10 +56,16 @@ def make_views(
     scale = torch.exp(gaussian(most, 1))  # rows of different lengths
     r1, r2 = r1 * scale[:rows], r2 * scale[:candidates]
     if kind == "ties":
-        r1 = r1[torch.where(own % 8 == 3, own, first)[:rows]]
-        r2 = r2[torch.where(own % 8 == 1, own, first)[:candidates]]
-        across = (own % 8 >= 4) & (own % 8 < 7)
-        r2[:rows] = torch.where(across[:rows, None], r1, r2[:rows])
+        first = torch.arange(most) // 8 * 8
+        first += torch.tensor([0, 0, 2, 2, 4, 4, 4, 7]).repeat(most // 8 + 1)[:most]
+        first[7::8] = 7
+        r1, r2 = r1[first[:rows]], r2[first[:candidates]]
+        # What has its own row beside an equal one lies clearly nearer to the other view's: only
+        # exact ties compete at small temperatures, and what rounds a s otherwise does not matter.
+        r2[1:rows:8] = r1[1::8] + 0.3 * r2[1:rows:8]
+        r1[3::8] = r2[3:rows:8] + 0.3 * r1[3::8]
+        for row in (4, 5, 6):
+            r2[row:rows:8] = r1[row::8]
     return r1.to(device, dtype), r2.to(device, dtype)
 
 

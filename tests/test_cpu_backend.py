@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import waiting
-from test_loss_exact import CASES_PER_CHUNK, arguments_of, conditioning, generated_case
+from test_loss_exact import (
+    CASES_PER_CHUNK,
+    TIE_SHAPES,
+    arguments_of,
+    assert_ties_are_kept,
+    conditioning,
+    generated_case,
+)
 
 from directclr_fast import dispatch, doctor, fast_directclr_loss, last_backend, ops
 from directclr_fast.problem import Problem
-from directclr_fast.testing import eager_loss, evaluate, make_views, relative_error
+from directclr_fast.testing import bound, eager_loss, evaluate, make_views, relative_error
 
 _cpu = pytest.importorskip(
     "directclr_fast._cpu", reason="the compiled CPU kernels are not installed"
@@ -54,6 +63,51 @@ def test_generated_cases_match_the_reference(isa, chunk):
             allowed = (2 * relative_error(plain, want) + 1e-6) * size + ulps * slack[name]
             error = float((got.double() - want).norm())
             assert error <= allowed or error < 1e-12, (error, allowed, name, case)
+
+
+@pytest.mark.parametrize("rows,dim", [*TIE_SHAPES, (40, 1100)])
+@pytest.mark.parametrize("same", [False, True], ids=["views", "one-tensor"])
+def test_equal_rows_stay_equal(isa, rows, dim, same):
+    r1, r2 = make_views(rows, dim, kind="ties")
+    assert_ties_are_kept("cpu", r1, r1 if same else r2)
+
+
+# ---------------------------------------------------------------- no fraction left in fp32 (N12)
+
+
+@pytest.mark.parametrize("kind", ["views", "antipodal", "ties"])
+@pytest.mark.parametrize("negatives", ["cross", "both"])
+def test_the_lowest_temperature(isa, kind, negatives):
+    """At 2^-21 every logit is a whole number, left-out entries still lie below all others."""
+    r1, r2 = make_views(40, 24, kind=kind, dtype=torch.float32)
+    options = {"temperature": 2.0**-21, "negatives": negatives}
+    truth = evaluate(eager_loss, r1.double(), r2.double(), None, **options)
+    eager = evaluate(eager_loss, r1, r2, None, **options)
+    ours = evaluate(fast_directclr_loss, r1, r2, None, backend="cpu", **options)
+    for got, plain, want in zip(ours[:3], eager, truth):
+        allowed = bound(relative_error(plain, want), torch.float32)
+        assert relative_error(got, want) <= allowed
+    # All logits the lowest there are: that of view 1 against its opposite, the positive among them.
+    same = r1[:1].repeat(40, 1)
+    if negatives == "cross":
+        loss = fast_directclr_loss(same, -same, None, backend="cpu", **options)
+        assert float(loss) == pytest.approx(math.log(40), rel=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [4e-7, 1e-8, 1e-10])
+def test_below_it_another_backend_is_right_or_a_sentence_says_so(temperature):
+    r1, r2 = make_views(8, 16, dtype=torch.float32)
+    options = {"temperature": temperature}
+    truth = evaluate(eager_loss, r1.double(), r2.double(), None, **options)
+    ours = evaluate(fast_directclr_loss, r1, r2, None, **options)
+    assert last_backend() == "torch"
+    for got, want in zip(ours[:3], truth):
+        assert relative_error(got, want) < 1e-6
+    with pytest.raises(NotImplementedError, match=r"cpu: it takes a temperature from 2\^-21 on"):
+        fast_directclr_loss(r1, r2, None, backend="cpu", **options)
+    learned = torch.tensor(temperature, requires_grad=True)
+    with pytest.raises(ValueError, match=r"^temperature: the cpu backend takes one from 2\^-21 on"):
+        fast_directclr_loss(r1, r2, None, temperature=learned)
 
 
 @pytest.mark.parametrize("rows,dim", [(4097, 16), (65, 2047), (129, 2048)])

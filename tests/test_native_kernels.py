@@ -578,6 +578,34 @@ def test_thread_count_changes_nothing_at_large_n(isa):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("d", [1, 5, 64, 200, 360, 1100])
+def test_equal_rows_have_equal_products_wherever_they_stand(isa, d):
+    """Bit by bit, whichever tile, block, pass, chain or thread: what ties in the data ties in S.
+
+    The positives of a block row show its products one diagonal at a time.
+    """
+    x = views(2, 2, d)[0]
+    expected = {}
+    for m, n, threads in ((1, 1, 1), (9, 60, 1), (150, 400, -2), (700, 701, -3)):
+        for offset in {0, (n - m) // 2, n - m}:
+            for first, second in ((0, 1), (1, 0), (0, 0)):
+                x1, x2 = x[first].repeat(m, 1), x[second].repeat(n, 1)
+                logits = Native(x1, x2, offset=offset, threads=threads, keep=0.5).logits
+                one = expected.setdefault((first == second), logits[0])
+                assert (logits == one).all()
+
+
+def test_the_positive_has_the_rounding_of_its_neighbours(isa):
+    """Two equal candidates, one of them the positive: exactly log 2 at any temperature."""
+    for d in (3, 24, 360, 1100):
+        x1, x2 = views(1, 1, d)
+        for temperature in (0.1, 0.001, 2.0**-21):
+            loss = Native(x1, x2.repeat(2, 1), temperature).nll_row[0]
+            assert abs(loss - math.log(2)) < 2 * ULP
+            loss = Native(x1.repeat(2, 1), x2.repeat(2, 1), temperature).nll_col
+            assert (loss - math.log(2)).abs().max() < 2 * ULP
+
+
 @pytest.mark.skipif("avx512_bf16" not in _cpu.available_isas(), reason="no bf16 dot product here")
 @pytest.mark.parametrize("n, d", [(3, 5), (64, 17), (300, 360), (500, 128), (200, 1100)])
 def test_bf16(widest, n, d):

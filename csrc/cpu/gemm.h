@@ -28,6 +28,7 @@ struct Bf16 {
 // Rows of words, `ld` apart: A(i, k) = p[i * ld + k].
 template <int KB>
 struct RowsA {
+  static constexpr bool FAR = false;
   const float* p;
   int64_t ld;
   DCLR_INLINE float at(const RowsA& a, int i, int k) { return a.p[i * a.ld + k]; }
@@ -37,6 +38,7 @@ struct RowsA {
 // Blocks of [i][KB] words, `step` apart: a panel of G along its columns.
 template <int KB>
 struct BlockA {
+  static constexpr bool FAR = true;  // its C is: rows far apart, used once, at the end
   const float* p;
   int64_t step;
   DCLR_INLINE float at(const BlockA& a, int i, int k) { return a.p[i * KB + k]; }
@@ -46,6 +48,7 @@ struct BlockA {
 // [k][PW]: a panel of G along its rows.
 template <int KB>
 struct PanelA {
+  static constexpr bool FAR = true;
   const float* p;
   DCLR_INLINE float at(const PanelA& a, int i, int k) { return a.p[k * PW + i]; }
   DCLR_INLINE void next(PanelA& a) { a.p += KB * PW; }
@@ -55,7 +58,7 @@ struct PanelA {
 template <class T, int V, class A>
 DCLR_INLINE void micro(A a, const float* b, int64_t blocks, float* c, int64_t ldc, bool add) {
   vf acc[PW][V];
-  if (add) {  // rows of C are far apart and used once, at the end
+  if (A::FAR && add) {
     DCLR_UNROLL
     for (int i = 0; i < PW; ++i) {
       __builtin_prefetch(c + i * ldc, 1);

@@ -54,7 +54,7 @@ DCLR_INLINE vf splat(float x) { return splat(x, typename FirstLanes<VL>::type{})
 
 // a * b - c as if a * b were exact, where c is about a * b: contraction alone would not fuse a product
 // that is also used elsewhere. Without fused hardware a * b is four exact products of 12-bit halves,
-// the largest of which cancels against c without rounding.
+// in an order in which c cancels them without rounding.
 #if !defined(__AVX2__)
 DCLR_INLINE vf upper_half(vf a) { return (vf)((vi)a & ~0xFFF); }
 #endif
@@ -65,7 +65,7 @@ DCLR_INLINE vf multiply_subtract(vf a, vf b, vf c) {
   return (vf)_mm256_fmsub_ps((__m256)a, (__m256)b, (__m256)c);
 #else
   const vf ah = upper_half(a), al = a - ah, bh = upper_half(b), bl = b - bh;
-  return ((ah * bh - c) + (ah * bl + al * bh)) + al * bl;
+  return (((ah * bh - c) + ah * bl) + al * bh) + al * bl;
 #endif
 }
 DCLR_INLINE vd load_double(const float* p) {

@@ -13,6 +13,12 @@ namespace directclr::DCLR_ISA {
 
 constexpr int64_t kTile = PW * NR;
 
+// Words of k that are added up one after another before they join the tile. The error of a sum is
+// made where it is large, so c chains err about 1 / c as much as one. Where they are cut depends on d
+// alone: equal rows have equal products, wherever they stand.
+template <class T>
+constexpr int64_t kChain = T::PACK == 1 ? 192 : KC;
+
 // Which kept panel holds rows [i, i + PW), or -1: `keep_panels` of all, evenly spread.
 DCLR_INLINE int64_t kept_slot(const Pair& pair, int64_t i) {
   const int64_t panels = (pair.m + PW - 1) / PW, ip = i / PW;
@@ -77,8 +83,9 @@ DCLR_INLINE void for_each_tile(const Pair& pair, const Block& b, const float* co
   const int64_t kc = round_up((words + passes - 1) / passes, VL);
   const int64_t row_tiles = (pair.n + NR - 1) / NR;
   for (int64_t k0 = 0; k0 < words; k0 += kc) {
-    const bool first = k0 == 0, last = k0 + kc >= words;
-    const int64_t steps = (smaller(kc, words - k0) + T::KB - 1) / T::KB;
+    const bool last = k0 + kc >= words;
+    const int64_t k_end = smaller(k0 + kc, words), chains = (k_end - k0 + kChain<T> - 1) / kChain<T>;
+    const int64_t chain = round_up((k_end - k0 + chains - 1) / chains, T::KB);
     for (int64_t i = 0; i < b.mb; i += PW) {
       const int64_t row = b.i0 + i, rows = pair.m - row;
       const int64_t slot = pair.keep_panels ? kept_slot(pair, row) : -1;
@@ -87,16 +94,19 @@ DCLR_INLINE void for_each_tile(const Pair& pair, const Block& b, const float* co
       if (reuse && !last) continue;
       RowsA<T::KB> a{};
       if (!reuse) a = broadcast_rows<T>(pair.z1 + row * pair.pitch, pair.pitch, rows, row_copy);
-      a.p += k0;
       for (int64_t j = 0; j < b.nb; j += NR) {
         const int vectors = tile_vectors(b.nb, j), width = vectors * VL;
         if (below_diagonal(pair, row, b.j0 + smaller(j + NR, b.nb))) continue;
         float* tile = passes > 1 ? tiles + i * NB + j * PW : tiles;
         if (kept) tile = kept + j * PW;
         if (!reuse) {
-          prefetch_panel(pair, row + PW, k0 * T::PACK, smaller(k0 + kc, words) * T::PACK, j / NR,
+          prefetch_panel(pair, row + PW, k0 * T::PACK, k_end * T::PACK, j / NR,
                          (b.nb + NR - 1) / NR);
-          micro<T>(vectors, a, columns + j * ld + k0 * width, steps, tile, width, !first);
+          for (int64_t k = k0; k < k_end; k += chain) {
+            const RowsA<T::KB> from{a.p + k, a.ld};
+            const int64_t steps = (smaller(chain, k_end - k) + T::KB - 1) / T::KB;
+            micro<T>(vectors, from, columns + j * ld + k * width, steps, tile, width, k > 0);
+          }
           if (last) mark_left_out(pair, row, rows, b.j0 + j, b.nb - j, width, tile);
         }
         if (last) tile_done(i, j, vectors, tile);
