@@ -351,8 +351,8 @@ def _forward(call: Call, r1: Tensor, r2: Tensor, columns: Tensor | None, scale):
 
 
 def _sums(call: Call, stages: Stages, r1: Tensor, r2: Tensor, index: Tensor | None, scale):
-    """One column group: its State without the log-sums; the positives' logits; log-sums of the others
-    (n,) by row, (N,) by column in part, and (n,) over view 2's own rows (-inf but for "both")."""
+    """One column group: its State without the log-sums; the positives' logits (n,); log-sums of the
+    others (n,) by row, (N,) by column in part, (n,) over view 2's own rows ("both", else -inf)."""
     problem = call.problem
     z1, rnorm1 = stages.normalize(problem, r1, index)
     z2, rnorm2 = stages.normalize(problem, r2, index)

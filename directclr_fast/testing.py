@@ -28,8 +28,8 @@ def make_views(
 
     ``kind``: "unrelated" Gaussian rows; "views", two noisy copies of each point; "converged",
     copies so near that the positive takes most of the probability; "clustered" rows around few
-    centres; "ties", views with equal rows: of every eight, 0 and 1 in view 1, 2 and 3 in view 2, 4 to
-    6 in and across both, 7 with every other 7 in both; "duplicate", every row the same;
+    centres; "ties", views with equal rows: of every eight, 0 and 1 in view 1, 2 and 3 in view 2, 4
+    to 6 in and across both, 7 with every other 7 in both; "duplicate", every row the same;
     "antipodal", view 2 is minus view 1.
     """
     if kind not in KINDS:

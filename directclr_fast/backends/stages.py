@@ -4,7 +4,8 @@ A backend hands in an object with the methods of :class:`Stages`; this module wa
 and pairs of views, forms the per-row terms between the heavy stages (all O(N) work), and returns
 what the op layer saves. The mathematics is in ``directclr_fast.reference`` and docs/design.md.
 
-The sums leave the positive out and hand its logit a s_ip(i) on. With rest_i = log of the sum over the other candidates,
+The sums leave the positive out and hand its logit a s_ip(i) on. With rest_i = log of the sum over
+the other candidates,
 
 .. code-block:: text
 

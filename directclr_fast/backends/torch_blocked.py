@@ -242,7 +242,7 @@ class _Weigher:
 
 
 def _rounded(weight: Tensor, lse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The same weight exp(x - lse) with a log-sum that ``dtype`` holds: the rest is in the weight."""
+    """The same weight exp(x - lse) with lse in ``dtype``: its rounding goes into the weight."""
     reference = lse.to(dtype)
     return (weight * torch.exp(reference - lse)).to(dtype), reference
 
