@@ -595,6 +595,15 @@ def test_equal_rows_have_equal_products_wherever_they_stand(isa, d):
                 assert (logits == one).all()
 
 
+def test_a_product_is_added_up_in_chains(isa):
+    """One chain of d = 360 to 1 makes half its roundings above 1/2: sqrt(180 / 12) 2^-24 and some,
+    2.5e-7 in all; two chains make them above 1/4, which halves it."""
+    x = views(300, 300, 360)[0]
+    native = Native(x, x, temperature=1.0)
+    z = native.z1.double()
+    assert (native.logits - (z * z).sum(1)).square().mean().sqrt() < 1.7e-7
+
+
 def test_the_positive_has_the_rounding_of_its_neighbours(isa):
     """Two equal candidates, one of them the positive: exactly log 2 at any temperature."""
     for d in (3, 24, 360, 1100):
