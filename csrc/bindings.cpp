@@ -2,6 +2,8 @@
 // checked here; the Python side owns the arrays and checks them.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
+
 #include "common/threads.h"
 #include "cpu/isa.h"
 #include "cpu/stages.h"
@@ -83,6 +85,13 @@ PYBIND11_MODULE(_cpu, m) {
         "Whether threads come from the OpenMP pool of the process, not from one call to the next.");
   m.def("has_bf16", [] { return kernels().has_bf16; }, "Whether bf16=True is taken up.");
   m.def("pitch", &pitch, "d"_a, "Floats per row of z and dz.");
+  m.def(
+      "within",
+      [](P cols, I d, I width) {
+        const int64_t* c = at<int64_t>(cols);
+        return std::all_of(c, c + d, [&](int64_t k) { return 0 <= k && k < width; });
+      },
+      "cols"_a, "d"_a, "width"_a, "Whether every column lies inside a row of `width`.");
   m.def("workspace_bytes", &workspace_bytes, "m"_a, "n"_a, "Bytes that keep every tile of S.");
   m.def("scratch_bytes", &scratch_bytes, "m"_a, "n"_a, "d"_a, "threads"_a,
         "Memory that a driver takes besides its arguments.");

@@ -46,6 +46,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import dispatch, flops, ops, reference
+from .address import memory
 from .backends.stages import Pair, Stages, _with_positive
 from .problem import Problem
 
@@ -178,6 +179,9 @@ def _locally(r1, r2, columns, temperature, options) -> tuple[Problem, str]:
         raise ValueError(
             f"r2: expected {r1.shape[0]} rows like r1 over several processes, got {r2.shape[0]}"
         )
+    for name, value in (("r1", r1), ("r2", r2), ("temperature", temperature)):
+        if value is not None:
+            memory(name, value)
     problem = ops.problem_of(options, r1, r2, columns, temperature)
     if options.negatives == "same":
         raise NotImplementedError(
@@ -242,7 +246,8 @@ def _host_group(group):
 def _exchange(group, mine: dict) -> list[dict]:
     """The message of every process, by one all-gather of a fixed number of bytes."""
     text = json.dumps(mine).encode().ljust(_MESSAGE_BYTES)
-    everyone = torch.empty(dist.get_world_size(group) * _MESSAGE_BYTES, dtype=torch.uint8)
+    size = dist.get_world_size(group) * _MESSAGE_BYTES
+    everyone = torch.empty(size, dtype=torch.uint8, device="cpu")
     own = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     dist.all_gather_into_tensor(everyone, own, group=_host_group(group))
     texts = [bytes(message.numpy()) for message in everyone.split(_MESSAGE_BYTES)]

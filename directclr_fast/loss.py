@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed, ops, reference
+from .address import dispatched, readable, unwrapped
 from .dispatch import BACKENDS, choose, note
 from .problem import DTYPES, NEGATIVES, PRECISIONS, REDUCTIONS
 
@@ -221,7 +222,7 @@ class DirectCLRLoss(nn.Module):
         }
         if columns is not None:
             columns = _index_tensor(columns).clone()
-            _check_index_values(columns, None)
+            ops.check_columns(columns, None)
         self.register_buffer("columns", columns, persistent=False)
         self.log_temperature = None
         self._temperature = float(temperature)
@@ -256,6 +257,8 @@ def _checked(
     precision, backend, workspace_bytes, eps,
 ):  # fmt: skip
     """(r1, r2, (G, d) columns or None, tensor temperature or None, options), or raises."""
+    r1, r2 = unwrapped("r1", r1), unwrapped("r2", r2)
+    temperature, columns = unwrapped("temperature", temperature), unwrapped("columns", columns)
     _check_views(r1, r2)
     index = _check_columns(columns, r1)
     dim = _check_dim(dim, r1) if index is None else 0
@@ -305,17 +308,20 @@ def _run(
 
     The logits are None without ``stats``: they would be one launch more.
     """
-    if torch.compiler.is_compiling():
+    if dispatched(r1, r2, index, temperature):
         if options.backend != "reference" and options.negatives != "same":
             loss, *saved = ops.loss_forward(r1, r2, index, temperature, True, *options)
             saved = ops.Saved(*saved)
             logits = _logits(saved.positives, temperature, options) if stats else None
             return loss, saved.row_lse, saved.col_lse, logits
+        if index is not None:
+            index = ops.checked_columns(index, r1.shape[1])
         problem = ops.problem_of(options, r1, r2, index, temperature)
         return reference.loss(problem, r1, r2, index, temperature)
     problem = ops.problem_of(options, r1, r2, index, temperature)
     name = choose(problem, options.backend)
     if name == reference.NAME:
+        readable("r1 r2 columns temperature", r1, r2, index, temperature)
         with ops.plain(problem):
             result = reference.loss(problem, r1, r2, index, temperature)
         note(name)
@@ -364,11 +370,6 @@ def _check_views(r1: Tensor, r2: Tensor) -> None:
     for name, r in (("r1", r1), ("r2", r2)):
         if not isinstance(r, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(r).__name__}")
-        if type(r).__name__ == "DTensor":
-            raise TypeError(
-                f"{name}: expected a local tensor, got a DTensor; pass its local rows "
-                "(r.to_local() or r.full_tensor())"
-            )
         if r.is_nested or r.layout != torch.strided:
             kind = "nested" if r.is_nested else str(r.layout)
             raise TypeError(f"{name}: expected a dense strided tensor, got a {kind} one")
@@ -440,7 +441,7 @@ def _check_temperature(temperature, r1: Tensor, negatives: str) -> tuple[float, 
 
 def _index_tensor(columns) -> Tensor:
     try:
-        index = columns if isinstance(columns, Tensor) else torch.as_tensor(columns)
+        index = columns if isinstance(columns, Tensor) else torch.tensor(columns, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"columns: expected an int64 tensor or a list of ints: {error}") from None
     if index.dtype != torch.int64:
@@ -452,26 +453,13 @@ def _index_tensor(columns) -> Tensor:
     return index
 
 
-def _check_index_values(index: Tensor, width: int | None) -> None:
-    ordered = index.sort(-1).values
-    low, high = int(ordered[..., 0].min()), int(ordered[..., -1].max())
-    if low < 0 or (width is not None and high >= width):
-        last = "the width of r1" if width is None else width - 1
-        bad = low if low < 0 else high
-        raise ValueError(f"columns: expected indices from 0 to {last}, got {bad}")
-    repeated = ordered[..., 1:][ordered[..., 1:] == ordered[..., :-1]]
-    if repeated.numel():
-        raise ValueError(
-            f"columns: expected each column at most once in a group, got {int(repeated[0])} twice"
-        )
-
-
 def _check_columns(columns, r1: Tensor) -> Tensor | None:
     """(G, d) index on the device of r1, or None."""
     if columns is None:
         return None
     index = _index_tensor(columns)
-    # Values are read only where that waits for no device and breaks no graph.
-    if index.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_index_values(index, r1.shape[1])
+    # Values are read only where that waits for no device; a compiled call's op reads them.
+    if index.is_cpu and not dispatched(index):
+        readable("columns", index)
+        ops.check_columns(index, r1.shape[1])
     return index.reshape(-1, index.shape[-1]).contiguous().to(r1.device)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, reference
+from .address import readable, unwrapped
 from .backends import stages
 from .backends.stages import Saved
 from .problem import Problem
@@ -33,9 +34,9 @@ class Options(NamedTuple):
     workspace_bytes: int  # -1: the backend's default
     eps: float
     mixed: bool = False
-    # Compiled graphs are cached on disk with the shapes of what `loss_forward` saves: raised by one
-    # whenever a backend changes those.
-    layout: int = 2
+    # Compiled graphs are cached on disk with the shapes of what `loss_forward` saves and with what
+    # was traced around it: raised by one whenever either changes.
+    layout: int = 3
 
 
 _OPTIONS = (
@@ -43,6 +44,7 @@ _OPTIONS = (
     "int row_offset, str precision, str backend, int workspace_bytes, float eps, bool mixed, "
     "int layout"
 )
+_READ = " ".join(("upstream", "columns", "temperature", *Saved._fields))
 _SAVED = ", ".join(f"Tensor {name}" for name in Saved._fields)
 
 
@@ -139,6 +141,21 @@ def _scale(problem: Problem, temperature: Tensor | None):
     return temperature.detach().to(problem.compute_dtype).reciprocal()
 
 
+def check_columns(index: Tensor, width: int | None) -> None:
+    """Raises ``ValueError`` unless an index on the CPU is in range and names no column twice."""
+    ordered = index.sort(-1).values
+    low, high = int(ordered[..., 0].min()), int(ordered[..., -1].max())
+    if low < 0 or (width is not None and high >= width):
+        last = "the width of r1" if width is None else width - 1
+        bad = low if low < 0 else high
+        raise ValueError(f"columns: expected indices from 0 to {last}, got {bad}")
+    repeated = ordered[..., 1:][ordered[..., 1:] == ordered[..., :-1]]
+    if repeated.numel():
+        raise ValueError(
+            f"columns: expected each column at most once in a group, got {int(repeated[0])} twice"
+        )
+
+
 def forward_body(
     r1: Tensor,
     r2: Tensor,
@@ -148,6 +165,7 @@ def forward_body(
     options: Options,
 ) -> tuple[Tensor, Saved]:
     """Loss (scalar or (M,)) and what the backward pass needs."""
+    readable("r1 r2 columns temperature", r1, r2, columns, temperature)
     problem = problem_of(options, r1, r2, columns, temperature, keep)
     name = dispatch.choose(problem, options.backend)
     backend = dispatch.load(name)
@@ -169,10 +187,13 @@ def backward_body(
     options: Options,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dr1, dr2, dtemperature), None where not needed."""
+    dloss = unwrapped("upstream", dloss)
+    readable(_READ, dloss, columns, temperature, *saved)
     rows, candidates = saved.z1.shape[1], saved.z2.shape[1]
     problem = build_problem(
         options, rows, candidates, width, dtype, dloss.device.type, columns, temperature, True
     )
+    saved = _as_saved(problem, dloss, saved)
     backend = dispatch.load(dispatch.choose(problem, options.backend))
     with torch.no_grad(), plain(problem):
         scale = _scale(problem, temperature)
@@ -180,8 +201,30 @@ def backward_body(
             backend.stages(), problem, dloss, saved, columns, scale, need
         )
     if dtemperature is not None:
-        dtemperature = torch.as_tensor(dtemperature).to(temperature)
+        dtemperature = torch.as_tensor(
+            dtemperature, dtype=temperature.dtype, device=temperature.device
+        )
     return dr1, dr2, dtemperature
+
+
+def _as_saved(problem: Problem, dloss: Tensor, saved: Saved) -> Saved:
+    """The tensors as the forward pass made them, contiguous: a hook may have unpacked others."""
+    g, m, n = problem.groups, problem.rows, problem.candidates
+    of_col, of_own = (n, m) if problem.symmetric else (0, 0)
+    expected = ((g, m), (g, n), (g, m), (g, m), (g, of_col), (g, m), (g, of_own))
+    upstream = (m,) if problem.reduction == "none" else ()
+    if (
+        dloss.shape != upstream
+        or tuple(value.shape for value in saved[2:-1]) != expected
+        or saved.z1.shape[::2] != saved.z2.shape[::2]
+        or saved.z1.shape[0] != g
+    ):
+        shapes = ", ".join(f"{k} {tuple(v.shape)}" for k, v in saved._asdict().items())
+        raise ValueError(
+            f"saved tensors: expected those of {m} x {n} rows in {g} groups and an upstream "
+            f"gradient {upstream}, got {shapes}, upstream {tuple(dloss.shape)}"
+        )
+    return Saved(*(value.contiguous() for value in saved))
 
 
 class Loss(torch.autograd.Function):
@@ -239,8 +282,44 @@ def _differentiable_gradients(dloss, r1, r2, columns, temperature, need, options
     ),
 )
 def loss_forward(r1, r2, columns, temperature, keep, *options):
-    loss, saved = forward_body(r1, r2, columns, temperature, keep, Options(*options))
+    options = Options(*options)
+    _check_inputs(r1, r2, columns, options)
+    r1, r2 = r1.resolve_neg(), r2.resolve_neg()
+    loss, saved = forward_body(r1, r2, columns, temperature, keep, options)
     return loss, *saved
+
+
+# Negated views come as they are: PyTorch's own fallback would resolve them while tracing, by a copy
+# for which Inductor writes code that forgets the negation.
+_library = torch.library.Library("directclr_fast", "FRAGMENT")
+_library.impl("loss_forward", torch.library.fallthrough_kernel, "Negative")
+
+
+def _check_inputs(r1: Tensor, r2: Tensor, columns: Tensor | None, options: Options) -> None:
+    """What a graph that holds the op has not checked, or its guards no longer hold."""
+    alike = r1.dtype == r2.dtype and r1.device == r2.device and r1.dim() == r2.dim() == 2
+    if not alike or r1.shape[1] != r2.shape[1] or len(r1) + options.row_offset > len(r2):
+        raise ValueError(
+            "r2: expected dtype, device and width of r1 and a positive for each of its rows, got "
+            f"{tuple(r1.shape)} of {r1.dtype} and {tuple(r2.shape)} of {r2.dtype}"
+        )
+    if columns is not None and columns.is_cpu:
+        check_columns(columns, r1.shape[1])
+    elif columns is None and not 0 < options.dim <= r1.shape[1]:
+        raise ValueError(f"dim: expected 1 to {r1.shape[1]}, got {options.dim}")
+
+
+@torch.library.custom_op("directclr_fast::checked_columns", mutates_args=())
+def checked_columns(columns: Tensor, width: int) -> Tensor:
+    """A copy of the index, for compiled graphs of the formula: they could not raise otherwise."""
+    if columns.is_cpu:
+        check_columns(columns, width)
+    return columns.clone()
+
+
+@checked_columns.register_fake
+def _(columns, width):
+    return torch.empty_like(columns)
 
 
 @loss_forward.register_fake
@@ -283,6 +362,8 @@ def _(r1, r2, columns, temperature, keep, *options):
     ),
 )
 def loss_backward(dloss, *args):
+    if _makes_a_graph():  # which AOTAutograd would leave this op out of, without a word
+        _no_second_derivative()
     saved, rest = Saved(*args[: len(Saved._fields)]), args[len(Saved._fields) :]
     columns, temperature, width, dtype, *need = rest[:7]
     grads = backward_body(
@@ -326,6 +407,26 @@ def _backward(ctx, dloss, *_):
     return dr1, dr2, None, dtemperature, *rest
 
 
+def _makes_a_graph() -> bool:
+    """Whether a backward pass with create_graph=True is what runs.
+
+    Nothing says so to an op in a compiled backward pass, which AOTAutograd runs either as it is,
+    with gradients recorded, or inside an ``autograd.Function``, which switches forward-mode off.
+    """
+    if torch._C._current_graph_task_id() == -1:
+        return False
+    keeps = torch._C._autograd._get_current_graph_task_keep_graph()
+    return torch.is_grad_enabled() or (keeps and not torch._C._is_fwd_grad_enabled())
+
+
+def _no_second_derivative(*_):
+    raise NotImplementedError(
+        "create_graph=True: the compiled loss has no second derivative; call it in eager mode, or "
+        "compile it with backend='reference'"
+    )
+
+
+torch.library.register_autograd("directclr_fast::loss_backward", _no_second_derivative)
 torch.library.register_autograd(
     "directclr_fast::loss_forward", _backward, setup_context=_setup_context
 )

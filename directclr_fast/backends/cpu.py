@@ -12,6 +12,7 @@ import os
 import torch
 from torch import Tensor
 
+from ..address import CPU, address, start
 from ..problem import Problem
 from .stages import Pair
 
@@ -40,6 +41,10 @@ DEFAULT_WORKSPACE_BYTES = 16 * 2**20
 MAX_SCALE = 2.0**21
 
 _LN2 = math.log(2.0)
+_F32, _F64 = torch.float32, torch.float64
+_CODES = {} if _cpu is None else {
+    torch.float32: _cpu.FLOAT32, torch.float16: _cpu.FLOAT16, torch.bfloat16: _cpu.BFLOAT16,
+}  # fmt: skip
 
 
 def why_not(problem: Problem) -> list[str]:
@@ -72,13 +77,17 @@ def details() -> dict[str, str]:
     }
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _strided(r: Tensor, index: Tensor | None) -> tuple[int, int, int, int, int]:
-    code = {torch.float32: _cpu.FLOAT32, torch.float16: _cpu.FLOAT16}.get(r.dtype, _cpu.BFLOAT16)
-    return r.data_ptr(), code, r.stride(0), r.stride(1), _address(index)
+def _strided(r: Tensor, dim: int, index: Tensor | None) -> tuple[int, int, int, int, int]:
+    """``dim`` columns of a matrix, the first or those ``index`` names, as the kernels take it."""
+    at, columns, width = start("r", r), address(index, torch.int64, dim), r.shape[1]
+    if r.dtype not in _CODES:
+        raise ValueError(f"r: expected float16, bfloat16 or float32, got {r.dtype}")
+    if index is None and dim > width:
+        raise ValueError(f"r: expected at least {dim} columns, got {width}")
+    # Read once more by those who write there: a caller may have changed them since the check.
+    if index is not None and not _cpu.within(columns, dim, width):
+        raise ValueError(f"columns: expected indices from 0 to {width - 1}")
+    return at, _CODES[r.dtype], r.stride(0), r.stride(1), columns
 
 
 class CpuStages:
@@ -98,18 +107,18 @@ class CpuStages:
         return (torch.sym_min(whole, workspace // (4 * problem.groups)),)
 
     def kept_buffer(self, problem: Problem, like: Tensor) -> Tensor:
-        return torch.empty(self.kept_shape(problem))
+        return _new(self.kept_shape(problem), _F32)
 
     def normalize(self, problem: Problem, r: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
-        z = torch.empty(r.shape[0], _cpu.pitch(problem.dim))
-        rnorm = torch.empty(r.shape[0])
+        rows, pitch = r.shape[0], _cpu.pitch(problem.dim)
+        z, rnorm = _new((rows, pitch), _F32), _new((rows,), _F32)
         _cpu.normalize(
-            _strided(r, index),
-            r.shape[0],
+            _strided(r, problem.dim, index),
+            rows,
             problem.dim,
             problem.eps,
-            z.data_ptr(),
-            rnorm.data_ptr(),
+            address(z, _F32, rows * pitch),
+            address(rnorm, _F32, rows),
             torch.get_num_threads(),
         )
         return z, rnorm
@@ -130,47 +139,51 @@ class CpuStages:
             )
         if logits is not None and problem.precision == "bf16":
             if problem.row_offset < problem.candidates:
-                _cpu.positives(
-                    z1.data_ptr(),
-                    z2.data_ptr(),
-                    problem.rows,
-                    problem.dim,
-                    problem.row_offset,
-                    logits.data_ptr(),
-                    torch.get_num_threads(),
-                )
+                self._positives(problem, z1, z2, logits)
                 logits.mul_(scale)
             logits = None
-        row = torch.zeros(2, problem.rows, dtype=torch.float64)
+        row = _new((2, problem.rows), _F64, torch.zeros)
         column = None
         if problem.symmetric:
-            column = torch.zeros(2, problem.candidates, dtype=torch.float64)
+            column = _new((2, problem.candidates), _F64, torch.zeros)
         self._sums(problem, z1, z2, scale, kept, row, column, logits, problem.row_offset, False)
         return _log(row), None if column is None else _log(column)
 
     def self_sums(self, problem: Problem, z: Tensor, scale) -> Tensor:
-        total = torch.zeros(2, z.shape[0], dtype=torch.float64)
-        self._sums(problem, z, z, scale, z.new_empty(0), total, total, None, 0, True)
+        total = _new((2, z.shape[0]), _F64, torch.zeros)
+        self._sums(problem, z, z, scale, None, total, total, None, 0, True)
         return _log(total)
 
+    def _positives(self, problem: Problem, z1: Tensor, z2: Tensor, into: Tensor) -> None:
+        if problem.row_offset + problem.rows > len(z2):
+            raise ValueError(f"r2: expected a positive for each row, got {len(z2)} rows")
+        _cpu.positives(
+            *_unit_rows(problem, z1, z2),
+            problem.rows,
+            problem.dim,
+            problem.row_offset,
+            address(into, _F64, problem.rows),
+            torch.get_num_threads(),
+        )
+
     def _sums(self, problem, z1, z2, scale, kept, row, column, logits, offset, upper) -> None:
+        m, n = z1.shape[0], z2.shape[0]
+        row_sum, column_sum = address(row, _F64, 2 * m), address(column, _F64, 2 * n)
         _cpu.sums(
-            z1.data_ptr(),
-            z2.data_ptr(),
-            z1.shape[0],
-            z2.shape[0],
+            *_unit_rows(problem, z1, z2),
+            m,
+            n,
             problem.dim,
             offset,
             scale,
             upper,
             problem.precision == "bf16",
-            kept.data_ptr() if kept.numel() else 0,
-            4 * kept.numel(),
-            row[0].data_ptr(),
-            row[1].data_ptr(),
-            0 if column is None else column[0].data_ptr(),
-            0 if column is None else column[1].data_ptr(),
-            _address(logits),
+            *_workspace(kept),
+            row_sum,
+            row_sum + 8 * m,
+            column_sum,
+            column_sum and column_sum + 8 * n,
+            address(logits, _F64, m),
             torch.get_num_threads(),
         )
 
@@ -201,35 +214,34 @@ class CpuStages:
         self, problem: Problem, z: Tensor, scale, w: Tensor, lse: Tensor, dz: Tensor
     ) -> None:
         pair = Pair(w, lse, w, lse, None)
-        self._products(problem, z, z, scale, pair, z.new_empty(0), dz, dz, 0, True)
+        self._products(problem, z, z, scale, pair, None, dz, dz, 0, True)
 
     def _products(self, problem, z1, z2, scale, pair, kept, dz1, dz2, offset, upper) -> None:
+        m, n, pitch = z1.shape[0], z2.shape[0], z1.shape[1]
         _cpu.products(
-            z1.data_ptr(),
-            z2.data_ptr(),
-            z1.shape[0],
-            z2.shape[0],
+            *_unit_rows(problem, z1, z2),
+            m,
+            n,
             problem.dim,
             offset,
             scale,
             upper,
             problem.precision == "bf16",
-            kept.data_ptr() if kept.numel() else 0,
-            4 * kept.numel(),
-            _address(pair.w),
-            _address(pair.v),
-            _address(pair.row_lse),
-            _address(pair.col_lse),
-            _address(pair.diagonal),
-            _address(dz1),
-            _address(dz2),
+            *_workspace(kept),
+            address(pair.w, _F64, m),
+            address(pair.v, _F64, n),
+            address(pair.row_lse, _F64, m),
+            address(pair.col_lse, _F64, n),
+            address(pair.diagonal, _F64, m),
+            address(dz1, _F32, m * pitch),
+            address(dz2, _F32, n * pitch),
             torch.get_num_threads(),
         )
 
     def gradient_buffer(self, problem: Problem, rows: int, device: torch.device) -> Tensor:
         # One group: `finish` writes every column itself. Several groups add up.
         make = torch.empty if problem.groups == 1 else torch.zeros
-        return make((rows, problem.width), dtype=problem.dtype)
+        return _new((rows, problem.width), problem.dtype, make)
 
     def finish(
         self,
@@ -244,12 +256,13 @@ class CpuStages:
         if dr is not None:
             into = dr if problem.groups == 1 else dr.new_empty(dr.shape[0], problem.dim)
             columns = index if problem.groups == 1 else None
-            target = (*_strided(into, columns), into.shape[1], True)
+            target = (*_strided(into, problem.dim, columns), into.shape[1], True)
+        rows, pitch = len(dz if dr is None else dr), _cpu.pitch(problem.dim)
         total = _cpu.finish(
-            z.data_ptr(),
-            dz.data_ptr(),
-            rnorm.data_ptr(),
-            z.shape[0],
+            address(z, _F32, rows * pitch),
+            address(dz, _F32, rows * pitch),
+            address(rnorm, _F32, rows),
+            rows,
             problem.dim,
             problem.eps,
             target,
@@ -258,6 +271,21 @@ class CpuStages:
         if into is not dr:
             dr.index_add_(1, index, into)
         return total
+
+
+def _new(shape: tuple[int, ...], dtype: torch.dtype, make=torch.empty) -> Tensor:
+    return make(shape, dtype=dtype, device=CPU)
+
+
+def _unit_rows(problem: Problem, z1: Tensor, z2: Tensor) -> tuple[int, int]:
+    pitch = _cpu.pitch(problem.dim)
+    return address(z1, _F32, len(z1) * pitch), address(z2, _F32, len(z2) * pitch)
+
+
+def _workspace(kept: Tensor | None) -> tuple[int, int]:
+    """(address, bytes) of the tiles kept, (0, 0) for none."""
+    size = 0 if kept is None else kept.numel()
+    return address(kept, _F32, size), 4 * size
 
 
 def _log(accumulated: Tensor) -> Tensor:
