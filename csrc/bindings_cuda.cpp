@@ -37,10 +37,10 @@ Stream stream_of(const py::tuple& t) {
   return {at<CUstream_st>(t[0].cast<uintptr_t>()), t[1].cast<int>(), t[2].cast<int>()};
 }
 
-// (data, dtype, rows, row_stride, col_stride)
+// (data, dtype, rows, width, row_stride, col_stride)
 View view_of(const py::tuple& t) {
   return {at<void>(t[0].cast<uintptr_t>()), t[1].cast<int>(), t[2].cast<int64_t>(),
-          t[3].cast<int64_t>(), t[4].cast<int64_t>()};
+          t[3].cast<int64_t>(), t[4].cast<int64_t>(), t[5].cast<int64_t>()};
 }
 
 // (bf16, fp8, d, pitch, row, fp8_scale)

@@ -119,6 +119,7 @@ def _finish_rows(
             column = offs_c
             if GATHERED:
                 column = tl.load(index + offs_c, mask=mask_c, other=0)
+                mask_c &= (column >= 0) & (column < width)  # as `normalize` read them
             where = row + column[None, :].to(tl.int64) * stride_dc
             mask = row_mask[:, None] & mask_c[None, :]
             if ADD:

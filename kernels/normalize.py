@@ -25,13 +25,18 @@ ROWS, COLUMNS = 4, 128
 
 
 @triton.jit
-def _load(r, index, offs_r, row_mask, offs_c, d, stride_r, stride_c, GATHERED: tl.constexpr):
-    """(R, C) in fp64, zero outside."""
+def _load(r, index, offs_r, row_mask, offs_c, d, width, stride_r, stride_c, GATHERED: tl.constexpr):
+    """(R, C) in fp64, zero outside. An index beyond the row reads NaN: nobody waits to check it."""
     mask_c = offs_c < d
+    mask = row_mask[:, None] & mask_c[None, :]
     if GATHERED:
         offs_c = tl.load(index + offs_c, mask=mask_c, other=0)
+    inside = (offs_c >= 0) & (offs_c < width)
     where = r + offs_r[:, None].to(tl.int64) * stride_r + offs_c[None, :].to(tl.int64) * stride_c
-    return tl.load(where, mask=row_mask[:, None] & mask_c[None, :], other=0.0).to(tl.float64)
+    found = tl.load(where, mask=mask & inside[None, :], other=0.0).to(tl.float64)
+    if GATHERED:
+        found = tl.where(mask & ~inside[None, :], float("nan"), found)
+    return found
 
 
 @triton.jit
@@ -72,6 +77,7 @@ def _normalize_kernel(
     n1,
     n2,
     d,
+    width,
     offset,
     stride_r1,
     stride_c1,
@@ -99,10 +105,10 @@ def _normalize_kernel(
     product = tl.zeros((ROWS,), tl.float64)
     for c in range(0, d, COLUMNS):
         offs_c = c + tl.arange(0, COLUMNS)
-        x1 = _load(r1, index, offs_1, mask_1, offs_c, d, stride_r1, stride_c1, GATHERED)
+        x1 = _load(r1, index, offs_1, mask_1, offs_c, d, width, stride_r1, stride_c1, GATHERED)
         square_1 += tl.sum(x1 * x1, 1)
         if BOTH:
-            x2 = _load(r2, index, offs_2, mask_2, offs_c, d, stride_r2, stride_c2, GATHERED)
+            x2 = _load(r2, index, offs_2, mask_2, offs_c, d, width, stride_r2, stride_c2, GATHERED)
             square_2 += tl.sum(x2 * x2, 1)
             product += tl.sum(x1 * x2, 1)
     # where, not maximum: a NaN norm stays NaN.
@@ -119,11 +125,11 @@ def _normalize_kernel(
         tl.store(positives + offs_1, product * inverse_1 * inverse_2, mask=mask_1)
     for c in range(0, PITCH, COLUMNS):
         offs_c = c + tl.arange(0, COLUMNS)
-        x1 = _load(r1, index, offs_1, mask_1, offs_c, d, stride_r1, stride_c1, GATHERED)
+        x1 = _load(r1, index, offs_1, mask_1, offs_c, d, width, stride_r1, stride_c1, GATHERED)
         value = (x1 * inverse_1[:, None]).to(tl.float32)
         _pack(z1, offs_1, mask_1, offs_c, value, stride_z, fp8_scale, PITCH, SPLIT, FP8)
         if BOTH:
-            x2 = _load(r2, index, offs_2, mask_2, offs_c, d, stride_r2, stride_c2, GATHERED)
+            x2 = _load(r2, index, offs_2, mask_2, offs_c, d, width, stride_r2, stride_c2, GATHERED)
             value = (x2 * inverse_2[:, None]).to(tl.float32)
             _pack(z2, offs_2, mask_2, offs_c, value, stride_z, fp8_scale, PITCH, SPLIT, FP8)
 
@@ -162,6 +168,7 @@ def _launch(layout, r1, r2, index, z1, z2, rnorm1, rnorm2, positives, offset, ep
         len(r1),
         len(r2),
         layout.dim,
+        r1.shape[1],
         offset,
         *r1.stride(),
         *r2.stride(),

@@ -333,7 +333,7 @@ def test_it_is_chosen_only_where_a_measurement_says_so(monkeypatch):
 
 def test_a_failed_launch_is_one_sentence(module):
     """dtype codes are the binding's own; the text names the stage and the device."""
-    view = (0, 7, 4, 1, 1)
+    view = (0, 7, 4, 1, 1, 1)
     with pytest.raises(RuntimeError, match=r"^cuda backend: dtype: expected .* \(device 3\)$"):
         module.normalize((False, False, 8, 64, 128, 1.0), view, view, 0, 0, 0, 0, 0, 0, 0, 1e-12,
                          True, (0, 3, 132))  # fmt: skip

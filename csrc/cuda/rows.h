@@ -51,17 +51,21 @@ DIRECTCLR_HD void write8(T* p, const float (&x)[kChunk]) {
   }
 }
 
-// Columns of a representation: the first `d`, or those `index` names. Strides in elements.
+// Columns of a representation: the first `d`, or those `index` names. Strides in elements. The host
+// must not wait for an index to be checked, so one outside the row's `width` reads NaN.
 template <class T>
 struct Columns {
   T* data;
   int64_t row_stride, col_stride;
   const int64_t* index;
   int d;
+  int64_t width;
   bool aligned;  // rows start at 16-byte addresses and their columns are neighbours
 
-  DIRECTCLR_HD T* at(int64_t row, int c) const {
-    return data + row * row_stride + (index ? index[c] : int64_t(c)) * col_stride;
+  DIRECTCLR_HD float at(int64_t row, int c) const {
+    const int64_t column = index ? index[c] : int64_t(c);
+    if (column < 0 || column >= width) return NAN;
+    return to_float(data[row * row_stride + column * col_stride]);
   }
   // Columns c .. c + 8, zero from d on.
   DIRECTCLR_HD void load(int64_t row, int c, float (&x)[kChunk]) const {
@@ -70,7 +74,7 @@ struct Columns {
       return;
     }
     DIRECTCLR_UNROLL
-    for (int k = 0; k < kChunk; ++k) x[k] = c + k < d ? to_float(*at(row, c + k)) : 0.0f;
+    for (int k = 0; k < kChunk; ++k) x[k] = c + k < d ? at(row, c + k) : 0.0f;
   }
 };
 
@@ -250,7 +254,9 @@ DIRECTCLR_HD void write_gradient(const FinishView<T, Half>& v, const FinishShape
     DIRECTCLR_UNROLL
     for (int k = 0; k < kChunk; ++k) {
       if (c + k >= end) continue;
-      T* at = row + (s.index ? s.index[c + k] : int64_t(c + k)) * v.dr_col_stride;
+      const int64_t column = s.index ? s.index[c + k] : int64_t(c + k);
+      if (column < 0 || column >= s.width) continue;
+      T* at = row + column * v.dr_col_stride;
       from_float(s.add ? to_float(*at) + dx[k] : dx[k], at);
     }
   }

@@ -12,7 +12,7 @@ enum Dtype { kFloat16 = 0, kBfloat16 = 1, kFloat32 = 2 };
 struct View {
   const void* data;
   int dtype;
-  int64_t rows, row_stride, col_stride;
+  int64_t rows, width, row_stride, col_stride;
 };
 
 // How unit rows are packed (rows.h): d columns, `pitch` with padding, `row` two-byte elements a row.

@@ -15,7 +15,8 @@ inline bool divides(const void* data, int64_t row_stride, int64_t col_stride) {
 template <class T>
 Columns<const T> columns(const View& v, const int64_t* index, int d) {
   const bool aligned = !index && divides<T>(v.data, v.row_stride, v.col_stride);
-  return {static_cast<const T*>(v.data), v.row_stride, v.col_stride, index, d, aligned};
+  return {static_cast<const T*>(v.data), v.row_stride, v.col_stride, index, d, v.width,
+          aligned};
 }
 
 template <class Half>

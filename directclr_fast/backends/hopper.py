@@ -11,6 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from ..address import address, start
 from ..kernels.configs import Tile
 from ..kernels.layout import Layout
 from ..kernels.records import STORE, Factors, View
@@ -57,8 +58,38 @@ def _stream(tensor: Tensor) -> tuple[int, int, int]:
     return handle, where.index, multiprocessors(where)
 
 
-def _at(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+class _On:
+    """Addresses of a launch's arguments on the device of ``like``, 0 for None."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.device = like.device
+
+    def f32(self, tensor: Tensor | None, size: int) -> int:
+        return address(tensor, torch.float32, size, self.device)
+
+    def f64(self, tensor: Tensor | None, size: int) -> int:
+        return address(tensor, torch.float64, size, self.device)
+
+    def index(self, layout: Layout, columns: Tensor | None) -> int:
+        return address(columns, torch.int64, layout.dim, self.device)
+
+    def rows(self, layout: Layout, z: Tensor) -> int:
+        return address(z, layout.dtype, len(z) * layout.row, self.device)
+
+    def scale(self, scale) -> tuple[int, float]:
+        """(address, value) of 1/temperature, of which one counts."""
+        return (self.f32(scale, 1), 0.0) if isinstance(scale, Tensor) else (0, scale)
+
+    def operands(self, layout: Layout, a: Tensor, b: Tensor) -> tuple:
+        starts = []
+        for z in (a, b):
+            self.rows(layout, z)  # a row's operand is a part of it
+            starts.append(start("z", layout.operand(z), self.device))
+        stride = layout.operand(a).stride(0)
+        return _OPERANDS[layout.precision], *starts, len(a), len(b), layout.pitch, stride
+
+    def exponent(self, layout: Layout, scale) -> tuple:
+        return *self.scale(scale), layout.fp8_scale**-2 if layout.precision == "fp8" else 1.0
 
 
 def _layout(layout: Layout) -> tuple:
@@ -68,29 +99,7 @@ def _layout(layout: Layout) -> tuple:
 
 
 def _view(r: Tensor) -> tuple:
-    return r.data_ptr(), _DTYPES[r.dtype], len(r), *r.stride()
-
-
-def _scale(scale) -> tuple[int, float]:
-    """(address, value) of 1/temperature, of which one counts."""
-    return (scale.data_ptr(), 0.0) if isinstance(scale, Tensor) else (0, scale)
-
-
-def _operands(layout: Layout, a: Tensor, b: Tensor) -> tuple:
-    a, b = layout.operand(a), layout.operand(b)
-    return (
-        _OPERANDS[layout.precision],
-        a.data_ptr(),
-        b.data_ptr(),
-        len(a),
-        len(b),
-        layout.pitch,
-        a.stride(0),
-    )
-
-
-def _exponent(layout: Layout, scale) -> tuple:
-    return *_scale(scale), layout.fp8_scale**-2 if layout.precision == "fp8" else 1.0
+    return start("r", r, r.device), _DTYPES[r.dtype], *r.shape, *r.stride()
 
 
 # ------------------------------------------------------------------------------- normalize
@@ -103,9 +112,10 @@ def _unit_rows(layout: Layout, r: Tensor) -> tuple[Tensor, Tensor]:
 
 def normalize(layout: Layout, r: Tensor, index: Tensor | None, eps: float):
     """z (rows, layout.row) and reciprocal norms (rows,) of one view."""
-    z, rnorm = _unit_rows(layout, r)
+    (z, rnorm), on, view = _unit_rows(layout, r), _On(r), _view(r)
+    z_at, rnorm_at = on.rows(layout, z), on.f32(rnorm, len(r))
     _cuda.normalize(
-        _layout(layout), _view(r), _view(r), _at(index), _at(z), _at(z), _at(rnorm), _at(rnorm), 0,
+        _layout(layout), view, view, on.index(layout, index), z_at, z_at, rnorm_at, rnorm_at, 0,
         0, eps, False, _stream(r),
     )  # fmt: skip
     return z, rnorm
@@ -116,18 +126,22 @@ def normalize_views(
 ):
     """(z1, z2, rnorm1, rnorm2, positives) in one launch; positives fp64 (rows of r1,)."""
     (z1, rnorm1), (z2, rnorm2) = _unit_rows(layout, r1), _unit_rows(layout, r2)
-    found = torch.empty(len(r1), dtype=torch.float64, device=r1.device)
+    found, on = torch.empty(len(r1), dtype=torch.float64, device=r1.device), _On(r1)
     _cuda.normalize(
-        _layout(layout), _view(r1), _view(r2), _at(index), _at(z1), _at(z2), _at(rnorm1),
-        _at(rnorm2), _at(found), offset, eps, True, _stream(r1),
+        _layout(layout), _view(r1), _view(r2), on.index(layout, index), on.rows(layout, z1),
+        on.rows(layout, z2), on.f32(rnorm1, len(r1)), on.f32(rnorm2, len(r2)),
+        on.f64(found, len(r1)), offset, eps, True, _stream(r1),
     )  # fmt: skip
     return z1, z2, rnorm1, rnorm2, found
 
 
 def positives(layout: Layout, z1: Tensor, z2: Tensor, offset: int) -> Tensor:
     """s_ip(i) in fp64, (rows of z1,), from packed rows; p(i) = i + offset lies in z2."""
-    found = torch.empty(len(z1), dtype=torch.float64, device=z1.device)
-    _cuda.positives(_layout(layout), _at(z1), _at(z2), _at(found), len(z1), offset, _stream(z1))
+    found, on = torch.empty(len(z1), dtype=torch.float64, device=z1.device), _On(z1)
+    _cuda.positives(
+        _layout(layout), on.rows(layout, z1), on.rows(layout, z2), on.f64(found, len(z1)), len(z1),
+        offset, _stream(z1),
+    )  # fmt: skip
     return found
 
 
@@ -165,10 +179,12 @@ def partial_sums(
     ``upper``, against those from the strip's first row on."""
     rows = strip.stop - strip.start
     z2 = z2[strip.start :] if upper else z2
-    parts = Partials(rows, len(z2), tile, moving, bounded, z1.device)
+    parts, on = Partials(rows, len(z2), tile, moving, bounded, z1.device), _On(z1)
+    by_row, by_column = parts.row_lines * rows, parts.column_lines * len(z2)
     _cuda.sums(
-        _operands(layout, z1[strip], z2), _at(parts.row_sum), _at(parts.row_peak),
-        _at(parts.column_sum), _at(parts.column_peak), _exponent(layout, scale),
+        on.operands(layout, z1[strip], z2), on.f32(parts.row_sum, by_row),
+        on.f32(parts.row_peak, by_row), on.f32(parts.column_sum, by_column),
+        on.f32(parts.column_peak, by_column), on.exponent(layout, scale),
         0 if upper else strip.start + offset, upper, moving, bounded, pingpong(layout), _stream(z1),
     )  # fmt: skip
     return parts
@@ -194,8 +210,11 @@ def log_sums(
 
 def _fold(sums: Tensor, peaks: Tensor | None, into: Tensor, first: bool) -> None:
     """``into`` (n,) fp64 log-sums: set (``first``) or increased by lines of partials."""
-    lines, n = sums.shape
-    _cuda.fold(_at(sums), _at(peaks), _at(into), n, lines, n, first, _stream(sums))
+    (lines, n), on = sums.shape, _On(sums)
+    _cuda.fold(
+        on.f32(sums, lines * n), on.f32(peaks, lines * n), on.f64(into, n), n, lines, n, first,
+        _stream(sums),
+    )  # fmt: skip
 
 
 def combine(problem, positives, scale, *, bounded, parts: Partials | None, rest=(None, None)):
@@ -214,22 +233,26 @@ def combine(problem, positives, scale, *, bounded, parts: Partials | None, rest=
     per_row, blocks = problem.reduction == "none", _cuda.combine_blocks(n)
     by_row = positives.new_empty(m, dtype=torch.float32) if per_row else None
     by_block = None if per_row else statistic(blocks)
-    where = (None,) * 4 + (0, 0)
+    on, where = _On(positives), (0,) * 6
     if parts is not None:
+        by_line, by_column = parts.row_lines * m, parts.column_lines * n
         where = (
-            parts.row_sum, parts.row_peak, parts.column_sum, parts.column_peak,
+            on.f32(parts.row_sum, by_line), on.f32(parts.row_peak, by_line),
+            on.f32(parts.column_sum, by_column), on.f32(parts.column_peak, by_column),
             parts.row_lines, parts.column_lines,
         )  # fmt: skip
+    sides = n if problem.symmetric else 0, m if problem.symmetric else 0
     _cuda.combine(
-        (*map(_at, where[:4]), *where[4:]), _at(rest[0]), _at(rest[1]), _at(positives),
-        *_scale(scale), _at(row_lse), _at(col_lse), _at(nll_row), _at(nll_col), _at(by_row),
-        _at(by_block), m, n, problem.row_offset, problem.symmetric, _stream(positives),
+        where, on.f64(rest[0], m), on.f64(rest[1], n), on.f64(positives, m), *on.scale(scale),
+        on.f64(row_lse, m), on.f64(col_lse, sides[0]), on.f64(nll_row, m),
+        on.f64(nll_col, sides[1]), on.f32(by_row, m), on.f64(by_block, blocks), m, n,
+        problem.row_offset, problem.symmetric, _stream(positives),
     )  # fmt: skip
     if per_row:
         return by_row, row_lse, col_lse, nll_row, nll_col
     loss = positives.new_empty((), dtype=torch.float32)
     factor = float(m) if problem.reduction == "mean" else 1.0
-    _cuda.total(_at(by_block), _at(loss), blocks, factor, _stream(positives))
+    _cuda.total(on.f64(by_block, blocks), on.f32(loss, 1), blocks, factor, _stream(positives))
     return loss, row_lse, col_lse, nll_row, nll_col
 
 
@@ -239,11 +262,16 @@ def combine(problem, positives, scale, *, bounded, parts: Partials | None, rest=
 def factors(problem, saved, upstream: Tensor, largest: Tensor | None, bounded: bool) -> Factors:
     """One launch. ``largest`` = max |upstream| for reduction "none", else None (weights 1)."""
     found = Factors(problem.rows, problem.candidates, problem.symmetric, bounded, upstream.device)
+    m, n, on = problem.rows, problem.candidates, _On(upstream)
+    columns, own = (n, m) if problem.symmetric else (0, 0)
+    col = n if problem.symmetric else m  # where there is none, the row's stands for it
+    col_shift = m if bounded else col
     _cuda.factors(
-        _at(upstream), _at(largest), _at(saved.row_lse), _at(saved.col_lse), _at(saved.nll_row),
-        _at(saved.nll_col), _at(found.row), _at(found.col), _at(found.row_shift),
-        _at(found.col_shift), _at(found.diagonal), problem.rows, problem.candidates,
-        problem.row_offset, STORE, problem.symmetric, bounded, _stream(upstream),
+        on.f32(upstream, 1 if largest is None else m), on.f32(largest, 1), on.f64(saved.row_lse, m),
+        on.f64(saved.col_lse, columns), on.f64(saved.nll_row, m), on.f64(saved.nll_col, own),
+        on.f32(found.row, m), on.f32(found.col, col), on.f32(found.row_shift, m),
+        on.f32(found.col_shift, col_shift), on.f32(found.diagonal, m), m, n, problem.row_offset,
+        STORE, problem.symmetric, bounded, _stream(upstream),
     )  # fmt: skip
     return found
 
@@ -260,10 +288,14 @@ def weights(
     col, col_shift = found.row, found.row_shift
     if found.symmetric:
         col, col_shift = found.col[columns], found.col_shift[columns]
-    row_shift = found.row_shift[rows]
+    on = _On(z1)
     _cuda.weights(
-        _operands(layout, z1[rows], z2[columns]), _at(block), pitch, _at(found.row[rows]), _at(col),
-        _at(row_shift), _at(col_shift), found.symmetric, _exponent(layout, scale),
+        on.operands(layout, z1[rows], z2[columns]),
+        address(block, layout.dtype, height * pitch, z1.device), pitch,
+        on.f32(found.row[rows], height), on.f32(col, len(col)),
+        on.f32(found.row_shift[rows], height),
+        on.f32(col_shift, len(col_shift if found.bounded else col)), found.symmetric,
+        on.exponent(layout, scale),
         rows.start + offset - columns.start, found.bounded, pingpong(layout), _stream(z1),
     )  # fmt: skip
     return block
@@ -297,13 +329,15 @@ def finish(
     With ``diagonal`` (M,) the positives' terms are added and everything is multiplied by
     factor * upstream * scale; without it acc is the gradient already.
     """
-    sides = []
+    sides, on = [], _On(views[0][0].z)
     for (view, number), partner in zip(views, (other, views[0][0].z), strict=False):
         steps = (offset, 0) if number == 1 else (-offset, -offset)
         strides = (0, 0) if view.dr is None else view.dr.stride()
+        n, dr = len(view.z), view.dr
         sides.append(
-            (_at(view.z), _at(partner), _at(view.rnorm), _at(view.acc), _at(view.dr), *strides,
-             _at(view.dots), len(view.z), *steps)
+            (on.rows(layout, view.z), on.rows(layout, partner), on.f32(view.rnorm, n),
+             on.f32(view.acc, n * layout.pitch), 0 if dr is None else start("dr", dr, on.device),
+             *strides, on.f32(view.dots, n), n, *steps)
         )  # fmt: skip
     outputs = [view.dr for view, _ in views if view.dr is not None]
     dtype = _DTYPES[outputs[0].dtype if outputs else torch.float32]
@@ -311,9 +345,9 @@ def finish(
     # An eps below fp32's reach has no largest reciprocal there.
     largest = min(1.0 / eps, float("inf")) if eps > 0 else float("inf")
     _cuda.finish(
-        _layout(layout), dtype, sides[0], sides[1] if len(sides) > 1 else None, _at(index),
-        _at(diagonal), diagonals, width, largest, add, factor, _at(upstream), *_scale(scale),
-        _stream(views[0][0].z),
+        _layout(layout), dtype, sides[0], sides[1] if len(sides) > 1 else None,
+        on.index(layout, index), on.f32(diagonal, diagonals), diagonals, width, largest, add,
+        factor, on.f32(upstream, 1), *on.scale(scale), _stream(views[0][0].z),
     )  # fmt: skip
 
 
@@ -321,7 +355,9 @@ def add_positives(
     layout: Layout, dz: Tensor, other: Tensor, diagonal: Tensor, factor: Tensor, step: int, shift
 ) -> None:
     """dz_i = factor dz_i + diagonal_{i + shift} z'_{i + step}, where that entry exists; fp32."""
+    on = _On(dz)
     _cuda.add_positives(
-        _layout(layout), _at(dz), _at(other), _at(diagonal), _at(factor), len(dz), len(other),
+        _layout(layout), on.f32(dz, len(dz) * layout.pitch), on.rows(layout, other),
+        on.f32(diagonal, len(diagonal)), on.f32(factor, 1), len(dz), len(other),
         len(diagonal), step, shift, _stream(dz),
     )  # fmt: skip
