@@ -1,8 +1,19 @@
 #!/bin/sh
 # Builds the kernels and csrc/cpu/test_main.cpp with AddressSanitizer and UndefinedBehaviorSanitizer
-# and runs them; `csrc/sanitize.sh thread` uses ThreadSanitizer instead.
+# and runs them; `csrc/sanitize.sh thread` uses ThreadSanitizer instead. `csrc/sanitize.sh python
+# FILE ARGUMENTS` runs a Python file with the extension built under AddressSanitizer, python naming an
+# interpreter that has torch and pybind11.
 set -eu
-cd "$(dirname "$0")/cpu"
+root=$(cd "$(dirname "$0")/.." && pwd)
+python=
+case ${1:-} in *python*)
+  python=$1
+  script=$(realpath "$2")
+  shift 2
+  set -- address "$@"
+  ;;
+esac
+cd "$root/csrc/cpu"
 kind=${1:-address,undefined}
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
@@ -19,9 +30,26 @@ for body in $bodies; do
     avx512_bf16) isa="$avx512 -mavx512bf16" ;;
     *) isa="" ;;
   esac
+  [ -z "$python" ] || isa="$isa -fPIC"
   # shellcheck disable=SC2086
   $cxx $flags $isa -c "body_$body.cpp" -o "$out/body_$body.o"
 done
+if [ -n "$python" ]; then
+  shift
+  # A copy of the package whose _cpu is this one; the sanitizer must be there before any other.
+  cp -r "$root/directclr_fast" "$out/"
+  rm -rf "$out"/directclr_fast/_cpu* "$out/directclr_fast/kernels"
+  cp -r "$root/kernels" "$out/directclr_fast/kernels"
+  include=$("$python" -c "import pybind11, sysconfig as s; \
+print('-I' + pybind11.get_include(), '-I' + s.get_path('include'))")
+  suffix=$("$python" -c "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))")
+  # shellcheck disable=SC2086
+  $cxx $flags $include -fPIC -shared -fvisibility=hidden ../bindings.cpp isa.cpp stages.cpp \
+    "$out"/body_*.o -o "$out/directclr_fast/_cpu$suffix"
+  LD_PRELOAD=$($cxx -print-file-name=libasan.so):$($cxx -print-file-name=libstdc++.so) \
+    ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$out "$python" "$script" "$@"
+  exit
+fi
 # shellcheck disable=SC2086
 $cxx $flags isa.cpp stages.cpp test_main.cpp "$out"/body_*.o -o "$out/test_main"
 "$out/test_main"

@@ -26,8 +26,8 @@ def unwrapped(name: str, value):
         if not isinstance(value, Tensor):
             return value
         value = _of_subclass(name, value, kind)
-    # In a compiled call the op does it.
-    if value.is_neg() and not torch.compiler.is_compiling():
+    # In a compiled call the op does it; asking there would break the graph.
+    if not torch.compiler.is_compiling() and value.is_neg():
         return value.resolve_neg()
     return value
 

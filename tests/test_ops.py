@@ -123,3 +123,120 @@ def test_dynamic_batch_compiles_once():
         ours = compiled(r1, r2, 20)
         torch.testing.assert_close(ours, fast_directclr_loss(r1, r2, 20))
     assert counter.frame_count == 1
+
+
+# ------------------------------------------------------------------------------ as strict as eager
+
+
+def both_ways(expected, match, *args, compiler="aot_eager", **options):
+    """The call raises alike, eager and compiled."""
+    compiled = torch.compile(fast_directclr_loss, backend=compiler)
+    for function in (fast_directclr_loss, compiled):
+        with pytest.raises(expected, match=match):
+            function(*args, **options)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+@pytest.mark.parametrize(
+    "columns,match",
+    [
+        ([0, 3, 40], "from 0 to 31, got 40"),
+        ([0, -1], "from 0 to 31, got -1"),
+        ([2**40], "from 0 to 31"),
+        ([3, 1, 3], "at most once in a group, got 3 twice"),
+    ],
+)
+def test_compiled_columns_are_checked(backend, columns, match):  # A21
+    r1, r2 = make_views(9, 32, dtype=torch.float32)
+    both_ways(ValueError, match, r1, r2, columns=torch.tensor(columns), backend=backend)
+
+
+def test_compiled_module_checks_its_buffer():  # A21
+    module, r = DirectCLRLoss(columns=[0, 7], temperature=1.0), torch.eye(2, 3)
+    for function in (module, torch.compile(module, fullgraph=True)):
+        with pytest.raises(ValueError, match="from 0 to 2, got 7"):
+            function(r, r)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_columns_changed_after_the_forward_pass_write_nothing_outside(backend):
+    r1, r2 = make_views(9, 32, dtype=torch.float32)
+    index = torch.tensor([[0, 3, 5]])
+    options = DEFAULTS._replace(backend=backend)
+    _, *saved = ops.loss_forward(r1, r2, index, None, True, *options)
+    index[0, 1] = 2**30
+    arguments = (torch.ones(()), *saved, index, None, 32, torch.float32, True, True, False)
+    with pytest.raises((ValueError, IndexError, RuntimeError), match="columns|index"):
+        ops.loss_backward(*arguments, *options)
+
+
+@pytest.mark.parametrize(
+    "options,error,match",
+    [
+        ({"temperature": -1.0}, ValueError, "temperature: expected a positive"),
+        ({"temperature": torch.tensor(-1.0)}, ValueError, "temperature: expected a positive"),
+        ({"temperature": torch.tensor(float("nan"))}, ValueError, "temperature: expected a pos"),
+        ({"temperature": torch.ones(2)}, ValueError, "temperature: expected a 0-dim"),
+        ({"dim": 33}, ValueError, "dim: expected 1 to 32"),
+        ({"negatives": "none"}, ValueError, "negatives: expected one of"),
+        ({"eps": 0.0}, ValueError, "eps: expected"),
+        ({"workspace_bytes": -1}, ValueError, "workspace_bytes: expected"),
+        ({"columns": torch.tensor([1, 2]).int()}, TypeError, "columns: expected int64"),
+        ({"symmetric": 1}, TypeError, "symmetric: expected True or False"),
+        ({"backend": "cpu", "precision": "fp8"}, NotImplementedError, "cannot run this call"),
+    ],
+)  # fmt: skip
+def test_compiled_calls_refuse_what_eager_ones_do(options, error, match):
+    both_ways(error, match, *make_views(9, 32), **({"dim": None} | options))
+
+
+@pytest.mark.parametrize("other", ["rows", "width", "dtype", "dim"])
+def test_compiled_views_must_match(other):
+    r1 = torch.randn(9, 32)
+    r2 = {
+        "rows": torch.randn(8, 32),
+        "width": torch.randn(9, 31),
+        "dtype": torch.randn(9, 32).double(),
+        "dim": torch.randn(9, 32, 1),
+    }[other]
+    both_ways((TypeError, ValueError), "r2: expected", r1, r2, None)
+
+
+def test_the_op_itself_refuses_views_that_do_not_match():
+    r1, short, narrow = torch.randn(9, 32), torch.randn(8, 32), torch.randn(9, 31)
+    for r2 in (short, narrow, r1.double()):
+        with pytest.raises(ValueError, match="r2: expected dtype, device and width of r1"):
+            ops.loss_forward(r1, r2, None, None, True, *DEFAULTS)
+    with pytest.raises(ValueError, match="dim: expected 1 to 32, got 33"):
+        ops.loss_forward(r1, r1, None, None, True, *DEFAULTS._replace(dim=33))
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("donated", [True, False])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_second_derivative_of_a_compiled_graph_raises(compiler, donated, inside):  # A4
+    a = torch.tensor([[1.0, 0.0], [0.0, 1.0]], requires_grad=True)
+    b = torch.tensor([[1.0, 0.5], [0.2, 1.0]])
+
+    def loss(x):
+        return 2 * fast_directclr_loss(2 * x if inside else x, b, None, 1.0)
+
+    with torch._functorch.config.patch(donated_buffer=donated):
+        value = torch.compile(loss, backend=compiler)(a)
+        with pytest.raises((NotImplementedError, RuntimeError), match="create_graph"):
+            torch.autograd.grad(value, a, create_graph=True)
+    with torch._functorch.config.patch(donated_buffer=False):
+        torch._dynamo.reset()
+        value = torch.compile(loss, backend=compiler)(a)
+        first, second = (torch.autograd.grad(value, a, retain_graph=True)[0] for _ in range(2))
+        torch.testing.assert_close(first, torch.autograd.grad(loss(a), a)[0])
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiled_negative_views(compiler):  # A18
+    z = torch.tensor([[1 + 1j, 2 - 1j], [2j, 1 + 1j]])
+    a, b = z.conj().imag, torch.tensor([[-1.0, 1.0], [-2.0, -1.0]])
+    assert a.is_neg()
+    loss = torch.compile(fast_directclr_loss, backend=compiler, fullgraph=True)(a, b, None, 1.0)
+    assert float(loss) == pytest.approx(0.408600, abs=1e-5)
