@@ -78,7 +78,8 @@ def fast_directclr_loss(
         temperature: positive float, or a 0-dim tensor, which receives its gradient.
         columns: int64 (d,) takes those columns instead of the first ``dim``; (G, d) sums the
             losses of G column groups. On the CPU the indices are checked (in range, none twice
-            in a group); on another device they are trusted, so that nothing waits for it.
+            in a group), in a compiled call when it runs. On another device nothing waits for that:
+            an index out of range reads NaN and is not written to, or PyTorch's indexing objects.
         negatives: "cross", "both" or "same", see the module's table. "same" (Eq. 2 of the paper)
             neither normalises nor divides by the temperature, and materialises N x N.
         symmetric: average both directions; False takes the anchors of r1 only.

@@ -216,10 +216,13 @@ def _as_saved(problem: Problem, dloss: Tensor, saved: Saved) -> Saved:
     if (
         dloss.shape != upstream
         or tuple(value.shape for value in saved[2:-1]) != expected
+        or any(value.dtype != problem.compute_dtype for value in saved[2:4])
+        or any(value.dtype != problem.statistics_dtype for value in saved[4:-1])
         or saved.z1.shape[::2] != saved.z2.shape[::2]
+        or saved.z1.dtype != saved.z2.dtype
         or saved.z1.shape[0] != g
     ):
-        shapes = ", ".join(f"{k} {tuple(v.shape)}" for k, v in saved._asdict().items())
+        shapes = ", ".join(f"{k} {tuple(v.shape)} {v.dtype}" for k, v in saved._asdict().items())
         raise ValueError(
             f"saved tensors: expected those of {m} x {n} rows in {g} groups and an upstream "
             f"gradient {upstream}, got {shapes}, upstream {tuple(dloss.shape)}"

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from directclr_fast import dispatch, fast_directclr_loss, last_backend
+from directclr_fast import dispatch, fast_directclr_loss, last_backend, ops
 from directclr_fast.backends import cuda as backend
 from directclr_fast.backends import hopper
 from directclr_fast.problem import Problem
@@ -344,3 +344,21 @@ def test_without_the_extension_the_reason_is_said(monkeypatch):
     monkeypatch.setattr(hopper, "missing", "no module")
     reason = backend.why_not(problem())[0]
     assert reason.startswith("the compiled extension is not installed (no module)")
+
+
+def test_a_column_outside_the_row_reads_nan_and_is_not_written(monkeypatch):  # A21
+    """Where the index is on the device nobody waits to check it."""
+    memory, gradient = torch.full((40, 64), 7.0), torch.full((40, 64), 7.0)
+    r, dr = memory[8:32, 16:48], gradient[8:32, 16:48]
+    r.copy_(make_views(24, 32)[0])
+    monkeypatch.setattr(backend.CudaStages, "gradient_buffer", lambda *_: dr)
+    options = ops.Options(0.1, 3, "cross", True, "mean", 0, "fp16", "cuda", -1, 1e-12)
+    for bad in (32, 40, -1, 2**40):
+        index = torch.tensor([[3, bad, 5]])
+        loss, saved = ops.forward_body(r, r, index, None, True, options)
+        assert loss.isnan()
+        need = (True, False, False)
+        ops.backward_body(torch.ones(()), saved, index, None, 32, torch.float32, need, options)
+        assert dr[:, [3, 5]].isnan().all()
+        dr.fill_(7.0)
+        assert (gradient == 7.0).all()

@@ -396,3 +396,21 @@ def test_product_tiles_divide_the_padding_of_weight_tiles(arch):
             assert outer.rows % inner.rows == 0 and outer.columns % inner.rows == 0
             assert outer.rows % inner.inner == 0 and outer.columns % inner.inner == 0
             assert 64 % configs.tile("sums", arch, itemsize, plain).inner == 0
+
+
+def test_a_column_outside_the_row_reads_nan_and_is_not_written(monkeypatch):  # A21
+    """Where the index is on the device nobody waits to check it."""
+    memory, gradient = torch.full((40, 64), 7.0), torch.full((40, 64), 7.0)
+    r, dr = memory[8:32, 16:48], gradient[8:32, 16:48]
+    r.copy_(make_views(24, 32)[0])
+    monkeypatch.setattr(backend.TritonStages, "gradient_buffer", lambda *_: dr)
+    options = ops.Options(0.1, 3, "cross", True, "mean", 0, "auto", "triton", -1, 1e-12)
+    for bad in (32, 40, -1, 2**40):
+        index = torch.tensor([[3, bad, 5]])
+        loss, saved = ops.forward_body(r, r, index, None, True, options)
+        assert loss.isnan()
+        need = (True, False, False)
+        ops.backward_body(torch.ones(()), saved, index, None, 32, torch.float32, need, options)
+        assert dr[:, [3, 5]].isnan().all()
+        dr.fill_(7.0)
+        assert (gradient == 7.0).all()
