@@ -18,6 +18,7 @@ from .address import readable, unwrapped
 from .backends import stages
 from .backends.stages import Saved
 from .problem import Problem
+from .products import fp32_products, may_round
 
 
 class Options(NamedTuple):
@@ -104,17 +105,6 @@ def problem_of(
     )
 
 
-@contextlib.contextmanager
-def _full_precision():
-    """No TF32 or bf16 inside fp32 products, whatever torch's float32 matmul setting allows."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 def plain(problem: Problem):
     """A context without autocast and, for precision="highest", without reduced fp32 products.
 
@@ -124,8 +114,8 @@ def plain(problem: Problem):
     kind = problem.device_type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         stack.enter_context(torch.autocast(kind, enabled=False))
-    if problem.precision == "highest" and torch.get_float32_matmul_precision() != "highest":
-        stack.enter_context(_full_precision())
+    if problem.precision == "highest" and may_round(kind):
+        stack.enter_context(fp32_products(kind, "ieee"))
     return stack
 
 

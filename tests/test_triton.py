@@ -17,6 +17,7 @@ import torch
 from directclr_fast import dispatch, fast_directclr_loss, last_backend, ops
 from directclr_fast.backends import triton as backend
 from directclr_fast.problem import Problem
+from directclr_fast.products import fp32_products
 from directclr_fast.testing import bound, eager_loss, evaluate, make_views, relative_error
 
 triton = pytest.importorskip("triton")
@@ -363,12 +364,12 @@ def test_autocast_and_the_process_setting_reach_the_backend():
         with torch.autocast("cpu", torch.bfloat16):
             fast_directclr_loss(r1, r2, 8, backend="triton")
         assert seen[0] == "highest" and seen[-1] == "fp16"
-        patch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
-        fast_directclr_loss(r1, r2, 8, backend="triton")
-        assert seen[-1] == "fp16"
-        # A graph made under one setting finishes under another.
-        r1.requires_grad_()
-        loss = fast_directclr_loss(r1, r2, 8, backend="triton")
+        with fp32_products("cpu", "tf32"):
+            fast_directclr_loss(r1, r2, 8, backend="triton")
+            assert seen[-1] == "fp16"
+            # A graph made under one setting finishes under another.
+            r1.requires_grad_()
+            loss = fast_directclr_loss(r1, r2, 8, backend="triton")
         patch.undo()
         assert torch.autograd.grad(loss, r1)[0].isfinite().all()
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..kernels.records import STORE, Factors, View
 from ..problem import Problem
+from ..products import may_round
 from .stages import Pair, Saved
 
 # One super-block of weights: 8192 x 8192 in half precision.
@@ -33,7 +34,7 @@ def precision(problem: Problem) -> str:
     if problem.precision != "auto":
         return problem.precision
     exact = problem.dtype == torch.float32 and not problem.mixed
-    if exact and torch.get_float32_matmul_precision() == "highest":
+    if exact and not may_round(problem.device_type):
         return "highest"
     return "fp16"
 

@@ -7,13 +7,12 @@ step that keeps its N x N matrix, at the same N and d. "copy": bytes read and wr
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 import time
-from collections.abc import Iterator
 
 import torch
 
+from ..products import fp32_products
 from .timing import interleaved
 
 _DTYPES = {
@@ -39,22 +38,12 @@ def fma_peak(rounds: int = 9) -> float | None:
     return statistics.median(rates)
 
 
-@contextlib.contextmanager
-def _library_precision(precision: str) -> Iterator[None]:
-    """Lets fp32 products of the library run in TF32 where ``precision`` says so."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 def square_rate(precision: str, device: str = "cpu", rounds: int = 5) -> float | None:
     """Operations per second of a large square library product. None where there is none."""
     side, dtype = SQUARE[device], _DTYPES[precision]
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    with _library_precision(precision):
+    # Lets fp32 products of the library run in TF32 where `precision` says so.
+    with fp32_products(device, "tf32" if precision == "tf32" else "ieee"):
         found = interleaved({"mm": lambda: a @ b}, rounds, warmup=2, device=device)["mm"]
     return 2 * side**3 / found["median"] if "median" in found else None
 
@@ -81,7 +70,8 @@ def products_rate(
         product(s, z2)
         product(s.T, z1)
 
-    with _library_precision(precision):
+    # Lets fp32 products of the library run in TF32 where `precision` says so.
+    with fp32_products(device, "tf32" if precision == "tf32" else "ieee"):
         found = interleaved({"products": all_three}, rounds, warmup=2, device=device)["products"]
         if wide and "failed" in found:  # this library has no such product
             wide, out = False, out.to(dtype)
