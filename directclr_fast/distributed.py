@@ -67,6 +67,11 @@ def size(group) -> int:
         return 1
     if isinstance(group, str) and group != "world":
         raise ValueError(f"group: expected None, a ProcessGroup or 'world', got {group!r}")
+    if isinstance(group, SavedGroup):
+        raise ValueError(
+            f"group: expected a ProcessGroup of this job, got that of ranks {list(group.ranks)} "
+            "of the job that saved the module; set options['group']"
+        )
     if not dist.is_available() or not isinstance(group, str | dist.ProcessGroup):
         raise TypeError(
             f"group: expected None, a ProcessGroup or 'world', got {type(group).__name__}"
@@ -77,6 +82,47 @@ def size(group) -> int:
     if found < 1:
         raise ValueError("group: expected a group this process is a member of, it is not")
     return found
+
+
+@dataclass(frozen=True)
+class SavedGroup:
+    """A process group as a module that holds one is pickled: what other processes know it by."""
+
+    name: str
+    ranks: tuple[int, ...]
+
+
+class _Carried:
+    """A process group inside the state of a module: copies hold it, pickles a ``SavedGroup``."""
+
+    def __init__(self, group) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def __reduce__(self):
+        if dist.is_initialized() and self.group is dist.group.WORLD:
+            return str, ("world",)
+        return SavedGroup, (self.group.group_name, tuple(dist.get_process_group_ranks(self.group)))
+
+
+def portable(group):
+    """``group`` as the state of a module may hold it; :func:`found` is its inverse."""
+    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
+        return group
+    return _Carried(group)
+
+
+def found(group):
+    """The group of this process that ``portable`` spoke of, or the ``SavedGroup`` where none is."""
+    if isinstance(group, _Carried):
+        return group.group
+    if isinstance(group, SavedGroup) and dist.is_available() and dist.is_initialized():
+        for own in dist.distributed_c10d._world.pg_names:
+            if SavedGroup(own.group_name, tuple(dist.get_process_group_ranks(own))) == group:
+                return own
+    return group
 
 
 @dataclass(frozen=True)

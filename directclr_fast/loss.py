@@ -75,7 +75,8 @@ def fast_directclr_loss(
             or fp64) and device, any strides. Row i of r1 and row i of r2 are a positive pair;
             rows of r2 beyond M are further candidates only. Gradients come in the input dtype.
         dim: the number d of leading columns the loss reads; None takes all R.
-        temperature: positive float, or a 0-dim tensor, which receives its gradient.
+        temperature: positive float, or a tensor of one element (of any shape), which receives its
+            gradient.
         columns: int64 (d,) takes those columns instead of the first ``dim``; (G, d) sums the
             losses of G column groups. On the CPU the indices are checked (in range, none twice
             in a group), in a compiled call when it runs. On another device nothing waits for that:
@@ -177,9 +178,20 @@ def info_nce(
 class DirectCLRLoss(nn.Module):
     """:func:`fast_directclr_loss` as a module: ``DirectCLRLoss()(r1, r2)``.
 
-    Takes the function's arguments. ``learnable_temperature=True`` makes the temperature
-    exp(``log_temperature``), a 0-dim fp32 parameter that starts at ``temperature`` and stays
-    positive. ``columns`` become a buffer that moves with the module.
+    Takes the function's arguments. ``temperature`` may be set later (a schedule).
+    ``learnable_temperature=True`` makes it exp(``log_temperature``), a parameter of shape (1,),
+    fp32 until the module is moved, that starts at ``temperature`` and stays positive; setting
+    ``temperature`` starts it anew.
+
+    ``temperature_min`` and ``temperature_max`` bound it: CLIP's limit of 100 for 1/temperature is
+    ``temperature_min=0.01``. Outside, the loss takes the bound, and ``log_temperature`` receives
+    the part of its gradient that leads a descent back inside: it moves past a bound by at most
+    what the optimizer adds of its own (momentum). Other values than within are refused.
+
+    ``columns`` become a buffer that moves with the module, outside the ``state_dict``. After
+    ``to_empty`` of a module made on the meta device, ``reset_parameters`` restores both. A copy
+    holds the same process group; a pickle holds "world", or the name and ranks of another group,
+    which is looked for when it is loaded and else asked for at the first call.
     """
 
     def __init__(
@@ -200,13 +212,10 @@ class DirectCLRLoss(nn.Module):
         eps: float = 1e-12,
         return_stats: bool = False,
         learnable_temperature: bool = False,
+        temperature_min: float | None = None,
+        temperature_max: float | None = None,
     ) -> None:
         super().__init__()
-        if not _is_number(temperature) or not 0.0 < temperature < math.inf:
-            raise ValueError(
-                f"temperature: expected a positive finite number, got {temperature!r} "
-                "(learnable_temperature=True makes it a parameter)"
-            )
         self.dim = dim
         self.options = {
             "negatives": negatives,
@@ -221,21 +230,72 @@ class DirectCLRLoss(nn.Module):
             "eps": eps,
             "return_stats": return_stats,
         }
+        self._columns = None
         if columns is not None:
             columns = _index_tensor(columns).clone()
+            if columns.is_meta:
+                raise ValueError("columns: expected values (a list of ints), got a meta tensor")
             ops.check_columns(columns, None)
+            self._columns = columns.tolist()  # what a meta device and to_empty do not keep
         self.register_buffer("columns", columns, persistent=False)
+        for name, bound in (
+            ("temperature_min", temperature_min),
+            ("temperature_max", temperature_max),
+        ):
+            if bound is not None:
+                _check_positive(name, bound)
+        self.temperature_min, self.temperature_max = temperature_min, temperature_max
         self.log_temperature = None
-        self._temperature = float(temperature)
         if learnable_temperature:
-            self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+            self.log_temperature = nn.Parameter(torch.empty(1, dtype=torch.float32))
+        self.temperature = temperature
 
     @property
     def temperature(self) -> float | Tensor:
         """The temperature in force: a float, or a 0-dim tensor where it is learned."""
         if self.log_temperature is None:
             return self._temperature
-        return self.log_temperature.exp()
+        value = self.log_temperature
+        if self.temperature_min is not None or self.temperature_max is not None:
+            value = _Bounded.apply(value, _log(self.temperature_min), _log(self.temperature_max))
+        return value.exp().squeeze()
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        hint = "" if self.log_temperature is not None else _LEARNABLE
+        _check_positive("temperature", value, hint)
+        low, high = self.temperature_min or 0.0, self.temperature_max or math.inf
+        if not low <= value <= high:
+            raise ValueError(f"temperature: expected {low} to {high} as bounded, got {value!r}")
+        self._temperature = float(value)
+        self._reset_temperature()
+
+    def reset_parameters(self) -> None:
+        """Puts the learned temperature at the value last set, and the columns where they were."""
+        self._reset_temperature()
+        if self.columns is not None:
+            self.columns.copy_(torch.tensor(self._columns, device="cpu"))
+
+    @torch.no_grad()
+    def _reset_temperature(self) -> None:
+        if self.log_temperature is not None:
+            self.log_temperature.fill_(math.log(self._temperature))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        # Saved 0-dim once, which fully_shard does not take.
+        key = f"{prefix}log_temperature"
+        if key in state_dict and state_dict[key].dim() == 0:
+            state_dict[key] = state_dict[key].reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def __getstate__(self) -> dict:
+        state = self.__dict__.copy()
+        state["options"] = {**self.options, "group": distributed.portable(self.options["group"])}
+        return state
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.options["group"] = distributed.found(self.options["group"])
 
     def forward(self, r1: Tensor, r2: Tensor) -> Tensor | tuple[Tensor, LossStats]:
         """Loss of the two views (M, R) and (N, R)."""
@@ -248,9 +308,46 @@ class DirectCLRLoss(nn.Module):
         taken = f"dim={self.dim}"
         if self.columns is not None:
             taken = f"columns={tuple(self.columns.shape)}"
-        learned = self.log_temperature is not None
-        value = self.log_temperature.detach().exp().item() if learned else self._temperature
-        return f"{taken}, temperature={value:.4g}, learnable_temperature={learned}"
+        value, learned = f"{self._temperature:.4g}", self.log_temperature is not None
+        if learned:
+            # A sharded one has no value without its peers, one on meta none at all.
+            told = type(self.log_temperature) is nn.Parameter and not self.log_temperature.is_meta
+            value = f"{self.temperature.item():.4g}" if told else "?"
+        return f"{taken}, temperature={value}, learnable_temperature={learned}"
+
+
+_LEARNABLE = " (learnable_temperature=True makes it a parameter)"
+
+
+class _Bounded(torch.autograd.Function):
+    """clamp, except that outside a gradient passes whose descent leads back inside.
+
+    Without ``jvp``, which a compiled graph could not hold.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value, low, high):
+        return value.clamp(low, high)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        value, ctx.low, ctx.high = inputs
+        ctx.save_for_backward(value)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (value,) = ctx.saved_tensors
+        if ctx.low is not None:
+            grad = torch.where(value < ctx.low, grad.clamp(max=0.0), grad)
+        if ctx.high is not None:
+            grad = torch.where(value > ctx.high, grad.clamp(min=0.0), grad)
+        return grad, None, None
+
+
+def _log(bound: float | None) -> float | None:
+    return None if bound is None else math.log(bound)
 
 
 def _checked(
@@ -278,8 +375,7 @@ def _checked(
             f"r2: expected {r1.shape[0]} rows like r1 with negatives={negatives!r}, "
             f"got {r2.shape[0]}"
         )
-    if not _is_number(eps) or not 0.0 < eps < math.inf:
-        raise ValueError(f"eps: expected a positive finite number, got {eps!r}")
+    _check_positive("eps", eps)
     if workspace_bytes is None:
         workspace_bytes = -1
     elif not isinstance(workspace_bytes, int) or workspace_bytes < 0:
@@ -361,6 +457,11 @@ def _is_number(value) -> bool:
     return isinstance(value, float | int) and not isinstance(value, bool)
 
 
+def _check_positive(name: str, value, hint: str = "") -> None:
+    if not _is_number(value) or not 0.0 < value < math.inf:
+        raise ValueError(f"{name}: expected a positive finite number, got {value!r}{hint}")
+
+
 def _check_choice(name: str, value, choices: tuple[str, ...]) -> None:
     if value not in choices:
         expected = ", ".join(repr(choice) for choice in choices)
@@ -417,7 +518,7 @@ def _check_temperature(temperature, r1: Tensor, negatives: str) -> tuple[float, 
     if not isinstance(temperature, Tensor):
         if not _is_number(temperature):
             raise TypeError(
-                "temperature: expected a positive number or a 0-dim tensor, "
+                "temperature: expected a positive number or a tensor of one element, "
                 f"got {type(temperature).__name__}"
             )
         if not 0.0 < temperature < math.inf:
@@ -428,16 +529,17 @@ def _check_temperature(temperature, r1: Tensor, negatives: str) -> tuple[float, 
             "temperature: expected a number with negatives='same', which does not use it, "
             "got a tensor"
         )
-    if temperature.dim() != 0 or not temperature.is_floating_point():
+    if temperature.numel() != 1 or not temperature.is_floating_point():
         raise ValueError(
-            "temperature: expected a 0-dim floating-point tensor, got shape "
+            "temperature: expected a floating-point tensor of one element, got shape "
             f"{tuple(temperature.shape)} of {_name(temperature.dtype)}"
         )
     if temperature.device != r1.device and temperature.device.type != "cpu":
         raise ValueError(
             f"temperature: expected device {r1.device} like r1, or cpu, got {temperature.device}"
         )
-    return 1.0, temperature
+    # Its gradient comes back through the reshape, in its own shape.
+    return 1.0, temperature if temperature.dim() == 0 else temperature.reshape(())
 
 
 def _index_tensor(columns) -> Tensor:

@@ -28,7 +28,9 @@ def fp32_products(device_type: str, precision: str) -> Iterator[None]:
     switch = _switch(device_type)
     before = switch.fp32_precision
     switch.fp32_precision = "none"
-    if switch.fp32_precision == before:  # it followed torch.backends.fp32_precision, and shall again
+    if (
+        switch.fp32_precision == before
+    ):  # it followed torch.backends.fp32_precision, and shall again
         before = "none"
     switch.fp32_precision = precision
     try:
