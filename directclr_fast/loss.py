@@ -74,6 +74,7 @@ def fast_directclr_loss(
         r1, r2: (M, R) and (N, R) representations of the two views, same dtype (fp16, bf16, fp32
             or fp64) and device, any strides. Row i of r1 and row i of r2 are a positive pair;
             rows of r2 beyond M are further candidates only. Gradients come in the input dtype.
+            Under autocast the dtypes may differ: both are then taken as the wider of the two.
         dim: the number d of leading columns the loss reads; None takes all R.
         temperature: positive float, or a tensor of one element (of any shape), which receives its
             gradient.
@@ -358,6 +359,9 @@ def _checked(
     r1, r2 = unwrapped("r1", r1), unwrapped("r2", r2)
     temperature, columns = unwrapped("temperature", temperature), unwrapped("columns", columns)
     _check_views(r1, r2)
+    if r1.dtype != r2.dtype:  # under autocast; the conversions bring gradients back
+        wide = torch.promote_types(r1.dtype, r2.dtype)
+        r1, r2 = r1.to(wide), r2.to(wide)
     index = _check_columns(columns, r1)
     dim = _check_dim(dim, r1) if index is None else 0
     _check_choice("negatives", negatives, NEGATIVES)
@@ -483,7 +487,7 @@ def _check_views(r1: Tensor, r2: Tensor) -> None:
             raise ValueError(
                 f"{name}: expected 2 dimensions (rows, width), got shape {tuple(r.shape)}"
             )
-    if r1.dtype != r2.dtype:
+    if r1.dtype != r2.dtype and not _mixed(r1):
         raise TypeError(f"r2: expected {_name(r1.dtype)} like r1, got {_name(r2.dtype)}")
     if r1.device != r2.device:
         raise ValueError(f"r2: expected device {r1.device} like r1, got {r2.device}")

@@ -227,9 +227,15 @@ class Loss(torch.autograd.Function):
     def forward(ctx, r1, r2, columns, temperature, keep, options):
         loss, saved = forward_body(r1, r2, columns, temperature, keep, options)
         if keep:
-            # The inputs are kept by reference only, for a backward pass with create_graph=True.
-            ctx.save_for_backward(r1, r2, columns, temperature, *saved)
-            ctx.options = options
+            # The views are for a backward pass with create_graph=True only, and what wants no
+            # gradient is none of autograd's business: the formula would not have kept it.
+            views = [r if n else None for r, n in zip((r1, r2), ctx.needs_input_grad)]
+            ctx.save_for_backward(*views, columns, temperature, *saved)
+            ctx.constants = [
+                None if n else (r, None if r.is_inference() else r._version)
+                for r, n in zip((r1, r2), ctx.needs_input_grad)
+            ]
+            ctx.options, ctx.width, ctx.dtype = options, r1.shape[1], r1.dtype
         statistics = (saved.row_lse, saved.col_lse, saved.positives)
         ctx.mark_non_differentiable(*statistics)
         ctx.set_materialize_grads(False)
@@ -242,14 +248,29 @@ class Loss(torch.autograd.Function):
         r1, r2, columns, temperature, *saved = ctx.saved_tensors
         need = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
         if torch.is_grad_enabled():
+            r1 = _unchanged("r1", ctx.constants[0]) if r1 is None else r1
+            r2 = _unchanged("r2", ctx.constants[1]) if r2 is None else r2
             grads = _differentiable_gradients(
                 dloss, r1, r2, columns, temperature, need, ctx.options
             )
         else:
             grads = backward_body(
-                dloss, Saved(*saved), columns, temperature, r1.shape[1], r1.dtype, need, ctx.options
+                dloss, Saved(*saved), columns, temperature, ctx.width, ctx.dtype, need, ctx.options
             )
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            ctx.constants = None  # as the saved tensors
         return grads[0], grads[1], None, grads[2], None, None
+
+
+def _unchanged(name: str, kept: tuple[Tensor, int | None]) -> Tensor:
+    """What autograd does for the tensors it saves. Inference tensors count no versions."""
+    r, version = kept
+    if version is not None and r._version != version:
+        raise RuntimeError(
+            f"{name}: needed unchanged for create_graph=True, but it has been modified by an "
+            f"inplace operation: it is at version {r._version}, expected {version}"
+        )
+    return r
 
 
 def _differentiable_gradients(dloss, r1, r2, columns, temperature, need, options):
