@@ -225,6 +225,8 @@ def _locally(r1, r2, columns, temperature, options) -> tuple[Problem, str]:
         raise ValueError(
             f"r2: expected {r1.shape[0]} rows like r1 over several processes, got {r2.shape[0]}"
         )
+    if ops.transformed():
+        raise NotImplementedError("torch.func and forward-mode AD run in one process only")
     for name, value in (("r1", r1), ("r2", r2), ("temperature", temperature)):
         if value is not None:
             memory(name, value)

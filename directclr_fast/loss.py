@@ -428,6 +428,11 @@ def _run(
         note(name)
         return result
     options = options._replace(backend=name)
+    if ops.transformed():
+        loss, *saved = ops.TransformedLoss.apply(r1, r2, index, temperature, options)
+        saved = ops.Saved(*saved)
+        logits = _logits(saved.positives, temperature, options) if stats else None
+        return loss, saved.row_lse, saved.col_lse, logits
     keep = torch.is_grad_enabled() and (
         r1.requires_grad
         or r2.requires_grad

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import dispatch, reference
 from .address import readable, unwrapped
@@ -285,6 +286,136 @@ def _differentiable_gradients(dloss, r1, r2, columns, temperature, need, options
             wanted = [value for value, n in zip(inputs, need) if n]
             grads = iter(torch.autograd.grad(loss, wanted, dloss, create_graph=True))
     return [next(grads) if n else None for n in need]
+
+
+def transformed() -> bool:
+    """Whether ``torch.func`` or forward-mode AD is at work, which :class:`Loss` is not made for."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+class TransformedLoss(torch.autograd.Function):
+    """(loss, *Saved) by the same bodies under ``torch.func`` transforms and forward-mode AD.
+
+    vmap takes one call after the other. A derivative of the gradient goes through the reference
+    formula, in N^2; so does nothing else.
+    """
+
+    @staticmethod
+    def forward(r1, r2, columns, temperature, options):
+        loss, saved = forward_body(r1, r2, columns, temperature, True, options)
+        return loss, *saved
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.options = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*tensors, *output[1:])
+        ctx.save_for_forward(*tensors, *output[1:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, dloss, *_):
+        if dloss is None:
+            return (None,) * 5
+        need = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
+        tensors, saved = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+        grads = iter(TransformedGradient.apply(dloss, *tensors, need, ctx.options, *saved))
+        dr1, dr2, dtemperature = (next(grads) if n else None for n in need)
+        return dr1, dr2, None, dtemperature, None
+
+    @staticmethod
+    def jvp(ctx, dr1, dr2, _, dtemperature, *__):
+        if ctx.options.reduction == "none":
+            raise NotImplementedError(
+                "forward-mode AD: expected reduction 'mean' or 'sum', got 'none', of which "
+                "backend='reference' has the derivative"
+            )
+        tangents = [dr1, dr2, dtemperature]
+        need = tuple(tangent is not None for tangent in tangents)
+        tensors, saved = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+        like = saved[Saved._fields.index("rnorm1")]
+        one = torch.ones((), dtype=like.dtype, device=like.device)
+        grads = TransformedGradient.apply(one, *tensors, need, ctx.options, *saved)
+        tangents = [tangent for tangent in tangents if tangent is not None]
+        total = sum((g.to(one.dtype) * t.to(one.dtype)).sum() for g, t in zip(grads, tangents))
+        return total, *(None,) * len(saved)
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return _one_by_one(TransformedLoss, info, in_dims, args)
+
+
+class TransformedGradient(torch.autograd.Function):
+    """Those of (r1, r2, temperature) that ``need`` says, a tuple."""
+
+    @staticmethod
+    def forward(dloss, r1, r2, columns, temperature, need, options, *saved):
+        grads = backward_body(
+            dloss, Saved(*saved), columns, temperature, r1.shape[1], r1.dtype, need, options
+        )
+        return tuple(grad for grad in grads if grad is not None)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.need, ctx.options = inputs[:7]
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx, *upstream):
+        problem, function, primals = _formula_of(ctx)
+        with plain(problem):
+            found = iter(torch.func.vjp(function, *primals)[1](upstream))
+        ddloss, ddr1, ddr2 = next(found), next(found), next(found)
+        return ddloss, ddr1, ddr2, None, next(found, None), *(None,) * (2 + len(Saved._fields))
+
+    @staticmethod
+    def jvp(ctx, dloss, dr1, dr2, _, dtemperature, *__):
+        problem, function, primals = _formula_of(ctx)
+        tangents = tuple(
+            torch.zeros_like(primal) if tangent is None else tangent
+            for primal, tangent in zip(primals, (dloss, dr1, dr2, dtemperature))
+        )
+        with plain(problem):
+            return torch.func.jvp(function, primals, tangents)[1]
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return _one_by_one(TransformedGradient, info, in_dims, args)
+
+
+def _formula_of(ctx):
+    """(problem, function, its arguments): the formula's gradients by dloss, r1, r2, temperature."""
+    dloss, r1, r2, columns, temperature = ctx.saved_tensors
+    need = ctx.need
+    problem = problem_of(ctx.options, r1, r2, columns, temperature)
+
+    def gradients(dloss, r1, r2, temperature=None):
+        inputs = (r1, r2, temperature)
+
+        def loss(*wanted):
+            wanted = iter(wanted)
+            a, b, t = (next(wanted) if n else value for value, n in zip(inputs, need))
+            return reference.loss(problem, a, b, columns, t)[0]
+
+        return torch.func.vjp(loss, *(v for v, n in zip(inputs, need) if n))[1](dloss)
+
+    given = () if temperature is None else (temperature,)
+    return problem, gradients, (dloss, r1, r2, *given)
+
+
+def _one_by_one(function, info, in_dims, args):
+    results = [
+        function.apply(
+            *(
+                value.select(dim, i) if isinstance(value, Tensor) and dim is not None else value
+                for value, dim in zip(args, in_dims)
+            )
+        )
+        for i in range(info.batch_size)
+    ]
+    stacked = tuple(torch.stack(values) for values in zip(*results))
+    return stacked, (0,) * len(stacked)
 
 
 @torch.library.custom_op(

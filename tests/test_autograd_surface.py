@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import func
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
-from directclr_fast import fast_directclr_loss
+from directclr_fast import DirectCLRLoss, fast_directclr_loss
 from directclr_fast.products import fp32_products, may_round
 from directclr_fast.testing import backends, eager_loss, evaluate, make_views, relative_error
 
@@ -162,3 +165,143 @@ def test_dtypes_may_differ_under_autocast(dtypes, compiled, views):
         fast_directclr_loss(r1, r2, 20)
     with torch.autocast("cpu", enabled=False), pytest.raises(TypeError, match="like r1, got"):
         fast_directclr_loss(r1, r2, 20)
+
+
+def losses(backend, negatives="cross", reduction="mean"):
+    """(ours, the plain formula) as functions of two views and a temperature."""
+    options = {"negatives": negatives, "reduction": reduction}
+    return (
+        lambda a, b, t=0.1: fast_directclr_loss(a, b, 20, t, backend=backend, **options),
+        lambda a, b, t=0.1: eager_loss(a, b, 20, t, **options),
+    )
+
+
+def same(ours, truth, limit=1e-5):
+    """Whether every tensor of one tuple is near that of the other, which is in fp64."""
+    ours, truth = (v if isinstance(v, tuple) else (v,) for v in (ours, truth))
+    for a, b in zip(ours, truth, strict=True):
+        assert relative_error(a, b) < limit
+
+
+def wide(*values):
+    return tuple(value.double() for value in values)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("negatives", ["cross", "both"])
+def test_func_grad(backend, negatives, views):
+    """A1: torch.func.grad, vjp and value_and_grad, with and without statistics."""
+    ours, formula = losses(backend, negatives)
+    inputs = (*views, torch.tensor(0.2))
+    want = func.grad(formula, (0, 1, 2))(*wide(*inputs))
+    same(func.grad(ours, (0, 1, 2))(*inputs), want)
+    same(func.grad(ours, 1)(*inputs), want[1])
+    value, pull = func.vjp(ours, *inputs)
+    same(value, formula(*wide(*inputs)))
+    same(pull(torch.tensor(-1.5)), tuple(-1.5 * w for w in want))
+
+    def with_statistics(a):
+        loss, stats = fast_directclr_loss(a, views[1], 20, 0.2, return_stats=True, backend=backend)
+        return loss, stats.row_lse
+
+    gradient, lse = func.grad(with_statistics, has_aux=True)(views[0])
+    plain, stats = fast_directclr_loss(*views, 20, 0.2, return_stats=True, backend=backend)
+    same(lse, stats.row_lse, 1e-6)
+    assert gradient.shape == views[0].shape and not plain.requires_grad
+
+
+def test_functional_call(views):
+    """A1: of a module with a learned, bounded temperature."""
+    criterion = DirectCLRLoss(20, 0.2, learnable_temperature=True, temperature_min=0.01)
+    parameters = dict(criterion.named_parameters())
+    gradient = func.grad(lambda p: func.functional_call(criterion, p, views))(parameters)
+    criterion(*views).backward()
+    assert gradient["log_temperature"].shape == (1,)
+    same(gradient["log_temperature"], criterion.log_temperature.grad, 1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_vmap(backend, views):
+    """A2: over views, over one of them, over temperatures, over gradients."""
+    ours, formula = losses(backend)
+    generator = torch.Generator().manual_seed(1)
+    many = views[0] + torch.randn(3, *views[0].shape, generator=generator)
+    want = torch.stack([formula(a, views[1].double()) for a in many.double()])
+    same(func.vmap(ours, (0, None))(many, views[1]), want)
+    same(func.vmap(ours, (2, None))(many.movedim(0, 2), views[1]), want)
+    temperatures = torch.tensor([0.1, 0.3])
+    want = torch.stack([formula(*wide(*views), t) for t in temperatures.double()])
+    same(func.vmap(ours, (None, None, 0))(*views, temperatures), want)
+    gradients = func.vmap(func.grad(ours, (0, 1)), (0, None))(many, views[1])
+    for i, one in enumerate(many):
+        want = func.grad(formula, (0, 1))(*wide(one, views[1]))
+        same((gradients[0][i], gradients[1][i]), want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_jacobians_and_second_derivatives(backend):
+    """A1, A2: jacrev of per-row losses, grad of grad, hessian (forward over reverse)."""
+    r1, r2 = make_views(5, 7, dtype=torch.float32)
+    ours = lambda a, reduction="mean": fast_directclr_loss(  # noqa: E731
+        a, r2, 4, 0.5, reduction=reduction, backend=backend
+    )
+    formula = lambda a, reduction="mean": eager_loss(  # noqa: E731
+        a, r2.double(), 4, 0.5, reduction=reduction
+    )
+    x = r1.double()
+    same(func.jacrev(lambda a: ours(a, "none"))(r1), func.jacrev(lambda a: formula(a, "none"))(x))
+    for twice in (func.hessian, lambda f: func.jacrev(func.jacrev(f))):
+        same(twice(ours)(r1), twice(formula)(x), 1e-4)
+
+    def penalty(f):
+        return func.grad(lambda a: func.grad(f)(a).square().sum())
+
+    same(penalty(ours)(r1), penalty(formula)(x), 1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_forward_mode(backend, reduction, views):
+    """A2: jvp of the reduced loss by torch.func and by dual numbers; per row, a sentence."""
+    ours, formula = losses(backend, reduction=reduction)
+    inputs = (*views, torch.tensor(0.2))
+    tangents = tuple(torch.full_like(v, 0.3) * (1 + i) for i, v in enumerate(inputs))
+    if reduction == "none" and backend != "reference":
+        with pytest.raises(NotImplementedError, match="forward-mode AD: expected reduction"):
+            func.jvp(ours, inputs, tangents)
+        return
+    want = func.jvp(formula, wide(*inputs), wide(*tangents))
+    same(func.jvp(ours, inputs, tangents), want)
+    with forward_ad.dual_level():
+        dual = ours(forward_ad.make_dual(views[0], tangents[0]), *inputs[1:])
+        tangent = forward_ad.unpack_dual(dual).tangent
+    one = func.jvp(lambda a: formula(a, *wide(*inputs[1:])), wide(views[0]), wide(tangents[0]))[1]
+    same(tangent, one)
+
+
+def test_transforms_over_half_precision_and_autocast(views):
+    """A1: gradients in the input dtype; autocast rounds nothing inside, second derivative too."""
+    half = tuple(r.bfloat16() for r in views)
+    gradient = func.grad(lambda a: fast_directclr_loss(a, half[1], 20))(half[0])
+    assert gradient.dtype == torch.bfloat16
+    same(gradient, evaluate(fast_directclr_loss, *half, 20).dr1, 1e-6)
+
+    def penalty(a):
+        return func.grad(lambda a: fast_directclr_loss(a, views[1], 20))(a).square().sum()
+
+    plain = func.grad(penalty)(views[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        same(func.grad(penalty)(views[0]), plain, 1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(backend, reentrant, views):
+    """A7: both kinds, a view without gradient among the inputs."""
+    want = evaluate(eager_loss, *views, 20)
+    r1, r2 = (r.clone().requires_grad_() for r in views)
+    step = lambda a, b: fast_directclr_loss(a * 1.0, b, 20, backend=backend)  # noqa: E731
+    checkpoint(step, r1, views[1], use_reentrant=reentrant).backward()
+    same(r1.grad, want.dr1)
+    checkpoint(step, r1.detach().requires_grad_(), r2, use_reentrant=reentrant).backward()
+    same(r2.grad, want.dr2)
