@@ -411,6 +411,11 @@ def _run(
     """
     if dispatched(r1, r2, index, temperature):
         if options.backend != "reference" and options.negatives != "same":
+            if ops.transformed():  # without fullgraph=True the call then runs outside the graph
+                raise NotImplementedError(
+                    "torch.func or forward-mode AD inside a compiled graph: expected "
+                    "backend='reference', got another; or leave the transform out of the graph"
+                )
             loss, *saved = ops.loss_forward(r1, r2, index, temperature, True, *options)
             saved = ops.Saved(*saved)
             logits = _logits(saved.positives, temperature, options) if stats else None

@@ -305,3 +305,40 @@ def test_activation_checkpointing(backend, reentrant, views):
     same(r1.grad, want.dr1)
     checkpoint(step, r1.detach().requires_grad_(), r2, use_reentrant=reentrant).backward()
     same(r2.grad, want.dr2)
+
+
+TRANSFORMS = {
+    "grad": lambda f, b: func.grad(lambda a: f(a, b)),
+    "vmap": lambda f, b: lambda a: func.vmap(f, (0, None))(torch.stack([a, a + b]), b),
+    "jvp": lambda f, b: lambda a: func.jvp(lambda a: f(a, b), (a,), (b,)),
+    "jacrev": lambda f, b: func.jacrev(lambda a: f(a, b)),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_compiled_transforms(name, views):
+    """A3: right outside the graph; where it must be whole, a sentence; the formula in it."""
+    make, (a, b) = TRANSFORMS[name], views
+    ours, formula = losses("auto")
+    want = make(formula, b.double())(a.double())
+    torch._dynamo.reset()
+    same(torch.compile(make(ours, b))(a), want)
+    same(make(torch.compile(ours), b)(a), want)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="torch.func or forward-mode AD inside a compiled graph"):
+        torch.compile(make(ours, b), fullgraph=True)(a)
+    torch._dynamo.reset()
+    same(torch.compile(make(losses("reference")[0], b), fullgraph=True)(a), want)
+
+
+def test_compiled_call_of_dual_numbers(views):
+    """A3: forward-mode AD is not dropped."""
+    a, b = views
+    ours, formula = losses("auto")
+    torch._dynamo.reset()
+    compiled = torch.compile(ours)
+    compiled(a, b)
+    want = func.jvp(lambda a: formula(a, b.double()), wide(a), wide(b))[1]
+    with forward_ad.dual_level():
+        out = compiled(forward_ad.make_dual(a, b), b)
+        same(forward_ad.unpack_dual(out).tangent, want)
