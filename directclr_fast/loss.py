@@ -409,9 +409,11 @@ def _run(
 
     The logits are None without ``stats``: they would be one launch more.
     """
-    if dispatched(r1, r2, index, temperature):
+    # Asked here as well: a function of its own may be compiled where this one is not.
+    compiling, transformed = torch.compiler.is_compiling(), ops.transformed()
+    if compiling or (not transformed and dispatched(r1, r2, index, temperature)):
         if options.backend != "reference" and options.negatives != "same":
-            if ops.transformed():  # without fullgraph=True the call then runs outside the graph
+            if transformed:  # without fullgraph=True the call then runs outside the graph
                 raise NotImplementedError(
                     "torch.func or forward-mode AD inside a compiled graph: expected "
                     "backend='reference', got another; or leave the transform out of the graph"
@@ -433,7 +435,7 @@ def _run(
         note(name)
         return result
     options = options._replace(backend=name)
-    if ops.transformed():
+    if transformed:
         loss, *saved = ops.TransformedLoss.apply(r1, r2, index, temperature, options)
         saved = ops.Saved(*saved)
         logits = _logits(saved.positives, temperature, options) if stats else None
