@@ -342,9 +342,9 @@ def summary(version: str, rows: list[dict]) -> list[str]:
 
 PAGE = """# Triton kernels, compiled
 
-What the compilers of the supported range of PyTorch make of every kernel that ships, read off the
-binaries; no GPU is needed. PyTorch 2.11 brings Triton 3.6, 2.12 and 2.13 bring 3.7, 2.14 brings
-3.8, 2.15 brings 3.9. Every single kernel, with its registers, stack, shared memory and matrix
+What Triton makes of every kernel that ships, read off the binaries; no GPU is needed. There are
+rows for each Triton that has judged all of them (PyTorch 2.11 brings 3.6, 2.12 and 2.13 bring 3.7,
+2.14 brings 3.8, 2.15 brings 3.9). Every single kernel, with its registers, stack, shared memory and matrix
 instructions, is in [bench/results/triton_gate.json](../bench/results/triton_gate.json);
 `python bench/triton_gate.py --list` prints those of the installed Triton as a table.
 

@@ -239,8 +239,8 @@ def test_equal_rows_stay_equal(rows, dim, same):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("rows", [17, 513, 1025])
 def test_one_row_many_times_is_log_of_their_number(backend, rows):
-    """At the largest a, in every row: also where blocks would leave over one column, which libraries
-    multiply in another way."""
+    """At the largest a, in every row: also where blocks would leave over one column, which
+    libraries multiply in another way."""
     if backend == "torch" and not library_keeps_ties(rows, 40):
         pytest.skip("this library's product does not give equal rows equal numbers")
     r = make_views(1, 40)[0].repeat(rows, 1)
