@@ -35,16 +35,16 @@ def train(name, **settings):
     return trainer(name, **settings).run()
 
 exec(sys.argv[4])
-# A store of the parent's on a port that the system gives: nobody takes it before the ranks meet.
-store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 world, children = int(sys.argv[1]), []
+told, tell = os.pipe()
 for rank in range(world):
     child = os.fork()
     if child == 0:
         code = 1
         try:
+            port = os.read(told, 5)
             names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}
-            names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
+            names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": int(port)}
             names |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
             os.environ.update({k: str(v) for k, v in names.items()})
             with ranks.launched():
@@ -56,6 +56,10 @@ for rank in range(world):
         finally:
             os._exit(code)
     children.append(child)
+# A store of the parent's on a port that the system gives: nobody takes it before the ranks meet.
+# It has threads, and a fork copies what they have locked: hence the ranks were forked before.
+store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+os.write(tell, f"{store.port:5}".encode() * world)
 codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 sys.exit(any(codes))
 """

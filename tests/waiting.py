@@ -45,10 +45,12 @@ def together(
     """Runs processes side by side, each in a session of its own, until all have ended.
 
     Signs of life are what they print (kept in ``folder``) and every other file below ``folder``.
-    Once one fails, or nothing happens any more, the others are killed.
+    Once one fails, the others are killed. Once nothing happens any more, all are, and say where
+    each of their threads was.
     """
     folder.mkdir(parents=True, exist_ok=True)
     running = []
+    options["env"] = {**options.get("env", os.environ), "PYTHONFAULTHANDLER": "1"}
     looked, seen = 0.0, {}
 
     def signs() -> dict:
@@ -65,6 +67,12 @@ def together(
         parts = (folder / f"process{number}.{kind}" for kind in ("out", "err"))
         return tuple(part.read_text(errors="replace") for part in parts)
 
+    def kill(number: int) -> None:
+        for process in running:
+            if process.returncode is None:  # its number still belongs to it
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, number)
+
     try:
         for number, command in enumerate(commands):
             files = (open(folder / f"process{number}.{kind}", "w") for kind in ("out", "err"))
@@ -77,14 +85,14 @@ def together(
                 )  # fmt: skip
         until(ended, signs)
     except AssertionError as hang:
+        kill(signal.SIGABRT)  # Python prints where it was
+        time.sleep(1)
         said = "".join(text for number in range(len(running)) for text in printed(number))
-        raise AssertionError(f"{hang}: {said[-4000:]}") from None
+        raise AssertionError(f"{hang}: {said[-20000:]}") from None
     finally:
+        kill(signal.SIGKILL)
         for process in running:
-            if process.poll() is None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            process.wait()
     return [
         subprocess.CompletedProcess(process.args, process.returncode, *printed(number))
         for number, process in enumerate(running)
