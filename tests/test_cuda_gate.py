@@ -25,7 +25,7 @@ def test_everything_builds_without_spills_and_with_hopper_instructions(tmp_path)
     if shutil.which("ldd") is None:
         pytest.skip("no ldd")
     command = [sys.executable, str(SCRIPT), "--json", str(tmp_path / "records.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found = json.loads((tmp_path / "records.json").read_text())
     assert found["wrong"] == []

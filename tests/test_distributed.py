@@ -105,7 +105,7 @@ def exact_cases() -> list[Case]:
     return [Case(**(vars(case) | {"dtype": torch.float64})) for case in found]
 
 
-def _t(value: float) -> torch.Tensor:
+def _t(value: float | list[float]) -> torch.Tensor:
     return torch.tensor(value, dtype=torch.float64)
 
 
@@ -460,6 +460,15 @@ def autograd(rank):
         loss = compilable(*inputs)
         found[name] = (loss.detach(), *torch.autograd.grad(loss, inputs))
 
+    scalars = [_t(0.1).requires_grad_(), _t([0.1]).requires_grad_()]
+    found["scalars"] = [
+        torch.autograd.grad(call(temperature=t)[1], t)[0].reshape(()) for t in scalars
+    ]
+    try:
+        torch.func.grad(lambda a: fast_directclr_loss(a, r2, 16, group="world"))(r1)
+    except NotImplementedError as error:
+        found["transformed"] = str(error)
+
     loss, stats = info_nce(r1, r2, group="world", gather="ring", return_stats=True)
     found["info_nce"] = (loss, stats.col_lse)
     return found
@@ -483,6 +492,8 @@ def test_autograd_over_processes(processes):
         assert not requires_grad and relative_error(loss, one.loss) < 1e-6
         assert found["backend"] == last_backend()
         assert all(map(torch.equal, found["compiled"], found["uncompiled"]))
+        assert torch.equal(*found["scalars"])
+        assert "torch.func and forward-mode AD run in one process only" in found["transformed"]
         loss, col_lse = found["info_nce"]
         assert relative_error(loss, info_nce(r1, r2)) < 1e-6 and col_lse is None
 

@@ -6,12 +6,12 @@ import copy
 import io
 import math
 import re
-import subprocess
 import sys
 
 import pytest
 import torch
 import torch.distributed as dist
+import waiting
 
 import directclr_fast
 from directclr_fast import DirectCLRLoss, fast_directclr_loss, info_nce, last_backend
@@ -441,17 +441,9 @@ dist.destroy_process_group()
 
 def test_fully_shard_takes_the_module(tmp_path):
     """A13: FSDP2 over two processes, the loss among what it shards."""
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", SHARDED, str(rank), str(tmp_path / "store")],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in processes:
-        _, text = process.communicate(timeout=120)
-        assert process.returncode == 0, text[-2000:]
+    commands = [[sys.executable, "-c", SHARDED, rank, tmp_path / "store"] for rank in range(2)]
+    for done in waiting.together(commands, tmp_path / "printed"):
+        assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_info_nce_takes_no_slice():

@@ -17,6 +17,7 @@ from functools import cache, partial
 
 import pytest
 import torch
+import waiting
 from torch import Tensor, nn
 
 from directclr_fast.testing import backends, eager_loss
@@ -646,7 +647,7 @@ def verdicts(backend: str) -> dict[str, str]:
         environment = dict(os.environ, OMP_NUM_THREADS="1", TRITON_INTERPRET="1")
         done = subprocess.run(
             [sys.executable, __file__, backend, *found],
-            capture_output=True, text=True, env=environment, timeout=300,
+            capture_output=True, text=True, env=environment, timeout=waiting.STILL,
         )  # fmt: skip
         name = None
         for line in done.stdout.splitlines():
