@@ -121,6 +121,16 @@ def definitions(module: str) -> dict[str, ast.stmt]:
     return named
 
 
+def form(node) -> str:
+    """``ast.dump`` in a spelling on which all Pythons agree: they differ in what is empty."""
+    if isinstance(node, list):
+        return f"[{', '.join(map(form, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = [f"{k}={form(v)}" for k, v in ast.iter_fields(node) if v is not None and v != []]
+    return f"{type(node).__name__}({', '.join(fields)})"
+
+
 @cache
 def code_of(module: str, kernel: str) -> str:
     """The code of a kernel and of everything it reaches in its module and those it imports from."""
@@ -129,7 +139,7 @@ def code_of(module: str, kernel: str) -> str:
     while new:
         name = new.pop()
         if name in known and name not in reached:
-            reached[name] = ast.dump(known[name])
+            reached[name] = form(known[name])
             new += [node.id for node in ast.walk(known[name]) if isinstance(node, ast.Name)]
     return "\n".join(reached[name] for name in sorted(reached))
 

@@ -98,3 +98,11 @@ def test_no_module_imports_upwards():
                 other = target.split(".")[0]
                 if other in floors:
                     assert floors.index(other) >= floors.index(place[0]), (path.name, other)
+
+
+@pytest.mark.xdist_group("together")
+def test_groups_of_tests_stay_together(request):
+    """pytest-xdist writes the group into the name; otherwise dear fixtures are made twice."""
+    if not request.config.getoption("loadgroup", False):
+        pytest.skip("pytest runs without --dist loadgroup")
+    assert request.node.nodeid.endswith("@together")
