@@ -4,7 +4,8 @@ PyTorch hands out tensors that have no memory where they say (fake, functional, 
 freed storage) or whose memory holds other values than theirs (the negative bit). Kernels read
 addresses, so every address comes from here: :func:`unwrapped` takes what has a plain tensor to
 give, :func:`memory` says where a tensor from outside lies, :func:`address` where plain contiguous
-elements do; :func:`launchable` is for kernels that take tensors and ask for the address themselves.
+elements do. Triton asks for the addresses itself: of tensors that :func:`memory` has seen, and of
+buffers made beside them.
 """
 
 from __future__ import annotations
@@ -125,14 +126,6 @@ def start(name: str, tensor: Tensor, device: torch.device = CPU) -> int:
     raise ValueError(f"{name}: expected memory on {device}, got {_describe(tensor)}")
 
 
-def launchable(arguments) -> None:
-    """Raises ``ValueError`` where one of a kernel's tensors has no memory."""
-    for value in arguments:
-        value = getattr(value, "base", value)  # a tensor descriptor's
-        if isinstance(value, Tensor) and not value.data_ptr() and value.numel():
-            raise ValueError(f"kernel argument: expected memory, got {_describe(value)}")
-
-
 def dispatched(*tensors: Tensor | None) -> bool:
     """Whether the call must go through PyTorch's dispatcher as one op: while it is traced or a
     dispatch mode listens (they would see a kernel's buffers and not what is written there), and for
@@ -152,10 +145,10 @@ def wraps(kind: type) -> bool:
 
 def _last(tensor: Tensor) -> int:
     """Bytes of storage that the elements reach to."""
-    if tensor.is_contiguous():
-        return (tensor.storage_offset() + tensor.numel()) * tensor.itemsize
     if not tensor.numel():
         return 0
+    if tensor.is_contiguous():
+        return (tensor.storage_offset() + tensor.numel()) * tensor.itemsize
     steps = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride()))
     return (tensor.storage_offset() + steps + 1) * tensor.itemsize
 

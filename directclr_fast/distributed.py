@@ -46,7 +46,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import dispatch, flops, ops, reference
-from .address import memory
+from .address import memory, unwrapped
 from .backends.stages import Pair, Stages, _with_positive
 from .problem import Problem
 
@@ -341,8 +341,9 @@ class DistributedLoss(torch.autograd.Function):
             value, states, *statistics = _forward(call, r1, r2, columns, scale)
         dispatch.note(call.backend)
         if any(call.need):
-            ctx.save_for_backward(columns, temperature, *chain(*states))
-            ctx.call = call
+            tensors = list(chain(*states))
+            ctx.save_for_backward(columns, temperature, *tensors)
+            ctx.call, ctx.made = call, [(v.shape, v.dtype, v.device) for v in tensors]
         ctx.mark_non_differentiable(*statistics)
         return value, *statistics
 
@@ -353,6 +354,14 @@ class DistributedLoss(torch.autograd.Function):
                 "create_graph=True: the loss over several processes has no second derivative"
             )
         columns, temperature, *tensors = ctx.saved_tensors
+        if [(v.shape, v.dtype, v.device) for v in tensors] != ctx.made:  # a hook's doing
+            raise ValueError(
+                "saved tensors: expected shapes, dtypes and devices of the forward pass, got others"
+            )
+        for value in (columns, temperature, *tensors):
+            if value is not None:
+                memory("saved tensors", value)
+        dloss, tensors = unwrapped("upstream", dloss), [v.contiguous() for v in tensors]
         fields = len(State._fields)
         states = [State(*tensors[i : i + fields]) for i in range(0, len(tensors), fields)]
         here = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])

@@ -184,12 +184,12 @@ def backward_body(
     problem = build_problem(
         options, rows, candidates, width, dtype, dloss.device.type, columns, temperature, True
     )
-    saved = _as_saved(problem, dloss, saved)
-    backend = dispatch.load(dispatch.choose(problem, options.backend))
+    backend = dispatch.load(dispatch.choose(problem, options.backend)).stages()
+    saved = _as_saved(backend, problem, dloss, columns, saved)
     with torch.no_grad(), plain(problem):
         scale = _scale(problem, temperature)
         dr1, dr2, dtemperature = stages.backward(
-            backend.stages(), problem, dloss, saved, columns, scale, need
+            backend, problem, dloss, saved, columns, scale, need
         )
     if dtemperature is not None:
         dtemperature = torch.as_tensor(
@@ -198,25 +198,32 @@ def backward_body(
     return dr1, dr2, dtemperature
 
 
-def _as_saved(problem: Problem, dloss: Tensor, saved: Saved) -> Saved:
+def _as_saved(
+    backend: stages.Stages, problem: Problem, dloss: Tensor, columns: Tensor | None, saved: Saved
+) -> Saved:
     """The tensors as the forward pass made them, contiguous: a hook may have unpacked others."""
     g, m, n = problem.groups, problem.rows, problem.candidates
     of_col, of_own = (n, m) if problem.symmetric else (0, 0)
-    expected = ((g, m), (g, n), (g, m), (g, m), (g, of_col), (g, m), (g, of_own))
+    row, packed = backend.packed(problem, saved.z1)
+    shapes = (
+        *((g, m, row), (g, n, row), (g, m), (g, n), (g, m), (g, m), (g, of_col), (g, m)),
+        *((g, of_own), (g, *backend.kept_shape(problem))),
+    )
+    norm, statistic = problem.compute_dtype, problem.statistics_dtype
+    dtypes = (packed, packed, norm, norm, *(statistic,) * 5, packed)
     upstream = (m,) if problem.reduction == "none" else ()
     if (
         dloss.shape != upstream
-        or tuple(value.shape for value in saved[2:-1]) != expected
-        or any(value.dtype != problem.compute_dtype for value in saved[2:4])
-        or any(value.dtype != problem.statistics_dtype for value in saved[4:-1])
-        or saved.z1.shape[::2] != saved.z2.shape[::2]
-        or saved.z1.dtype != saved.z2.dtype
-        or saved.z1.shape[0] != g
+        or tuple(value.shape for value in saved) != shapes
+        or tuple(value.dtype for value in saved) != dtypes
+        or any(value.device != dloss.device for value in saved)
+        or (columns is not None and columns.device != dloss.device)
     ):
-        shapes = ", ".join(f"{k} {tuple(v.shape)} {v.dtype}" for k, v in saved._asdict().items())
+        got = (f"{k} {tuple(v.shape)} {v.dtype} {v.device}" for k, v in saved._asdict().items())
         raise ValueError(
             f"saved tensors: expected those of {m} x {n} rows in {g} groups and an upstream "
-            f"gradient {upstream}, got {shapes}, upstream {tuple(dloss.shape)}"
+            f"gradient {upstream} on {dloss.device}, got {', '.join(got)}, upstream "
+            f"{tuple(dloss.shape)}, columns on {None if columns is None else columns.device}"
         )
     return Saved(*(value.contiguous() for value in saved))
 

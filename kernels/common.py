@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..address import launchable
 from .layout import Layout as Layout
 
 LO_SCALE = tl.constexpr(2048.0)  # keeps the remainders of small entries out of fp16's denormals
@@ -110,7 +109,6 @@ class Launcher:
         if self.recorder is not None:
             self.recorder(kernel, grid, args, warps, stages, constants)
             return
-        launchable(args)
         # Named because Triton's default for it is about to change.
         options = {} if INTERPRETED.value else {"enable_fp_fusion": True}
         kernel[grid](*args, num_warps=warps, num_stages=stages, **constants, **options)

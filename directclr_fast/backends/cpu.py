@@ -93,7 +93,7 @@ def _strided(r: Tensor, dim: int, index: Tensor | None) -> tuple[int, int, int, 
 class CpuStages:
     """The stages, as :class:`directclr_fast.backends.stages.Stages` describes them."""
 
-    def packed(self, problem: Problem) -> tuple[int, torch.dtype]:
+    def packed(self, problem: Problem, z: Tensor | None = None) -> tuple[int, torch.dtype]:
         return _cpu.pitch(problem.dim), torch.float32
 
     def kept_shape(self, problem: Problem) -> tuple[int, ...]:

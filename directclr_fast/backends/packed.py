@@ -51,16 +51,6 @@ class PackedStages:
         """That of packed rows to be made, or of ``z``: the process's setting may have changed."""
         raise NotImplementedError
 
-    def _saved_layout(self, problem: Problem, z: Tensor):
-        """That of ``z``, which comes from outside: a hook may have unpacked another."""
-        layout = self._layout(problem, z)
-        if z.shape[-1] != layout.row or z.dtype != layout.dtype:
-            raise ValueError(
-                f"saved unit rows: expected {layout.row} columns of {layout.dtype}, got "
-                f"{z.shape[-1]} of {z.dtype}"
-            )
-        return layout
-
     def _tile(self, kernel: str, layout, device: torch.device, plain: bool = True):
         """Tile of "sums", "weights" or "products", a ``kernels.configs.Tile``."""
         raise NotImplementedError
@@ -138,7 +128,7 @@ class PackedStages:
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """factors, weights, two products, finish: 5 launches for one super-block."""
         need1, need2, need_temperature = need
-        layout = self._saved_layout(problem, saved.z1)
+        layout = self._layout(problem, saved.z1)
         state = Saved(*(value[0] for value in saved))
         index = None if columns is None else columns[0]
         wanted = (need1 or (need_temperature and not need2), need2)
@@ -217,8 +207,8 @@ class PackedStages:
 
     # ---------------------------------------------------------------- stage by stage
 
-    def packed(self, problem: Problem) -> tuple[int, torch.dtype]:
-        layout = self._layout(problem)
+    def packed(self, problem: Problem, z: Tensor | None = None) -> tuple[int, torch.dtype]:
+        layout = self._layout(problem, z)
         return layout.row, layout.dtype
 
     def kept_shape(self, problem: Problem) -> tuple[int, ...]:
@@ -263,7 +253,7 @@ class PackedStages:
     def products(
         self, problem: Problem, z1: Tensor, z2: Tensor, scale, pair: Pair, kept: Tensor, need
     ) -> tuple[Tensor | None, Tensor | None]:
-        layout, offset = self._saved_layout(problem, z1), problem.row_offset
+        layout, offset = self._layout(problem, z1), problem.row_offset
         factors, unit = _factors(pair, is_bounded(problem, scale))
         with self.kernels.device(z1):
             dz1, dz2 = self._tile_products(problem, layout, z1, z2, scale, factors, offset, need)

@@ -68,8 +68,8 @@ class Pair(NamedTuple):
 class Stages(Protocol):
     """The stages of one column group. ``scale`` is 1/temperature, a float or a 0-dim tensor."""
 
-    def packed(self, problem: Problem) -> tuple[int, torch.dtype]:
-        """Row length (d, or d padded) and dtype of z."""
+    def packed(self, problem: Problem, z: Tensor | None = None) -> tuple[int, torch.dtype]:
+        """Row length (d, or d padded) and dtype of rows to be made, or of those that ``z`` is."""
 
     def kept_shape(self, problem: Problem) -> tuple[int, ...]:
         """Shape of the E tiles kept for the backward pass in one group; (0,) keeps nothing."""

@@ -52,7 +52,7 @@ def block_shape(problem: Problem) -> tuple[int, int]:
 class TorchStages:
     """The stages, as :class:`directclr_fast.backends.stages.Stages` describes them."""
 
-    def packed(self, problem: Problem) -> tuple[int, torch.dtype]:
+    def packed(self, problem: Problem, z: Tensor | None = None) -> tuple[int, torch.dtype]:
         return problem.dim, problem.compute_dtype
 
     def kept_shape(self, problem: Problem) -> tuple[int, ...]:
