@@ -176,16 +176,22 @@ def backward_body(
     dtype: torch.dtype,
     need: tuple[bool, bool, bool],
     options: Options,
+    untouched: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dr1, dr2, dtemperature), None where not needed."""
+    """(dr1, dr2, dtemperature), None where not needed.
+
+    ``untouched`` says that ``saved`` lies where the forward pass left it, which spares a look at
+    each: a tenth of the step at N = 64.
+    """
     dloss = unwrapped("upstream", dloss)
-    readable(_READ, dloss, columns, temperature, *saved)
+    readable(_READ, dloss, columns, temperature, *(() if untouched else saved))
     rows, candidates = saved.z1.shape[1], saved.z2.shape[1]
     problem = build_problem(
         options, rows, candidates, width, dtype, dloss.device.type, columns, temperature, True
     )
     backend = dispatch.load(dispatch.choose(problem, options.backend)).stages()
-    saved = _as_saved(backend, problem, dloss, columns, saved)
+    if not untouched:
+        saved = _as_saved(backend, problem, dloss, columns, saved)
     with torch.no_grad(), plain(problem):
         scale = _scale(problem, temperature)
         dr1, dr2, dtemperature = stages.backward(
@@ -244,6 +250,8 @@ class Loss(torch.autograd.Function):
                 for r, n in zip((r1, r2), ctx.needs_input_grad)
             ]
             ctx.options, ctx.width, ctx.dtype = options, r1.shape[1], r1.dtype
+            hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+            ctx.places = None if hooked else _places(saved)
         statistics = (saved.row_lse, saved.col_lse, saved.positives)
         ctx.mark_non_differentiable(*statistics)
         ctx.set_materialize_grads(False)
@@ -263,11 +271,17 @@ class Loss(torch.autograd.Function):
             )
         else:
             grads = backward_body(
-                dloss, Saved(*saved), columns, temperature, ctx.width, ctx.dtype, need, ctx.options
-            )
+                dloss, Saved(*saved), columns, temperature, ctx.width, ctx.dtype, need, ctx.options,
+                untouched=ctx.places == _places(saved),
+            )  # fmt: skip
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             ctx.constants = None  # as the saved tensors
         return grads[0], grads[1], None, grads[2], None, None
+
+
+def _places(saved) -> list[tuple]:
+    """Where tensors lie, and how many elements of them."""
+    return [(value.data_ptr(), value.shape) for value in saved]
 
 
 def _unchanged(name: str, kept: tuple[Tensor, int | None]) -> Tensor:
