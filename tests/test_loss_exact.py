@@ -274,8 +274,9 @@ def test_a_converged_pair_keeps_its_relative_accuracy(backend, temperature):
     # a library takes in the order it likes; eps sqrt(64) / 2 if its roundings are independent.
     allowed = 64**0.5 / 2 * torch.finfo(torch.float32).eps / temperature
     assert relative_error(ours.loss, truth.loss) < allowed
-    assert relative_error(ours.dr1, truth.dr1) < allowed
-    assert relative_error(ours.dr2, truth.dr2) < allowed
+    for got, want in ((ours.dr1, truth.dr1), (ours.dr2, truth.dr2)):
+        rows = (got.double() - want).norm(dim=1) / want.norm(dim=1)
+        assert float(rows.max()) < 2 * allowed  # of the most converged row, too
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -319,6 +320,9 @@ def test_nan_and_inf_reach_the_loss(backend, bad):
     r1[4, 2] = bad
     result = evaluate(fast_directclr_loss, r1, r2, 6, backend=backend)
     assert not torch.isfinite(result.loss)
+    plain = evaluate(eager_loss, r1, r2, 6)
+    for found, want in zip(result[1:3], plain[1:3]):
+        assert torch.equal(found.isnan(), want.isnan())
     r1[4, 2], r1[4, 7] = 0.0, bad  # outside the sub-vector it is nobody's business
     assert torch.isfinite(evaluate(fast_directclr_loss, r1, r2, 6, backend=backend).loss)
 

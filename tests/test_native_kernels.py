@@ -428,7 +428,7 @@ def test_hard_rows(isa):
 @pytest.mark.parametrize("temperature", [0.1, 0.005])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_nan_and_inf(isa, bad, temperature):
-    """They reach every loss they touch in plain PyTorch, and nothing else."""
+    """They reach every loss and gradient that they touch in plain PyTorch, and nothing else."""
     x1, x2 = views(100, 100, 40)
     x1[17, 3] = bad
     wr, wc = weights(100, 100)
@@ -436,7 +436,8 @@ def test_nan_and_inf(isa, bad, temperature):
     expected = plain(x1, x2, wr, wc, temperature, dtype=torch.float32)
     assert torch.equal(torch.isnan(native.nll_row), torch.isnan(expected[0]))
     assert torch.equal(torch.isnan(native.nll_col), torch.isnan(expected[1]))
-    native.backward(wr, wc)
+    for found, want in zip(native.backward(wr, wc), expected[2:]):
+        assert torch.equal(torch.isnan(found), torch.isnan(want))
 
 
 def test_exp2(isa):

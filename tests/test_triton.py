@@ -333,9 +333,10 @@ def test_four_launches_forward_and_five_backward(launches, monkeypatch):
 # ------------------------------------------------------------------------------ choices
 
 
-def test_automatic_choice_never_takes_interpreted_kernels():
+def test_automatic_choice_never_takes_interpreted_kernels(monkeypatch):
+    monkeypatch.setattr(dispatch, "PRIORITY", ("triton", "torch"))  # nothing faster was built
     assert backend.why_not(problem(device_type="cpu")) == []
-    assert dispatch.choose(problem(device_type="cpu")) != "triton"
+    assert dispatch.choose(problem(device_type="cpu")) == "torch"
 
 
 def test_gpu_tensors_take_triton():

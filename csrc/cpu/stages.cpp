@@ -226,12 +226,7 @@ void prepare(const double* weight, const double* lse, double scale, int64_t begi
     if (w != 0.0) {
       const double l = lse[i] * kLog2e;
       ref = std::ceil(l);
-      if (std::isfinite(l)) {
-        w *= std::exp2(ref - l);
-      } else {
-        w = std::nan("");
-        ref = 0.0;
-      }
+      w *= std::exp2(ref - l);  // NaN where l is not finite
     }
     to.weight[i] = float(w);
     to.ref[i] = float(ref);
