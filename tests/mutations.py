@@ -385,7 +385,8 @@ MUTATIONS = [
     ),
     Mutation(
         "distributed: the offset of a process's rows", "directclr_fast/distributed.py",
-        "row_offset=offset,", "row_offset=0,",
+        "yield slice(0, call.total), call.own.start, *held",
+        "yield slice(0, call.total), 0, *held",
         "test_distributed.py -k reference_in_fp64",
     ),
     Mutation(
