@@ -3,16 +3,15 @@
     python bench/distributed.py --rows 4096 --out bench/results/cpu-2core-zen5/distributed.json
 
 Two processes take turns at: one process with all rows, two with half of them each ("all", "ring").
-Beside the times stand what the model of directclr_fast.scaling says for two processes, from the
-rate of the one and from the link as the two see it. Two threads of one processor share its caches
-and its memory, which the model does not know; on a machine with other work, processor seconds of
-the first process say more than the clock.
+Beside the times stand the constants that docs/scaling.py models two processes with: the rate of the
+one, and the link as the two see it. Two threads of one processor share its caches and its memory,
+which the model does not know; on a machine with other work, processor seconds of the first process
+say more than the clock.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import statistics
@@ -25,7 +24,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from directclr_fast import fast_directclr_loss, flops, scaling
+from directclr_fast import fast_directclr_loss, flops
 from directclr_fast.bench.machine import machine
 from directclr_fast.bench.timing import interleaved
 from directclr_fast.testing import make_views
@@ -86,38 +85,31 @@ def work(rank: int, folder: Path, arguments: argparse.Namespace) -> None:
         pitch = -(-arguments.dim // 16) * 16
         speed, latency = link(half * pitch * 4)
         one = times["one"]["median"]
-        here = scaling.Machine(
-            rate=flops.total(rows, rows, arguments.dim) / one,
-            near=speed,
-            far=speed,
-            per_node=PROCESSES,
-            near_hop=latency,
-            far_hop=0.0,
-            launch=0.0,
-            source="this file",
-        )
         case = {
             "rows": rows,
             "width": arguments.width,
             "dim": arguments.dim,
             "processes": PROCESSES,
             "variants": times,
-            "constants": {k: v for k, v in dataclasses.asdict(here).items() if k != "source"},
+            "constants": {
+                "rate": flops.total(rows, rows, arguments.dim) / one,
+                "near": speed,
+                "far": speed,
+                "per_node": PROCESSES,
+                "near_hop": latency,
+                "far_hop": 0.0,
+                "launch": 0.0,
+            },
             "processor_seconds": {n: statistics.median(v[1:]) for n, v in spent.items() if v},
-            "model": {},
         }
-        for gather in ("all", "ring"):
-            model = scaling.step_time(rows, arguments.dim, PROCESSES, gather, here, itemsize=4)
-            case["model"][gather] = model.total
-            if rank == 0:
-                seconds, busy = times[gather]["median"], case["processor_seconds"]
-                print(
-                    f"N {rows}, {gather}: one process {1e3 * one:.0f} ms, two "
-                    f"{1e3 * seconds:.0f} ms ({one / seconds:.2f}x, processor seconds of each "
-                    f"{busy['one'] / busy[gather]:.2f}x less), model {1e3 * model.total:.0f} ms "
-                    f"({one / model.total:.2f}x)",
-                    flush=True,
-                )
+        for gather in ("all", "ring") if rank == 0 else ():
+            seconds, busy = times[gather]["median"], case["processor_seconds"]
+            print(
+                f"N {rows}, {gather}: one process {1e3 * one:.0f} ms, two {1e3 * seconds:.0f} ms "
+                f"({one / seconds:.2f}x, processor seconds of each "
+                f"{busy['one'] / busy[gather]:.2f}x less)",
+                flush=True,
+            )
         cases.append(case)
     if rank == 0 and arguments.out:
         results = {"machine": machine(), "command": ["distributed.py", *sys.argv[1:]]}

@@ -36,11 +36,6 @@ def total(rows: int, candidates: int, dim: int, negatives: str = "cross", kept: 
     )
 
 
-def saved_bytes(rows: int, candidates: int, dim: int, itemsize: int = 4) -> int:
-    """Bytes kept from forward to backward: both z, and the per-row statistics in fp32."""
-    return (rows + candidates) * dim * itemsize + 4 * (5 * rows + 3 * candidates)
-
-
 def distributed(rows: int, dim: int, processes: int, negatives: str = "cross") -> int:
     """Operations of forward and backward in each of W processes that share N = ``rows`` rows.
 
@@ -57,26 +52,3 @@ def gathered_bytes(
     and fp32 dz2 of one group at a time."""
     views = 2 if negatives == "both" else 1
     return rows * dim * (groups * views * itemsize + 4)
-
-
-def sent_bytes(
-    rows: int,
-    dim: int,
-    processes: int,
-    gather: str,
-    itemsize: int = 4,
-    negatives: str = "cross",
-) -> int:
-    """Bytes each of W processes sends in a forward and backward pass (and receives), symmetric, one
-    group, equal blocks of n = N/W rows of z with ``itemsize`` bytes an element.
-
-    "all": its block of z2 to W - 1 others, and of the fp32 dz2 every other's block. "ring": z2's
-    block W - 1 hops in each pass, dz2 W hops. Both: column log-sums, then losses and log-sums of
-    every row, fp64. "both" carries z1 with z2, and one more log-sum.
-    """
-    block, others = rows // processes * dim, processes - 1
-    views = 2 if negatives == "both" else 1
-    statistics = 8 * (rows // processes) * others * (2 + views)
-    if gather == "ring":
-        return block * (2 * views * itemsize * others + 4 * processes) + statistics
-    return block * others * (views * itemsize + 4) + statistics

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import runpy
 import signal
 import sys
 from dataclasses import dataclass, field, replace
@@ -27,12 +28,12 @@ from directclr_fast import (
     flops,
     info_nce,
     last_backend,
-    scaling,
 )
 from directclr_fast.backends.stages import Pair
 from directclr_fast.problem import Problem
 from directclr_fast.testing import bound, evaluate, make_views, relative_error
 
+sent_bytes = runpy.run_path(str(Path(__file__).parents[1] / "docs/scaling.py"))["sent_bytes"]
 WORLD = 4
 SIZES = (1, 2, 3, 4)
 pytestmark = pytest.mark.xdist_group("four processes")  # whose start is what costs
@@ -247,12 +248,12 @@ def test_operations_fall_as_one_over_the_processes(processes, size):
 
 
 @parametrize("gather", GATHERS)
-def test_bytes_sent_are_those_that_flops_counts(processes, gather):
+def test_bytes_sent_are_those_of_the_model(processes, gather):
     for negatives in ("cross", "both"):
         for rank in range(WORLD):
             found = processes[rank]["operations", WORLD, gather, negatives]["sent"]
             pitch = found.pop("pitch")
-            counted = flops.sent_bytes(sum(EVEN), pitch, WORLD, gather, 4, negatives)
+            counted = sent_bytes(sum(EVEN), pitch, WORLD, gather, 4, negatives)
             # The upstream gradient and the agreement are a few bytes more.
             assert counted <= sum(found.values()) <= counted + 8 * WORLD, found
 
@@ -610,24 +611,6 @@ def test_a_group_of_one_takes_the_ordinary_path(processes):
     for rank in range(WORLD):
         calls, alone, plain = processes[rank]["gathers"]["one"]
         assert calls == 0 and torch.equal(alone, plain)
-
-
-@parametrize("gather", GATHERS)
-def test_the_model_agrees_with_the_counts(gather):
-    """Without latency and launches: operations / rate and, where nothing hides, bytes / link."""
-    rows, dim, size = 2**16, 64, 8
-    still = replace(scaling.H200, near_hop=0.0, far_hop=0.0, launch=0.0)
-    slow = replace(still, near=1.0)  # nothing hides behind products then
-    step = scaling.step_time(rows, dim, size, gather, still)
-    assert step.compute == flops.distributed(rows, dim, size) / still.rate
-    assert step.total == step.compute + step.exposed
-    sent = scaling.step_time(rows, dim, size, gather, slow).exposed
-    counted = flops.sent_bytes(rows, dim, size, gather, itemsize=2)
-    assert sent == pytest.approx(counted, rel=1e-5)
-    one = scaling.step_time(rows, dim, 1, gather, still)
-    assert one.exposed == 0 and one.compute == size * step.compute
-    held = [scaling.step_time(rows, dim, w, gather).held_bytes for w in (2, 16)]
-    assert (held[0] / held[1] == 8) == (gather == "ring")
 
 
 @contextlib.contextmanager
