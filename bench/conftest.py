@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from directclr_fast.bench.machine import machine
+from directclr_fast.machine import machine
 
 
 def pytest_benchmark_update_machine_info(config, machine_info) -> None:

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from directclr_fast import _cpu
-from directclr_fast.bench.machine import machine
 from directclr_fast.bench.timing import interleaved
+from directclr_fast.machine import machine
 
 
 def arguments():

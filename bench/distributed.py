@@ -25,8 +25,8 @@ import torch
 import torch.distributed as dist
 
 from directclr_fast import fast_directclr_loss, flops
-from directclr_fast.bench.machine import machine
 from directclr_fast.bench.timing import interleaved
+from directclr_fast.machine import machine
 from directclr_fast.testing import make_views
 
 PROCESSES = 2

@@ -30,7 +30,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is loaded: forked children c
 
 import torch
 
-from directclr_fast.bench.machine import machine
+from directclr_fast.machine import machine
 from directclr_fast.train import checkpoint
 from directclr_fast.train.config import TrainConfig
 from directclr_fast.train.loop import Trainer

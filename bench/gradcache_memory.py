@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from directclr_fast.bench.machine import machine
+from directclr_fast.machine import machine
 
 CHILD = """
 import resource, sys, time

@@ -14,7 +14,8 @@ import json
 import sys
 from pathlib import Path
 
-from directclr_fast.bench import machine, memory, variants
+from directclr_fast import machine
+from directclr_fast.bench import memory, variants
 from directclr_fast.bench.variants import Case
 
 

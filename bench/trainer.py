@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from directclr_fast.bench import memory, timing
-from directclr_fast.bench.machine import machine
+from directclr_fast.machine import machine
 from directclr_fast.train.config import TrainConfig
 from directclr_fast.train.loop import Trainer
 from directclr_fast.train.objective import Objective

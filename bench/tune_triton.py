@@ -22,8 +22,8 @@ from directclr_fast.kernels.common import Layout
 from directclr_fast.kernels.configs import Tile
 
 from directclr_fast.backends.triton import TritonStages
-from directclr_fast.bench.machine import machine
 from directclr_fast.bench.timing import interleaved
+from directclr_fast.machine import machine
 
 
 def candidates(kernel: str, hopper: bool) -> list[Tile]:

@@ -2,42 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
-import os
 import platform
 
-from . import __version__, dispatch
+from . import __version__, dispatch, machine
 from .problem import Problem
-
-_PACKAGES = ("torch", "triton", "numpy", "torchvision", "scikit-learn", "matplotlib", "tqdm")
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _devices() -> list[dict]:
-    import torch
-
-    found = [{"device": "cpu", "name": platform.processor() or platform.machine()}]
-    found[0]["cores"] = os.cpu_count()
-    found[0]["threads"] = torch.get_num_threads()
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            properties = torch.cuda.get_device_properties(index)
-            found.append(
-                {
-                    "device": f"cuda:{index}",
-                    "name": properties.name,
-                    "capability": f"{properties.major}.{properties.minor}",
-                    "memory_gib": round(properties.total_memory / 2**30, 1),
-                }
-            )
-    return found
 
 
 def _problem(device_type: str, precision: str = "auto") -> Problem:
@@ -59,7 +27,7 @@ def _problem(device_type: str, precision: str = "auto") -> Problem:
 
 def report() -> dict:
     """Versions, devices and backends as plain values; opens no CUDA context on a CPU machine."""
-    devices = _devices()
+    devices = machine.devices()
     kinds = sorted({entry["device"].partition(":")[0] for entry in devices})
     backends = {}
     for name in dispatch.PRIORITY:
@@ -74,7 +42,7 @@ def report() -> dict:
         "directclr_fast": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": machine.packages(),
         "devices": devices,
         "backends": backends,
         "chosen": {kind: dispatch.choose(_problem(kind)) for kind in kinds},

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from directclr_fast.machine import machine
 from directclr_fast.train import checkpoint, data, loop
 from directclr_fast.train.config import TrainConfig
 from directclr_fast.train.loop import Trainer, TrainingDiverged, load_model
@@ -319,6 +320,8 @@ def test_how_often_it_logs_and_saves(run_dir, monkeypatch):
     assert [r["step"] for r in records] == [3, 6, 7] == [r["step"] for r in shown]
     assert saved == [2, 4, 6, 7]
     assert result["step"] == 7 and trainer.total_steps == 20 and header["steps"] == 20
+    here = {k: v for k, v in machine(gpu=False).items() if k not in ("available_gib", "dirty")}
+    assert here.items() <= header.items() and header["ranks"] == 1
     assert records[0]["epoch"] == 0.6 and records[-1]["images_per_second"] > 0
     assert records[-1]["learning_rate"] == learning_rate(6, 20, 0, 2e-3)
     assert trainer.log.closed

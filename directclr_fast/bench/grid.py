@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from .. import machine
 from ..loss import fast_directclr_loss
 from ..testing import evaluate, relative_error
-from . import ceilings, machine, memory, timing, variants
+from . import ceilings, memory, timing, variants
 from .variants import ALLOWED, Case, Variant
 
 FORMAT = 2

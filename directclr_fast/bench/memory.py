@@ -20,7 +20,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
-from . import machine, timing, variants
+from .. import machine
+from . import timing, variants
 from .variants import Case, Loss
 
 WARM_ROWS = 64  # loads libraries and starts threads before the step that counts

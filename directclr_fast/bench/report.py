@@ -10,10 +10,10 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..machine import describe
 from ..plots import figure
 from . import ceilings, memory, timing
 from .grid import FORMAT
-from .machine import describe
 
 ORDER = {"ours": 0, "plain": 1, "peer": 2, "neighbour": 3}
 

@@ -9,16 +9,13 @@ import base64
 import html
 import json
 import math
-import os
-import platform
 import statistics
 import sys
 from itertools import combinations
 from pathlib import Path
 
-import torch
-
-from .. import __version__, plots
+from .. import plots
+from ..machine import describe, machine
 from ..train.checkpoint import replacing
 from .runs import SMALL, Run, apart
 from .spectrum import THRESHOLD
@@ -63,9 +60,7 @@ def summary(plan, done: dict[str, dict], weights: Path, steps: int) -> dict:
         rows[mode] = _row([done[Run(mode, seed).name] for seed in plan.seeds])
     found = {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "directclr_fast": __version__,
-        "torch": torch.__version__,
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "machine": machine(),
         "settings": plan.settings,
         "steps": steps,
         "seeds": list(plan.seeds),
@@ -583,7 +578,7 @@ def _set_up(found: dict) -> str:
         f"Encoder {settings['encoder']}, crops of {settings['image_size']} pixels, batch "
         f"{settings['batch_size']}, {found['steps']} steps, {settings['optimizer']}, temperature "
         f"{settings['temperature']:g}; seeds {', '.join(map(str, found['seeds']))}; "
-        f"{found['machine']}, torch {found['torch']}."
+        f"{describe(found['machine'])}; one thread a run."
     )
 
 

@@ -30,8 +30,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .. import __version__
 from ..dispatch import last_backend
+from ..machine import machine
 from . import checkpoint, data, encoders, views
 from .batchnorm import synchronise
 from .config import TrainConfig
@@ -427,11 +427,9 @@ class Trainer:
             if file.seek(0, os.SEEK_END) == 0:
                 header = {
                     "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-                    "directclr_fast": __version__,
-                    "torch": torch.__version__,
+                    **machine(gpu=self.device.type == "cuda"),
                     "device": str(self.device),
                     "ranks": self.ranks.size,
-                    "threads": torch.get_num_threads(),
                     "parameters": sum(p.numel() for p in self.model.parameters()),
                     "steps": self.total_steps,
                 }

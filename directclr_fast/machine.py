@@ -1,4 +1,4 @@
-"""What a result file says about where it was measured: processor, GPU, versions, commit."""
+"""What this machine is: for doctor, every result file, a comparison's report, a run's log."""
 
 from __future__ import annotations
 
@@ -11,37 +11,64 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = (
-    "directclr-fast", "torch", "triton", "numpy", "lightly", "pytorch-metric-learning", "memeff",
-    "inf_cl", "siglip-kernel",
+from . import __version__
+
+PACKAGES = (  # what is run on, then the peers of `bench`
+    "torch", "triton", "numpy", "torchvision", "scikit-learn", "scikit-image", "matplotlib", "tqdm",
+    "lightly", "pytorch-metric-learning", "memeff", "inf_cl", "siglip-kernel",
 )  # fmt: skip
 _GPU_FIELDS = ("name", "driver_version", "clocks.sm", "clocks.max.sm", "power.limit")
 
 
-def machine() -> dict:
-    """Processor, threads, memory, GPU, versions and commit: what every result file carries."""
+def machine(gpu: bool | None = None) -> dict:
+    """Processor, threads, memory, GPU, versions and commit.
+
+    ``gpu``: whether to describe the first GPU; None: where there is one. Asking wakes the driver.
+    """
+    cpu = devices(gpu=False)[0]
     result = {
-        "processor": processor(),
-        "threads": torch.get_num_threads(),
+        "directclr_fast": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "versions": {name: found for name, found in packages().items() if found},
+        "processor": cpu["name"],
+        "cores": cpu["cores"],
+        "threads": cpu["threads"],
         "capability": torch.backends.cpu.get_cpu_capability(),
         "memory_gib": round(total_memory() / 2**30, 1),
         "available_gib": round(available_memory() / 2**30, 1),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "versions": {name: found for name in PACKAGES if (found := version(name))},
         **commit(),
     }
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        result["gpu"] = properties.name
-        result["gpu_memory_gib"] = round(properties.total_memory / 2**30, 1)
+    if first := devices(gpu)[1:2]:
+        result["gpu"], result["gpu_memory_gib"] = first[0]["name"], first[0]["memory_gib"]
         result["card"] = _card()
     return result
 
 
+def devices(gpu: bool | None = None) -> list[dict]:
+    """The processor, then every GPU (``gpu``: as for :func:`machine`): plain values."""
+    cores, threads = os.cpu_count(), torch.get_num_threads()
+    found = [{"device": "cpu", "name": processor(), "cores": cores, "threads": threads}]
+    if gpu is not False and torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            found.append(
+                {
+                    "device": f"cuda:{index}",
+                    "name": properties.name,
+                    "capability": f"{properties.major}.{properties.minor}",
+                    "memory_gib": round(properties.total_memory / 2**30, 1),
+                }
+            )
+    return found
+
+
 def describe(values: dict) -> str:
-    """The machine of a result file in one line."""
-    where = values.get("gpu") or f"{values['processor']}, {values['threads']} threads"
+    """:func:`machine` in one line. Files of other versions may lack a part of it."""
+    where = values.get("gpu") or values["processor"]
+    if "gpu" not in values and values.get("threads"):
+        where += f", {values['threads']} threads"
     if "gpu" not in values and values.get("capability"):
         where += f", {values['capability']}"
     text = f"{where}, torch {values['torch']}"
@@ -50,8 +77,12 @@ def describe(values: dict) -> str:
     return text
 
 
-def version(name: str) -> str | None:
-    """Version of an installed distribution, None where there is none."""
+def packages() -> dict[str, str | None]:
+    """Version of each of PACKAGES, None where it is not installed."""
+    return {name: _version(name) for name in PACKAGES}
+
+
+def _version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -97,7 +128,7 @@ def commit() -> dict:
 
     A tree that was copied without its history is told its commit by DIRECTCLR_COMMIT.
     """
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[1]
     top = _git(root, "rev-parse", "--show-toplevel")
     if top is None or Path(top).resolve() != root:
         told = os.environ.get("DIRECTCLR_COMMIT")
