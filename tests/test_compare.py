@@ -29,27 +29,39 @@ RUNS = 2 * 2 + 2 * 2 + 2 + 2 * 2 + 2 * 2  # search, table, d0, agreement, untrai
 COMPARE = f"""
 import signal, sys, time
 from pathlib import Path
-from directclr_fast.paper import compare, pool
+from directclr_fast.paper import compare, runs
 from directclr_fast.train.supervise import TrainingStopped
 
-execute, runs = pool.execute, Path(sys.argv[1]) / "runs"
+execute, ended = runs.execute, Path(sys.argv[1]) / "runs"
 
 def held(run, settings, out, on_step):
     def step(record):
         on_step(record)
         caught = signal.getsignal(signal.SIGTERM).__self__  # supervise.Signals
-        while not caught.caught and len(list(runs.glob("*.json"))) >= int(sys.argv[2]):
+        while not caught.caught and len(list(ended.glob("*.json"))) >= int(sys.argv[2]):
             Path(f"{{out}}-held-{{sys.argv[2]}}").touch()
             time.sleep(0.01)
     return execute(run, settings, out, step)
 
-pool.execute = held
+runs.execute = held
 if __name__ == "__main__":
     try:
         compare.run(sys.argv[1], compare.plan(**{TINY!r}), jobs=1, progress=False)
     except TrainingStopped as stopped:
         print(stopped)
         sys.exit(75)
+"""
+
+ENDING = f"""
+import os, sys
+from directclr_fast.paper import compare, runs
+
+runs.execute = lambda *_: os._exit(9)
+if __name__ == "__main__":
+    try:
+        compare.run(sys.argv[1], compare.plan(**{TINY!r}), jobs=2, progress=False)
+    except RuntimeError as error:
+        print(error)
 """
 
 
@@ -144,7 +156,8 @@ def test_the_page_needs_nothing_else(whole):
 @of_whole
 def test_a_finished_comparison_is_not_run_again(whole, monkeypatch):
     out, found = whole
-    monkeypatch.setattr(compare.Pool, "start", lambda *_: pytest.fail("nothing is left to run"))
+    fail = lambda *_: pytest.fail("nothing is left to run")  # noqa: E731
+    monkeypatch.setattr(runs.ProcessPoolExecutor, "submit", fail)
     again = compare.run(out, compare.plan(**TINY), progress=False)
     for key in ("rows", "search", "sweep", "agreement", "order"):
         assert again[key] == found[key]
@@ -256,6 +269,18 @@ def test_a_run_that_fails_is_named(tmp_path):
     plan.settings["views"] = "none"
     with pytest.raises(RuntimeError, match="^run directclr-seed0-rate0.0005-search: expected its"):
         compare.run(tmp_path, plan, jobs=1, progress=False)
+
+
+def test_a_process_that_ends_is_said(tmp_path):
+    """Both runs are named: which of the two processes it was, the pool does not say."""
+    script = tmp_path / "script.py"
+    script.write_text(ENDING)
+    done = subprocess.run([sys.executable, str(script), str(tmp_path / "out")], text=True,
+                          capture_output=True, timeout=600)  # fmt: skip
+    assert re.fullmatch(
+        "run directclr-seed0-rate0.0005-search( or directclr-seed0-rate0.002-search)?: "
+        "expected its result, got its process ended\n", done.stdout,
+    ), done  # fmt: skip
 
 
 # ---------------------------------------------------------------- without training

@@ -26,8 +26,7 @@ from ..train import checkpoint, data, encoders
 from ..train.config import TrainConfig, resolve_device
 from ..train.objective import MODES, default_dim
 from . import report
-from .pool import Pool
-from .runs import Run
+from .runs import Run, side_by_side
 
 SEARCH_SEED = 0  # the seeds of the table are 1, 2, ...
 FACTORS = (0.25, 1.0, 4.0)  # of the recipe's learning rate: the search
@@ -198,20 +197,7 @@ def run(out: str | Path, plan: Plan, *, jobs: int | None = None, progress: bool 
     done = _finished(out, plan)
     steps = _steps(plan)
     with _Progress(progress, plan, done, steps) as show:
-        running: set[str] = set()
-        with Pool(jobs, plan.settings, out, show.steps) as pool:
-            while True:
-                for next_run in plan.known(done):
-                    if pool.free and next_run.name not in done and next_run.name not in running:
-                        running.add(next_run.name)
-                        pool.start(next_run)
-                if not running:
-                    break
-                for result in pool.wait():
-                    name = Run(**result["run"]).name
-                    running.remove(name)
-                    done[name] = result
-                    show.finished(name, result, len(done))
+        side_by_side(plan.known, done, jobs, plan.settings, out, show.steps, show.finished)
     shutil.rmtree(out / "work", ignore_errors=True)
     found = report.summary(plan, done, out / "weights", steps)
     # Of all runs one after another: they may have been made by several calls.
@@ -273,6 +259,7 @@ class _Progress:
         self.show, self.each, self.bar = show, each, None
         self.runs, self.total = plan.trainings + 2 * len(plan.seeds), each * plan.trainings
         self.before = each * sum(Run(**result["run"]).trains for result in done.values())
+        self.done = len(done)
         self.now: dict[str, int] = {}  # steps by name of a run of this call
         self.begin = time.monotonic()
         if not show:
@@ -304,12 +291,13 @@ class _Progress:
             self.bar.update(self.before + sum(self.now.values()) - self.bar.n)
             self.bar.set_postfix_str(name)
 
-    def finished(self, name: str, result: dict, done: int) -> None:
-        """A run has ended; ``done`` runs in all have."""
+    def finished(self, name: str, result: dict) -> None:
+        """A run has ended."""
+        self.done += 1
         if Run(**result["run"]).trains:
             self.steps(name, self.each)
         if self.show and self.bar is None:
-            print(f"{done:>4}/{self.runs}  {name}: {_words(result)}{self._left()}", flush=True)
+            print(f"{self.done:>4}/{self.runs}  {name}: {_words(result)}{self._left()}", flush=True)
 
     def _left(self) -> str:
         taken = sum(self.now.values())

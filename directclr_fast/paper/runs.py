@@ -1,4 +1,4 @@
-"""One training of a comparison and what is measured of it, as a small JSON.
+"""One training of a comparison and what is measured of it, as a small JSON; many side by side.
 
 A run is named by what sets it apart from the others of its comparison; everything else they share
 (:class:`~directclr_fast.paper.compare.Plan`). It resumes from its checkpoint where it was stopped.
@@ -7,23 +7,30 @@ A run is named by what sets it apart from the others of its comparison; everythi
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import shutil
+import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..train import checkpoint, data, probe
+from ..train import checkpoint, data, probe, supervise
 from ..train.config import TrainConfig
 from ..train.loop import Model, Trainer, TrainingDiverged
 from ..train.objective import default_dim
+from ..train.supervise import Signals, TrainingStopped
 from . import spectrum
 
 ROUNDING = 2.0**-23  # of fp32, relative
 SMALL = 1e-4  # of the largest eigenvalue; counted beside the collapsed ones
+TELL_EVERY = 0.5  # seconds between a run's words about its step, to the process that started it
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,101 @@ def execute(run: Run, settings: dict, out: Path, on_step: Callable[[dict], None]
     if run.trains:
         shutil.rmtree(folder)
     return result
+
+
+def side_by_side(
+    known: Callable[[dict], list[Run]],
+    done: dict[str, dict],
+    jobs: int,
+    settings: dict,
+    out: Path,
+    on_step: Callable[[str, int], None],
+    on_result: Callable[[str, dict], None],
+) -> None:
+    """Executes in ``jobs`` processes what ``known(done)`` asks for, until ``done`` has it all.
+
+    ``done``: results by name of the run; each joins when its run ends and may make more known.
+    ``settings``, ``out``: as for :func:`execute`. ``on_step(name, step)`` hears of every run's step
+    now and then, ``on_result(name, result)`` of each end.
+
+    A process has one thread: on small models several do more than one with all cores, and results
+    do not depend on how many there are. RuntimeError names a run that failed. A signal is passed on
+    to the runs, which save, and raises TrainingStopped; a second Ctrl-C ends them at once.
+    """
+    context = multiprocessing.get_context("spawn")
+    steps = context.SimpleQueue()
+    others = set(multiprocessing.active_children())
+    running: dict[Future, str] = {}
+
+    def end(how: str) -> None:
+        for process in set(multiprocessing.active_children()) - others:
+            getattr(process, how)()
+
+    with Signals() as signals:
+        try:
+            with ProcessPoolExecutor(jobs, context, _begin, (steps,)) as pool:
+                try:
+                    while True:
+                        for run in known(done):
+                            if len(running) < jobs and run.name not in {*done, *running.values()}:
+                                running[pool.submit(_in_pool, run, settings, out)] = run.name
+                        if not running:
+                            break
+                        ended, _ = wait(running, 0.2, FIRST_COMPLETED)
+                        if signals.caught:
+                            raise TrainingStopped(
+                                f"stopped by {signals.caught}; what is done is kept, "
+                                "the same command continues"
+                            )
+                        while not steps.empty():
+                            on_step(*steps.get())
+                        for future in ended:
+                            name = running.pop(future)
+                            done[name] = _result(future, [name, *running.values()])
+                            on_result(name, done[name])
+                except BaseException:
+                    end("terminate")
+                    raise
+        finally:
+            end("kill")  # only after a second Ctrl-C is one left
+
+
+def _result(future: Future, names: list[str]) -> dict:
+    """Of a run, the first of ``names``, all that were running when it ended."""
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        runs, got = " or ".join(names), "its process ended"
+    except RuntimeError as error:
+        runs, got = names[0], error
+    raise RuntimeError(f"run {runs}: expected its result, got {got}")
+
+
+def _begin(steps) -> None:
+    """What a process of the pool does first."""
+    global _steps
+    _steps = steps
+    supervise.follow_parent()
+    # Ctrl-C reaches every process of the terminal; the parent passes it on as SIGTERM.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def _in_pool(run: Run, settings: dict, out: Path) -> dict:
+    told = 0.0
+
+    def on_step(record: dict) -> None:
+        nonlocal told
+        if time.monotonic() - told > TELL_EVERY:
+            told = time.monotonic()
+            _steps.put((run.name, record["step"]))
+
+    try:
+        return execute(run, settings, out, on_step)
+    except TrainingStopped:
+        os._exit(supervise.STOPPED)  # a pool whose end is wanted would have it wait for more
+    except Exception as error:
+        raise RuntimeError(f"{type(error).__name__}: {error}") from None  # can always be sent
 
 
 def losses_of(folder: Path) -> list[float | str]:

@@ -77,13 +77,18 @@ def restarting(run: Callable, arguments, restarts: int) -> int:
     return code if code >= 0 else 128 - code
 
 
-def _child(run: Callable, arguments, started) -> None:
+def follow_parent() -> None:
+    """This process gets SIGTERM when its parent ends: an orphan could meet the run that is started
+    in its place."""
     parent = multiprocessing.parent_process()
 
     def follow() -> None:
-        # Without its supervisor a run could meet the one that is started in its place.
         parent.join()
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=follow, daemon=True).start()
+
+
+def _child(run: Callable, arguments, started) -> None:
+    follow_parent()
     sys.exit(run(arguments, lambda _: setattr(started, "value", 1)))
