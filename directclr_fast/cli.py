@@ -136,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     toy.set_defaults(run=_toy)
 
     compare = commands.add_parser("compare", help="the paper's comparison of projectors in small")
-    compare.add_argument("--out", help="folder of report.html and all runs; default runs/compare")
+    compare.add_argument("--out", help="folder of report.md and all runs; default runs/compare")
     compare.add_argument("--data", help="default: cifar10 where it is there, otherwise patches")
     compare.add_argument("--data-root", help="folder of the torchvision sets")
     compare.add_argument("--download", action="store_true", help="fetch a missing torchvision set")
@@ -393,8 +393,8 @@ def _compare(arguments: argparse.Namespace) -> None:
     )
     out = arguments.out or ("runs/compare-quick" if arguments.quick else "runs/compare")
     found = compare.run(out, plan, jobs=arguments.jobs)
-    print("\n\n".join(report.sentences(found)))
-    print(f"written to {Path(out) / 'report.html'} and {Path(out) / 'results.json'}")
+    print(report.table(found))
+    print(f"written to {Path(out) / 'report.md'} and {Path(out) / 'results.json'}")
 
 
 def _demo(arguments: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,20 +138,36 @@ def test_both_losses_train_the_same_network(whole):
 
 
 @of_whole
-def test_the_page_needs_nothing_else(whole):
+def test_the_report_has_every_table_and_figure(whole):
     out, found = whole
-    page = (out / "report.html").read_text()
-    assert "<script" not in page and "src='http" not in page and "<link" not in page
-    pictures = re.findall(r"<img alt='[^']+' src='data:image/png;base64,([\w+/=]+)'>", page)
-    assert len(pictures) == 4 and len(page) < 1_500_000
+    text = (out / "report.md").read_text()
     names = {path.name for path in out.glob("*.png")}
     assert names == {"accuracy.png", "spectra.png", "dims.png", "agreement.png"}
-    assert page.count("<tr>") == 1 + 4 + 1 + 2
-    for sentence in report.sentences(found):
-        assert report._e(sentence) in page
+    assert set(re.findall(r"!\[.*\]\((.+)\)", text)) == names
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    # Heads and rules, modes, measures, d0, kinds of agreement, searches.
+    assert len(lines) == 5 * 2 + 4 + 2 + 2 + 4 + 2
+    assert len({line.count("|") for line in report.table(found).splitlines()}) == 1
     linear = found["rows"]["directclr"]["accuracy"]["r"]["linear"]
-    assert f"<td>{report._percent(linear)}</td>" in page
-    assert "<td>62.7 (47.9 of r[:, :d0])</td>" in page
+    assert f"| {report._percent(linear)} |" in text
+    assert "| 62.7 (47.9 of r[:, :d0]) |" in text
+
+
+def test_the_committed_report_is_that_of_the_committed_numbers():
+    """And the table of docs/paper.md has its numbers."""
+    folder = Path(__file__).parents[1] / "docs/results/compare"
+    found = json.loads((folder / "results.json").read_text())
+    text = (folder / "report.md").read_text()
+    captions = dict(re.findall(r"!\[.*\]\((.+)\)\n\n(.+)\n", text))
+    assert all((folder / name).exists() for name in captions) and len(captions) == 4
+    assert report.text(found, captions) == text
+    page = (folder.parents[1] / "paper.md").read_text()
+    for mode, row in found["rows"].items():
+        (line,) = (line for line in page.splitlines() if line.startswith(f"| {mode} |"))
+        numbers = [row["accuracy"]["r"][measure] for measure in ("linear", "knn")]
+        assert all(f"| {report._percent(values)} |" in line for values in numbers), mode
+        rank = row["spectra"]["representation"]["effective_rank"]
+        assert f"| {report._number(rank)} |" in line, mode
 
 
 @of_whole
@@ -333,15 +350,15 @@ def test_default_set(monkeypatch, tmp_path):
     assert compare.plan().settings["data"] == "cifar10"
 
 
+VERDICTS = ("above", "below", "undecided")
+
+
 def values(mean, deviation=0.01):
     return report.spread([mean - deviation, mean, mean + deviation])
 
 
-def row(linear, part=None, rank=10.0):
-    accuracy = {"r": {"linear": values(linear), "knn": values(linear)}}
-    accuracy["sub-vector"] = {"linear": values(part or linear), "knn": values(part or linear)}
-    spectra = {"representation": {"effective_rank": values(rank, 0.1)}}
-    return {"accuracy": accuracy, "spectra": spectra, "diverged": 0}
+def row(linear):
+    return {"accuracy": {"r": {"linear": values(linear), "knn": values(linear)}}}
 
 
 def test_verdict():
@@ -354,30 +371,32 @@ def test_verdict():
     assert report.verdict(values(0.60 + 2.9 * 0.01 * (2 / 3) ** 0.5), values(0.60)) == "above"
 
 
-def said(rows):
-    agreement = {"mode": "directclr", "diverged": True}
-    search = {mode: {"chosen": 1.0, "inside the training part": {}} for mode in rows}
-    found = {"rows": rows, "order": {"linear": report.order(rows, "linear")}, "seeds": [1, 2, 3]}
-    return " ".join(report.sentences({**found, "agreement": agreement, "search": search}))
-
-
-def test_sentences_follow_the_numbers():
+def test_order_follows_the_numbers():
     """The paper's order and its opposite, by the same code from other numbers."""
-    paper = {mode: row(value / 100) for mode, value in report.PAPER.items()}
-    paper["directclr"] = row(0.627, 0.479, rank=20.0)
-    text = said(paper)
-    assert "It is the paper's order (rank correlation 1.00)" in text and "Opposite" not in text
-    assert "the whole is better" in text and "more than without projector, as in the paper" in text
-    turned = {mode: row(1 - value / 100) for mode, value in report.PAPER.items()}
-    turned["directclr"] = row(1 - 0.627, 1 - 0.479, rank=5.0)
-    text = said(turned)
-    assert "It differs from the paper's (rank correlation -1.00)" in text
-    assert "Opposite to the paper beyond chance, by linear probe:" in text
-    assert "baseline 48.5 ± 1.0 % over simclr 33.5 ± 1.0 %" in text
-    assert "the whole is worse" in text and "the opposite of the paper" in text
-    same = {mode: row(0.5) for mode in report.PAPER}
-    assert "0 are in the paper's order beyond chance" in said(same)
-    assert "28 undecided" in said(same)
+
+    def counts(rows):
+        found = report.order(rows, "linear")
+        return found, [sum(pair["here"] == v for pair in found["pairs"]) for v in VERDICTS]
+
+    ours, count = counts({mode: row(value / 100) for mode, value in report.PAPER.items()})
+    assert ours["here"] == ours["paper"] and ours["rank correlation"] == 1.0
+    assert count[1] == 0 and count[0] > 20
+    turned, count = counts({mode: row(1 - value / 100) for mode, value in report.PAPER.items()})
+    assert turned["here"] == turned["paper"][::-1] and turned["rank correlation"] == -1.0
+    opposite = [(p["worse"], p["better in the paper"]) for p in turned["pairs"]
+                if p["here"] == "below"]  # fmt: skip
+    assert ("baseline", "simclr") in opposite and count[0] == 0
+    assert counts({mode: row(0.5) for mode in report.PAPER})[1] == [0, 0, 28]
+    lines = report._order_table({"order": {"linear": turned}}).splitlines()
+    assert lines[2].endswith(f"| -1.00 | 0 | {len(opposite)} | {28 - len(opposite)} |")
+
+
+def test_what_diverged_is_in_the_table():
+    rows = {"simclr": {**row(0.5), "runs": 2, "diverged": 1}, "random": {"runs": 0, "diverged": 3}}
+    search = {mode: {"chosen": 1.0, report._INSIDE: {"1": 0.5, "2": None}} for mode in rows}
+    lines = report.table({"rows": rows, "search": search}).splitlines()
+    assert "| 2, 1 diverged | 50.0 ± 1.0 |" in lines[2] and "| 0, 3 diverged |  |" in lines[3]
+    assert "| simclr | 50.0 | diverged | 1 |" in report._search_table({"search": search})
 
 
 @pytest.mark.parametrize(("flags", "text"), [

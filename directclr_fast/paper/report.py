@@ -1,16 +1,12 @@
-"""What a comparison found: numbers, figures and one page of HTML that needs nothing else.
-
-Every sentence about the outcome is derived from the numbers, so it is right for other data, too.
-"""
+"""What a comparison found: numbers, tables and figures. The words on them are in docs/paper.md."""
 
 from __future__ import annotations
 
-import base64
-import html
 import json
 import math
 import statistics
 import sys
+from collections import Counter
 from itertools import combinations
 from pathlib import Path
 
@@ -213,172 +209,115 @@ def _agreement(plan, done: dict, rate: float, weights: Path) -> dict:
     return found
 
 
-# ---------------------------------------------------------------- sentences
+# ---------------------------------------------------------------- tables
 
 
-def _percent(values: dict | None, digits: int = 1) -> str:
+def table(found: dict) -> str:
+    """The projectors, best first by linear probe of r: accuracies in percent, ranks, the paper."""
+    head = (
+        "mode", "projector", "learning rate", "runs", "linear, r", "kNN, r", "linear, r[:, :d0]",
+        "kNN, r[:, :d0]", "effective rank of r", "collapsed / small of r",
+        "effective rank, embedding", "collapsed / small, embedding", "paper, linear",
+    )  # fmt: skip
+    rows = found["rows"]
+
+    def place(mode: str) -> float:
+        accuracy = rows[mode].get("accuracy")
+        return -accuracy["r"]["linear"]["mean"] if accuracy else 1.0
+
+    lines = []
+    for mode in sorted(rows, key=place):
+        row = rows[mode]
+        rate = found["search"].get(mode, {}).get("chosen")
+        lost = f", {row['diverged']} diverged" if row["diverged"] else ""
+        cells = [mode, PROJECTOR[mode], "" if rate is None else f"{rate:g}", f"{row['runs']}{lost}"]
+        for part in ("r", "sub-vector"):
+            cells += _accuracies(row.get("accuracy", {}).get(part, {}))
+        for part in ("representation", "embedding"):
+            values = row.get("spectra", {}).get(part)
+            cells += [_number(values["effective_rank"]), _few(values)] if values else ["", ""]
+        paper = f"{PAPER[mode]}" if mode in PAPER else ""
+        cells.append(f"{paper} ({PAPER_SUB_VECTOR} of r[:, :d0])" if mode == "directclr" else paper)
+        lines.append(cells)
+    return _markdown(head, lines)
+
+
+def _order_table(found: dict) -> str:
+    head = ("by", "order here", "order in the paper", "rank correlation", "pairs as in the paper",
+            "opposite", "undecided")  # fmt: skip
+    lines = []
+    for measure, ranking in found["order"].items():
+        count = Counter(pair["here"] for pair in ranking["pairs"])
+        correlation = ranking["rank correlation"]
+        lines.append([
+            _MEASURE[measure], " > ".join(ranking["here"]), " > ".join(ranking["paper"]),
+            "" if correlation is None else f"{correlation:.2f}",
+            *(f"{count[verdict]}" for verdict in ("above", "below", "undecided")),
+        ])  # fmt: skip
+    return _markdown(head, lines)
+
+
+def _sweep_table(found: dict) -> str:
+    head = ("d0", "linear, r", "kNN, r", "linear, r[:, :d0]", "kNN, r[:, :d0]")
+    return _markdown(head, [
+        [line["dim"], *(c for p in ("r", "sub-vector") for c in _accuracies(line["accuracy"][p]))]
+        for line in found["sweep"]
+    ])  # fmt: skip
+
+
+def _agreement_table(found: dict) -> str:
+    accuracy, weights = (found["agreement"][key] for key in ("accuracy", "weights apart"))
+    names = {"fast": "fast loss", "reference": "reference loss",
+             "rounded": "fast loss, initial weights moved by a rounding error",
+             "another seed": "fast loss, another seed"}  # fmt: skip
+    lines = []
+    for kind, name in names.items():
+        values = accuracy.get(kind)
+        of_seeds = ", ".join(f"{100 * v:.1f}" for v in values["values"]) if values else ""
+        apart = f"{weights[kind]['mean']:.2g}" if kind in weights else ""
+        lines.append([name, _percent(values), of_seeds, apart])
+    head = ("", "linear, r", "by seed", "final weights apart from the fast loss's")
+    return _markdown(head, lines)
+
+
+def _search_table(found: dict) -> str:
+    rates = list(dict.fromkeys(r for s in found["search"].values() for r in s[_INSIDE]))
+    lines = []
+    for mode, search in found["search"].items():
+        scores = [search[_INSIDE].get(rate) for rate in rates]
+        cells = ["diverged" if score is None else f"{100 * score:.1f}" for score in scores]
+        lines.append([mode, *cells, f"{search['chosen']:g}"])
+    return _markdown(("mode", *rates, "chosen"), lines)
+
+
+def _markdown(head, lines) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
+
+
+def _accuracies(of_part: dict) -> list[str]:
+    return [_percent(of_part.get(measure)) for measure in _MEASURE]
+
+
+def _percent(values: dict | None) -> str:
+    """In percent; empty for None."""
     if values is None:
         return ""
     deviation = values["deviation"]
-    text = f"{100 * values['mean']:.{digits}f}"
-    return text if deviation is None else f"{text} ± {100 * deviation:.{digits}f}"
+    text = f"{100 * values['mean']:.1f}"
+    return text if deviation is None else f"{text} ± {100 * deviation:.1f}"
 
 
-def _number(values: dict, digits: int = 1) -> str:
-    text = f"{values['mean']:.{digits}f}"
+def _number(values: dict) -> str:
     deviation = values["deviation"]
-    return text if not deviation else f"{text} ± {deviation:.{digits}f}"
+    text = f"{values['mean']:.1f}"
+    return f"{text} ± {deviation:.1f}" if deviation else text
 
 
-def sentences(found: dict) -> list[str]:
-    """The outcome in words, each with its numbers."""
-    rows, seeds = found["rows"], len(found["seeds"])
-    said = []
-    for measure, ranking in found["order"].items():
-        said += _order(ranking, measure, rows, seeds)
-    said += _orthogonal(rows) + _sub_vector(rows) + _ranks(rows) + _collapsed(rows)
-    said += _of_sweep(found) + _of_agreement(found)
-    edges = [
-        f"{mode} ({search['chosen']:g})"
-        for mode, search in found["search"].items()
-        if _at_edge(search)
-    ]
-    if edges:
-        said.append(f"Learning rate chosen at an end of the grid: {', '.join(edges)}.")
-    lost = [f"{mode} ({row['diverged']})" for mode, row in rows.items() if row["diverged"]]
-    if lost:
-        said.append(f"Runs that diverged and are left out: {', '.join(lost)}.")
-    return said
-
-
-def _order(ranking: dict, measure: str, rows: dict, seeds: int) -> list[str]:
-    here, paper, pairs = ranking["here"], ranking["paper"], ranking["pairs"]
-    if len(paper) < 2:
-        return []
-    count = {v: sum(p["here"] == v for p in pairs) for v in ("above", "below", "undecided")}
-    outcome = "It is the paper's order" if here == paper else "It differs from the paper's"
-    said = [
-        f"Order of the projectors by {_MEASURE[measure]} of r, here: {' > '.join(here)}. In the "
-        f"paper, by linear probe: {' > '.join(paper)}. {outcome} (rank correlation "
-        f"{ranking['rank correlation']:.2f}). Of {len(pairs)} pairs {count['above']} are in the "
-        f"paper's order beyond chance (95 % for each, {seeds} seed{'s' * (seeds > 1)}), "
-        f"{count['below']} in the opposite one, {count['undecided']} undecided."
-    ]
-    opposite = [
-        f"{p['worse']} {_mean(rows, p['worse'], measure)} over {p['better in the paper']} "
-        f"{_mean(rows, p['better in the paper'], measure)}"
-        for p in pairs
-        if p["here"] == "below"
-    ]
-    if opposite:
-        said.append(
-            f"Opposite to the paper beyond chance, by {_MEASURE[measure]}: {'; '.join(opposite)}."
-        )
-    return said
-
-
-def _at_edge(search: dict) -> bool:
-    tried = list(search["inside the training part"])
-    return len(tried) > 1 and f"{search['chosen']:g}" in (tried[0], tried[-1])
-
-
-def _mean(rows: dict, mode: str, measure: str = "linear") -> str:
-    return _percent(rows[mode]["accuracy"]["r"][measure]) + " %"
-
-
-def _orthogonal(rows: dict) -> list[str]:
-    if not all("accuracy" in rows.get(mode, {}) for mode in ("orthogonal", "baseline")):
-        return []
-    return [
-        "An orthogonal projector changes no similarity, so its row is the baseline's once more but "
-        f"for rounding: {_mean(rows, 'orthogonal')} and {_mean(rows, 'baseline')} here, "
-        f"{PAPER['orthogonal']} and {PAPER['baseline']} in the paper."
-    ]
-
-
-def _sub_vector(rows: dict) -> list[str]:
-    accuracy = rows.get("directclr", {}).get("accuracy")
-    if accuracy is None:
-        return []
-    whole, part = accuracy["r"]["linear"], accuracy["sub-vector"]["linear"]
-    found = {"above": "better", "below": "worse", "undecided": "not told apart from it"}
-    outcome = found[verdict(whole, part)]
-    return [
-        f"DirectCLR, probe of the whole r {_percent(whole)} %, of r[:, :d0] alone "
-        f"{_percent(part)} %: the whole is {outcome} (paper {PAPER['directclr']} and "
-        f"{PAPER_SUB_VECTOR})."
-    ]
-
-
-def _ranks(rows: dict) -> list[str]:
-    there = {
-        mode: row["spectra"]["representation"]["effective_rank"]
-        for mode, row in rows.items()
-        if mode not in ("pixels", "untrained") and "spectra" in row
-    }
-    if not {"directclr", "baseline"} <= there.keys():
-        return []
-    a, b = there["directclr"], there["baseline"]
-    outcome = {
-        "above": "more than without projector, as in the paper",
-        "below": "fewer than without projector, the opposite of the paper",
-        "undecided": "not told apart from no projector, where the paper has more",
-    }[verdict(a, b)]
-    listed = ", ".join(f"{mode} {_number(v)}" for mode, v in there.items())
-    return [
-        f"Directions that r uses (effective rank) with DirectCLR: {_number(a)}, {outcome} "
-        f"({_number(b)}). All: {listed}."
-    ]
-
-
-def _collapsed(rows: dict) -> list[str]:
-    values = rows.get("simclr", {}).get("spectra", {}).get("embedding")
-    if values is None:
-        return []
-    return [
-        f"Collapsed directions of simclr's embedding (at most {THRESHOLD:g} of the largest "
-        f"eigenvalue): {_number(values['collapsed'])} of {values['dimensions']}, small ones (at "
-        f"most {SMALL:g}): {_number(values['small'])}; in the paper's figure 2 "
-        f"{PAPER_COLLAPSED} of 128 have collapsed."
-    ]
-
-
-def _of_sweep(found: dict) -> list[str]:
-    lines = found.get("sweep", [])
-    if len(lines) < 2:
-        return []
-    best = max(lines, key=lambda line: line["accuracy"]["r"]["linear"]["mean"])
-    worst = min(lines, key=lambda line: line["accuracy"]["r"]["linear"]["mean"])
-    a, b = (line["accuracy"]["r"]["linear"] for line in (best, worst))
-    outcome = "apart beyond chance" if verdict(a, b) == "above" else "not told apart"
-    return [
-        f"Over d0 the probe of r is best at {best['dim']} ({_percent(a)} %) and worst at "
-        f"{worst['dim']} ({_percent(b)} %), {outcome}; the paper takes 360 of 2048."
-    ]
-
-
-def _of_agreement(found: dict) -> list[str]:
-    agreement = found["agreement"]
-    if agreement.get("diverged"):
-        return [f"Loss backends: a run of {agreement['mode']} diverged."]
-    accuracy, weights = agreement["accuracy"], agreement["weights apart"]
-    gaps = [f - r for f, r in zip(accuracy["fast"]["values"], accuracy["reference"]["values"])]
-    deviation = accuracy["fast"]["deviation"]
-    text = (
-        f"Fast and reference loss over whole trainings ({agreement['mode']}): linear probe "
-        f"{_percent(accuracy['fast'])} % and {_percent(accuracy['reference'])} %, differences by "
-        f"seed {', '.join(f'{100 * v:+.1f}' for v in gaps)}"
-    )
-    if deviation is not None:
-        text += f" beside a deviation of {100 * deviation:.1f} between seeds"
-    text += (
-        f". Final weights differ by {weights['reference']['mean']:.2g} of their norm; those of the "
-        f"fast loss from initial weights moved by a rounding error by "
-        f"{weights['rounded']['mean']:.2g}"
-    )
-    if "another seed" in weights:
-        text += f", those of two seeds by {weights['another seed']['mean']:.2g}"
-    return [text + "."]
+def _few(spectrum: dict) -> str:
+    """Collapsed and small eigenvalues of how many."""
+    collapsed, small = (f"{spectrum[key]['mean']:.0f}" for key in ("collapsed", "small"))
+    return f"{collapsed} / {small} of {spectrum['dimensions']}"
 
 
 # ---------------------------------------------------------------- figures
@@ -499,134 +438,65 @@ def _draw_agreement(found: dict, path: Path) -> None:
         apart.legend(fontsize="x-small")
 
 
-# ---------------------------------------------------------------- the page
-
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em;
-  color: #222; background: #fff; }
-table { border-collapse: collapse; font-size: 13px; margin: 1em 0; }
-th, td { border-bottom: 1px solid #ddd; padding: 3px 8px; text-align: right; white-space: nowrap; }
-th { vertical-align: bottom; white-space: normal; }
-th:first-child, td:first-child, .left { text-align: left; }
-img { max-width: 100%; } figcaption { font-size: 13px; color: #555; }
-.wide { overflow-x: auto; } code { background: #f4f4f4; padding: 0 3px; }
-"""
+# ---------------------------------------------------------------- the report
 
 
 def write(found: dict, out: Path) -> None:
-    """results.json, the pictures, and report.html with the pictures in it, into ``out``."""
+    """results.json, the figures, and report.md with the tables, into ``out``."""
     with replacing(out / "results.json") as file:
         file.write(json.dumps(found) + "\n")
-    figures = _figures(found, out)
-    with replacing(out / "report.html") as file:
-        file.write(page(found, {name: (out / name).read_bytes() for name in figures}, figures))
+    captions = _figures(found, out)
+    with replacing(out / "report.md") as file:
+        file.write(text(found, captions))
 
 
-def page(found: dict, pictures: dict[str, bytes], captions: dict[str, str]) -> str:
-    """The report as HTML; ``pictures``: PNG files by name."""
+def text(found: dict, captions: dict[str, str]) -> str:
+    """The report in Markdown; ``captions`` of the figures beside it, by file name."""
     settings = found["settings"]
+    values = ", ".join(f"{k}={v}" for k, v in settings.items() if v is not None)
     parts = [
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
-        "<meta name='viewport' content='width=device-width'>",
-        f"<title>Projectors compared on {_e(settings['data'])}</title>",
-        f"<style>{_STYLE}</style></head><body>",
-        f"<h1>Projectors compared on {_e(settings['data'])}</h1>",
-        "<p>The comparison of <a href='https://arxiv.org/abs/2110.09348'>arXiv 2110.09348</a> "
-        "(tables 1 and 2; figures 2, 7, 9 and 12) in small. Every mode has the same encoder, data, "
-        "number of steps and search for its learning rate; the rate is chosen on a seed of its own "
-        "by a linear probe inside the training part. The paper's numbers are ResNet-50, 100 epochs "
-        "on ImageNet, one seed each.</p>",
-        f"<p>{_e(_set_up(found))}</p>",
-        f"<p><code>{_e(' '.join(found['command']))}</code></p>",
-        "<h2>What was found</h2><ul>",
-        *(f"<li>{_e(sentence)}</li>" for sentence in sentences(found)),
-        "</ul><h2>Table</h2>",
-        _table(found),
-        "<p>Accuracy in percent on the test part, mean and standard deviation over seeds. "
-        f"Collapsed: eigenvalues of the covariance at most {THRESHOLD:g} of the largest; small: at "
-        f"most {SMALL:g} of it. Effective rank: exp of the entropy of the eigenvalues. d0 is the "
-        "same for all modes in r[:, :d0]; only directclr was trained on these columns.</p>",
-        "<h2>Figures</h2>",
-    ]
-    for name, picture in pictures.items():
-        data = base64.b64encode(picture).decode()
-        caption = _e(captions[name])
-        parts.append(
-            f"<figure><img alt='{caption}' src='data:image/png;base64,{data}'>"
-            f"<figcaption>{caption}</figcaption></figure>"
-        )
-    parts += [
-        "<h2>Search for the learning rate</h2>",
-        "<p>Linear probe trained on the first four fifths of each class of the training part and "
-        "scored on the last fifth, percent.</p>",
-        _search_table(found),
-        "<h2>Settings of every run</h2><p><code>",
-        _e(", ".join(f"{k}={v}" for k, v in settings.items() if v is not None)),
-        "</code></p></body></html>\n",
-    ]
-    return "\n".join(parts)
-
-
-def _e(text: str) -> str:
-    return html.escape(str(text))
-
-
-def _set_up(found: dict) -> str:
-    settings = found["settings"]
-    return (
+        f"# Projectors compared on {settings['data']}",
+        "The comparison of [arXiv 2110.09348](https://arxiv.org/abs/2110.09348) (tables 1 and 2; "
+        "figures 2, 7, 9 and 12) in small. Every mode has the same encoder, data, number of steps "
+        "and search for its learning rate. The paper's numbers are ResNet-50, 100 epochs on "
+        "ImageNet, one seed each.",
         f"Encoder {settings['encoder']}, crops of {settings['image_size']} pixels, batch "
         f"{settings['batch_size']}, {found['steps']} steps, {settings['optimizer']}, temperature "
         f"{settings['temperature']:g}; seeds {', '.join(map(str, found['seeds']))}; "
-        f"{describe(found['machine'])}; one thread a run."
-    )
-
-
-def _table(found: dict) -> str:
-    head = (
-        "mode", "projector", "learning rate", "linear, r", "kNN, r", "linear, r[:, :d0]",
-        "kNN, r[:, :d0]", "effective rank of r", "collapsed / small of r",
-        "effective rank, embedding", "collapsed / small, embedding", "paper, linear",
-    )  # fmt: skip
-    lines = [f"<tr>{''.join(f'<th>{_e(h)}</th>' for h in head)}</tr>"]
-    rows = found["rows"]
-
-    def place(mode: str) -> float:
-        accuracy = rows[mode].get("accuracy")
-        return -accuracy["r"]["linear"]["mean"] if accuracy else 1.0
-
-    for mode in sorted(rows, key=place):
-        row = rows[mode]
-        rate = found["search"].get(mode, {}).get("chosen")
-        cells = [mode, PROJECTOR[mode], "" if rate is None else f"{rate:g}"]
-        accuracy, spectra = row.get("accuracy", {}), row.get("spectra", {})
-        for part in ("r", "sub-vector"):
-            for measure in ("linear", "knn"):
-                cells.append(_percent(accuracy.get(part, {}).get(measure)))
-        for part in ("representation", "embedding"):
-            values = spectra.get(part)
-            cells.append("" if values is None else _number(values["effective_rank"]))
-            cells.append(
-                ""
-                if values is None
-                else f"{values['collapsed']['mean']:.0f} / {values['small']['mean']:.0f} "
-                f"of {values['dimensions']}"
-            )
-        paper = f"{PAPER[mode]}" if mode in PAPER else ""
-        cells.append(f"{paper} ({PAPER_SUB_VECTOR} of r[:, :d0])" if mode == "directclr" else paper)
-        lines.append(f"<tr>{''.join(f'<td>{_e(c)}</td>' for c in cells)}</tr>")
-    return f"<div class='wide'><table>{''.join(lines)}</table></div>"
-
-
-def _search_table(found: dict) -> str:
-    rates = list(dict.fromkeys(r for s in found["search"].values() for r in s[_INSIDE]))
-    lines = [f"<tr><th>mode</th>{''.join(f'<th>{r}</th>' for r in rates)}<th>chosen</th></tr>"]
-    for mode, search in found["search"].items():
-        scores = [search[_INSIDE].get(rate) for rate in rates]
-        cells = ["diverged" if score is None else f"{100 * score:.1f}" for score in scores]
-        cells = [mode, *cells, f"{search['chosen']:g}"]
-        lines.append(f"<tr>{''.join(f'<td>{_e(c)}</td>' for c in cells)}</tr>")
-    return f"<table>{''.join(lines)}</table>"
+        f"{describe(found['machine'])}; one thread a run. Command: `{' '.join(found['command'])}`.",
+        "## Projectors",
+        table(found),
+        "Accuracy in percent on the test part, mean and standard deviation over seeds. "
+        f"Collapsed: eigenvalues of the covariance at most {THRESHOLD:g} of the largest; small: at "
+        f"most {SMALL:g} of it. Effective rank: exp of the entropy of the eigenvalues. d0 is the "
+        "same for all modes in r[:, :d0]; only directclr was trained on these columns. In the "
+        f"paper's figure 2 {PAPER_COLLAPSED} of 128 directions of simclr's embedding have "
+        "collapsed.",
+        "## Order",
+        _order_table(found),
+        "A pair is undecided where the interval of its difference (Student's, 95 % for each pair) "
+        "holds 0.",
+    ]
+    if len(found.get("sweep", [])) > 1:
+        parts += ["## DirectCLR over d0", _sweep_table(found)]
+    if not found["agreement"].get("diverged"):
+        mode = found["agreement"]["mode"]
+        parts += [
+            f"## Both losses over whole trainings of {mode}",
+            _agreement_table(found),
+            "Weights apart: norm of the difference over the norm, mean over seeds.",
+        ]
+    parts += [
+        "## Search for the learning rate",
+        _search_table(found),
+        "Linear probe trained on the first four fifths of each class of the training part and "
+        "scored on the last fifth, percent, on a seed of its own.",
+        "## Figures",
+        *(f"![{name}]({name})\n\n{caption}" for name, caption in captions.items()),
+        "## Settings of every run",
+        f"`{values}`",
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 _INSIDE = "inside the training part"

@@ -158,7 +158,7 @@ def side_by_side(
                             )
                         while not steps.empty():
                             on_step(*steps.get())
-                        for future in ended:
+                        for future in [f for f in running if f in ended]:
                             name = running.pop(future)
                             done[name] = _result(future, [name, *running.values()])
                             on_result(name, done[name])
