@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import platform
 
 from . import __version__, dispatch, machine
 from .problem import Problem
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    found = report()
+    print(json.dumps(found, indent=2) if arguments.json else text(found))
 
 
 def _problem(device_type: str, precision: str = "auto") -> Problem:

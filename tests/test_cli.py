@@ -12,7 +12,7 @@ import torch
 
 from directclr_fast import __version__, cli
 from directclr_fast.dispatch import last_backend
-from directclr_fast.train import checkpoint, probe
+from directclr_fast.train import checkpoint, commands, probe
 from directclr_fast.train.loop import Trainer, TrainingDiverged
 
 SET = "fake:n=48,size=8,channels=1"
@@ -142,7 +142,7 @@ def test_untrained_baseline_is_where_the_run_started(trained, tmp_path):
 
     config, _, state = load_model(trained)
     torch.manual_seed(99)
-    untrained = cli._baselines(config, state, "cpu")["untrained encoder"].state_dict()
+    untrained = commands.baselines(config, state, "cpu")["untrained encoder"].state_dict()
     assert all(torch.equal(untrained[k], v) for k, v in trainers[0].items())
 
 
@@ -200,6 +200,27 @@ def test_version_and_help(capsys):
         with pytest.raises(SystemExit) as exit:
             cli.main(flags)
         assert exit.value.code == 0 and text in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_has_its_help(command, capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main([command, "--help"])
+    assert exit.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: directclr-fast {command} [-h]")
+
+
+@pytest.mark.parametrize("command", ["train", "probe x", "spectrum x", "toy x", "compare", "bench"])
+def test_flags_are_read_without_torch(command):
+    """What restarts a run is a small process, and a help text is there at once."""
+    code = "import sys; from directclr_fast import cli; cli._parser().parse_args(sys.argv[1:]); "
+    code += "sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code, *command.split()]).returncode == 0
+
+
+def test_a_command_that_cannot_be_imported_is_a_sentence(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "directclr_fast.doctor", None)
+    assert "directclr_fast.doctor" in error_of(capsys, "doctor")
 
 
 def test_module_is_the_same_command():

@@ -19,6 +19,7 @@ four figures to DIR and prints the table."""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command; what is not given stays as grid.Settings has it."""
+    parser.description = DESCRIPTION
     add = parser.add_argument
     add("result", nargs="?", help="with --against: a result file to compare, instead of a run")
     add("--quick", action="store_true", help="a small grid, under 5 minutes on 2 cores")

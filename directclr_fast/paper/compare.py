@@ -232,8 +232,7 @@ def _same_settings(out: Path, plan: Plan) -> None:
                     f"got {now.get(name)!r}; give another --out"
                 )
         return
-    with checkpoint.replacing(path) as file:
-        file.write(json.dumps(now, indent=1) + "\n")
+    checkpoint.write_json(path, now, indent=1)
 
 
 def _finished(out: Path, plan: Plan) -> dict[str, dict]:

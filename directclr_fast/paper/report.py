@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from .. import plots
 from ..machine import describe, machine
-from ..train.checkpoint import replacing
+from ..train.checkpoint import replacing, write_json
 from .runs import SMALL, Run, apart
 from .spectrum import THRESHOLD
 
@@ -443,8 +442,7 @@ def _draw_agreement(found: dict, path: Path) -> None:
 
 def write(found: dict, out: Path) -> None:
     """results.json, the figures, and report.md with the tables, into ``out``."""
-    with replacing(out / "results.json") as file:
-        file.write(json.dumps(found) + "\n")
+    write_json(out / "results.json", found)
     captions = _figures(found, out)
     with replacing(out / "report.md") as file:
         file.write(text(found, captions))

@@ -105,8 +105,7 @@ def execute(run: Run, settings: dict, out: Path, on_step: Callable[[dict], None]
             checkpoint.save(out / "weights" / f"{run.name}.pt", {"model": model.state_dict()})
     result["seconds"] = round(time.perf_counter() - began, 2)
     (out / "runs").mkdir(parents=True, exist_ok=True)
-    with checkpoint.replacing(out / "runs" / f"{run.name}.json") as file:
-        file.write(json.dumps(result) + "\n")
+    checkpoint.write_json(out / "runs" / f"{run.name}.json", result)
     if run.trains:
         shutil.rmtree(folder)
     return result

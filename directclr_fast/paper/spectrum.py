@@ -7,13 +7,12 @@ its eigenvalue is below ``threshold`` times the largest one; which threshold is 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..train.checkpoint import replacing
+from ..train.checkpoint import write_json
 
 # In units of the largest eigenvalue. fp32 features leave rounding noise near 1e-14 of it, live
 # directions of a trained network stay above 1e-5 or so; anything between tells the same count.
@@ -94,8 +93,21 @@ def of_model(model, representation: Tensor, threshold: float = THRESHOLD) -> dic
 
 def save(spectra: dict[str, dict], path: str | Path) -> None:
     """``spectra`` of :func:`of_model` as JSON."""
-    with replacing(path) as file:
-        file.write(json.dumps(spectra, indent=1) + "\n")
+    write_json(path, spectra, indent=1)
+
+
+def lines(spectra: dict[str, dict]) -> list[str]:
+    """A sentence on each of ``spectra``."""
+    said = []
+    for name, values in spectra.items():
+        samples, dimensions = values["samples"], values["dimensions"]
+        few = f", {samples} images show at most {samples - 1}" if samples <= dimensions else ""
+        said.append(
+            f"{name}: {values['collapsed']} of {dimensions} dimensions collapsed "
+            f"(eigenvalue at most {values['threshold']:g} of the largest{few}), "
+            f"effective rank {values['effective_rank']:.1f}"
+        )
+    return said
 
 
 def plot(spectra: dict[str, dict], path: str | Path, title: str = "") -> None:

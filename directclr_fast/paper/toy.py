@@ -20,7 +20,6 @@ differ in nothing but what :class:`Variant` says.
 
 from __future__ import annotations
 
-import json
 import math
 import threading
 import time
@@ -32,7 +31,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..train.checkpoint import replacing, writable
+from ..train.checkpoint import writable, write_json
 from . import theory
 
 WIDTH = 16
@@ -361,8 +360,7 @@ def run(
         "losses": results,
     }
     path = out / f"toy-{name}.json"
-    with replacing(path) as file:
-        file.write(json.dumps(found) + "\n")
+    write_json(path, found)
     from . import toy_figures
 
     toy_figures.draw(found, path.with_suffix(".png"))

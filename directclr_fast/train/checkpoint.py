@@ -8,6 +8,7 @@ passed over for the previous one, and that is said.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import shutil
@@ -81,6 +82,12 @@ def replacing(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def write_json(path: str | os.PathLike, values: dict, indent: int | None = None) -> None:
+    """``values`` as a whole file at ``path``, or nothing."""
+    with replacing(path) as file:
+        file.write(json.dumps(values, indent=indent) + "\n")
 
 
 def writable(name: str, folder: str | os.PathLike) -> Path:

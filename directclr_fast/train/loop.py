@@ -415,8 +415,7 @@ class Trainer:
             with open(os.devnull, "w") as nowhere:
                 yield nowhere
             return
-        with checkpoint.replacing(self.folder / "config.json") as file:
-            file.write(json.dumps(self.config.to_dict(), indent=2) + "\n")
+        checkpoint.write_json(self.folder / "config.json", self.config.to_dict(), indent=2)
         log = self.folder / "log.jsonl"
         if self.log_bytes is None:  # only here, with all of the settings checked, are old ones lost
             for path in (self.path, checkpoint.previous(self.path)):

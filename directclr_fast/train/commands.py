@@ -1,0 +1,181 @@
+"""``directclr-fast train`` and ``probe``: their flags and what they do.
+
+What loads torch is imported by the bodies, so that a help text and the process that restarts a run
+stay light.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+
+def add_train(parser: argparse.ArgumentParser) -> None:
+    """Flags of the settings in TrainConfig; names of the released trainer where it has them."""
+    add = parser.add_argument
+    add(
+        "--data",
+        help="digits, patches, cifar10, cifar100, stl10, folder:PATH, fake (default digits)",
+    )
+    add("--data-root", help="folder of the torchvision sets (default: data)")
+    add("--download", action="store_true", default=None, help="fetch a missing torchvision set")
+    add("--encoder", help="resnet18, resnet50, small")
+    add("--image-size", type=int, help="side of the crops, pixels")
+    add("--views", help="imagenet, small, affine")
+    add(
+        "--mode",
+        help="baseline, directclr, single, simclr, group, diagonal, orthogonal, lowrank, random "
+        "(default directclr)",
+    )
+    add("--dim", type=int, help="columns of r the loss reads (default 360 of 2048, in proportion)")
+    add("--temperature", type=float, help="default 0.1")
+    add("--negatives", help="cross or both (default cross)")
+    add("--loss", help="fast or reference (default fast)")
+    add("--optimizer", help="lars, sgd, adamw")
+    add("--batch-size", type=int)
+    add("--learning-rate", type=float, help="peak, not scaled by the batch size")
+    add("--weight-decay", type=float)
+    add("--epochs", type=int)
+    add("--warmup-epochs", type=int)
+    add("--amp", help="none, bf16, fp16 (default none)")
+    add("--chunk-size", type=int, help="images encoded at a time: a batch beyond memory; exact")
+    add(
+        "--cache-bn",
+        help="what BatchNorm normalises such a chunk by: 'chunk', its own statistics; 'two-pass', "
+        "the whole batch's from an extra pass, without their gradient; 'frozen-stats', the running "
+        "ones, which then stay",
+    )
+    add("--max-skipped", type=int, help="stop after this many steps in a row with nan (default 10)")
+    add("--compile", action="store_true", default=None, help="torch.compile the encoder")
+    add("--channels-last", action=argparse.BooleanOptionalAction, default=None)
+    add("--device", help="cpu, cuda, ... (default: cuda where there is one)")
+    add("--workers", type=int, help="processes that decode a folder's images")
+    add("--seed", type=int)
+    add("--max-steps", type=int, help="stop early; the schedule stays that of --epochs")
+    add("--save-every", type=int, help="steps between checkpoints (default: an epoch)")
+    add("--log-every", type=int, help="steps between log lines (default 1)")
+    add("--checkpoint-dir", help="folder of the runs (default runs)")
+    add("--name", help="folder of this run (default directclr)")
+    add("--max-restarts", type=int, help="resume by itself after a crash, this often (default 0)")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument(
+        "--resume", action="store_true", help="continue from the run's checkpoint, if it has one"
+    )
+    start.add_argument("--overwrite", action="store_true", help="start anew where a checkpoint is")
+
+
+def run_train(arguments: argparse.Namespace, on_step=None) -> None:
+    from . import ranks, supervise
+    from .config import TrainConfig
+    from .loop import Trainer, TrainingDiverged
+
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    given = {k: v for k, v in vars(arguments).items() if k in names and v is not None}
+    start = {"resume": arguments.resume, "overwrite": arguments.overwrite}
+    with ranks.launched():
+        trainer = Trainer(TrainConfig(**given), **start)
+        try:
+            result = trainer.run(on_step)
+        except (OSError, RuntimeError) as error:  # of the machine, not of the settings
+            if not isinstance(error, TrainingDiverged):
+                error.exit_code = supervise.FAILED
+            raise
+    if trainer.ranks.rank == 0:
+        backend = result["backend"] or "not needed"  # a finished run that is resumed takes no step
+        print(f"done: step {result['step']}, loss backend {backend}, {result['folder']}")
+
+
+def add_probe(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("checkpoint", help="checkpoint.pt or the folder that holds it")
+    add("--data", help="another set than the one trained on")
+    add("--data-root", help="folder of the torchvision sets")
+    add("--schedule", choices=("constant", "cosine", "both"), default="both")
+    add("--epochs", type=int, default=100)
+    add("--learning-rate", type=float, default=0.1)
+    add("--raw-features", action="store_true", help="do not centre and scale the features")
+    add("--k", type=int, default=200, help="neighbours (default 200)")
+    add("--temperature", type=float, default=0.07, help="of the kNN vote: 0.07, 0.1")
+    add("--dim", type=int, help="also probe the first DIM columns of r")
+    add("--baselines", action="store_true", help="also untrained encoder and pixels")
+    add("--device", default="auto")
+    add("--workers", type=int, default=0)
+    add("--out", help="folder (default: that of the checkpoint)")
+
+
+def run_probe(arguments: argparse.Namespace) -> None:
+    from . import checkpoint, probe
+    from .config import resolve_device
+    from .loop import load_model
+
+    linear = {"epochs": arguments.epochs, "learning_rate": arguments.learning_rate}
+    vote = {"k": arguments.k, "temperature": arguments.temperature}
+    probe.check(**linear, **vote)
+    device = resolve_device(arguments.device)
+    config, model, state = load_model(arguments.checkpoint, device)
+    if arguments.dim is not None and not 0 < arguments.dim <= model.width:
+        raise ValueError(
+            f"dim: expected 1 to {model.width} (the encoder's width), got {arguments.dim}"
+        )
+    out = folder_of(arguments) / "probe.json"
+    rows = {"trained": model.encoder}
+    if arguments.baselines:
+        rows |= baselines(config, state, device)
+    schedules = probe.SCHEDULES if arguments.schedule == "both" else (arguments.schedule,)
+    result = {
+        "checkpoint": str(arguments.checkpoint),
+        "step": state["step"],
+        "data": arguments.data or config.data,
+        **linear,
+        **vote,
+        "features": "raw" if arguments.raw_features else "centred, divided by their rms",
+        "accuracy": {},
+    }
+    for name, encoder in rows.items():
+        features = probe.load_features(
+            encoder,
+            config,
+            spec=arguments.data,
+            root=arguments.data_root,
+            channels=state["channels"],
+            device=device,
+            workers=arguments.workers,
+        )
+        parts = {name: features}
+        if encoder is not None and arguments.dim is not None:
+            parts[f"{name}, r[:, :{arguments.dim}]"] = features.columns(slice(0, arguments.dim))
+        if name == "trained" and model.objective.dim is not None:
+            parts["trained, sub-vector"] = features.columns(model.objective.sub_vector)
+        for part, values in parts.items():
+            row = {
+                f"linear, {schedule} rate": probe.linear_probe(
+                    values,
+                    schedule,
+                    scaled=not arguments.raw_features,
+                    device=device,
+                    **linear,
+                )
+                for schedule in schedules
+            }
+            row["knn"] = probe.knn(values, device=device, **vote)
+            result["accuracy"][part] = row
+            print(f"{part}: " + ", ".join(f"{k} {100 * v:.2f} %" for k, v in row.items()))
+    checkpoint.write_json(out, result, indent=2)
+    print(f"written to {out}")
+
+
+def baselines(config, state: dict, device: str) -> dict:
+    """The encoder with the weights the run started from, and None for raw pixels."""
+    from .loop import Model
+
+    untrained = Model(config, state["channels"], state["classes"]).encoder
+    return {"untrained encoder": untrained.eval().to(device), "raw pixels": None}
+
+
+def folder_of(arguments: argparse.Namespace) -> Path:
+    """The folder to write to, asked before anything long is done."""
+    from .checkpoint import writable
+
+    path = Path(arguments.checkpoint)
+    return writable("out", arguments.out or (path if path.is_dir() else path.parent))
