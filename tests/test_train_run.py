@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import random
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from directclr_fast import cli
 from directclr_fast.machine import machine
 from directclr_fast.train import checkpoint, data, loop
 from directclr_fast.train.config import TrainConfig
@@ -79,6 +81,42 @@ def state_of(folder):
     del state["log_bytes"]
     state["config"] = {k: v for k, v in state["config"].items() if k not in TrainConfig.FREE}
     return state
+
+
+# ---------------------------------------------------------------- settings
+
+
+def bad_values():
+    for field in dataclasses.fields(TrainConfig):
+        how = field.metadata
+        if how["choices"]:
+            yield field.name, "none such", "one of "
+        if isinstance(how["low"], int):
+            yield field.name, how["low"] - 1, f"at least {how['low']}, got "
+        elif how["low"] is not None:
+            yield from ((field.name, v, "a finite number >= 0") for v in (-0.1, math.nan, math.inf))
+        if how["positive"]:
+            yield from ((field.name, v, "a positive finite number") for v in (0.0, math.nan))
+
+
+@pytest.mark.parametrize(("name", "value", "expected"), list(bad_values()))
+def test_a_setting_is_checked_as_its_field_says(name, value, expected):
+    if name == "cache_bn":
+        expected = "one of frozen-stats, two-pass, chunk, got 'none such'"
+    with pytest.raises(ValueError, match=f"^{name}: expected {expected}"):
+        TrainConfig(**{"device": "cpu", name: value}).resolve()
+
+
+def test_every_setting_is_a_flag_of_its_kind():
+    """And one that is not given stays as the field has it, whatever the set's recipe is."""
+    given = vars(cli._parser().parse_args(["train"]))
+    assert not [f.name for f in dataclasses.fields(TrainConfig) if given[f.name] is not None]
+    words = "--epochs 3 --learning-rate 1 --download --no-channels-last --views small"
+    given = vars(cli._parser().parse_args(["train", *words.split()]))
+    kinds = {"epochs": 3, "learning_rate": 1.0, "download": True, "channels_last": False}
+    for name, value in kinds.items():
+        assert given[name] == value and type(given[name]) is type(value)
+    assert {"workers", "name", "loss"} < set(TrainConfig.FREE) and "dim" not in TrainConfig.FREE
 
 
 # ---------------------------------------------------------------- what is trained

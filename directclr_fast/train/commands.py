@@ -10,53 +10,18 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+from .config import TrainConfig
+
 
 def add_train(parser: argparse.ArgumentParser) -> None:
-    """Flags of the settings in TrainConfig; names of the released trainer where it has them."""
+    """A flag for each setting of TrainConfig, named as in the released trainer where it has it."""
     add = parser.add_argument
-    add(
-        "--data",
-        help="digits, patches, cifar10, cifar100, stl10, folder:PATH, fake (default digits)",
-    )
-    add("--data-root", help="folder of the torchvision sets (default: data)")
-    add("--download", action="store_true", default=None, help="fetch a missing torchvision set")
-    add("--encoder", help="resnet18, resnet50, small")
-    add("--image-size", type=int, help="side of the crops, pixels")
-    add("--views", help="imagenet, small, affine")
-    add(
-        "--mode",
-        help="baseline, directclr, single, simclr, group, diagonal, orthogonal, lowrank, random "
-        "(default directclr)",
-    )
-    add("--dim", type=int, help="columns of r the loss reads (default 360 of 2048, in proportion)")
-    add("--temperature", type=float, help="default 0.1")
-    add("--negatives", help="cross or both (default cross)")
-    add("--loss", help="fast or reference (default fast)")
-    add("--optimizer", help="lars, sgd, adamw")
-    add("--batch-size", type=int)
-    add("--learning-rate", type=float, help="peak, not scaled by the batch size")
-    add("--weight-decay", type=float)
-    add("--epochs", type=int)
-    add("--warmup-epochs", type=int)
-    add("--amp", help="none, bf16, fp16 (default none)")
-    add("--chunk-size", type=int, help="images encoded at a time: a batch beyond memory; exact")
-    add(
-        "--cache-bn",
-        help="what BatchNorm normalises such a chunk by: 'chunk', its own statistics; 'two-pass', "
-        "the whole batch's from an extra pass, without their gradient; 'frozen-stats', the running "
-        "ones, which then stay",
-    )
-    add("--max-skipped", type=int, help="stop after this many steps in a row with nan (default 10)")
-    add("--compile", action="store_true", default=None, help="torch.compile the encoder")
-    add("--channels-last", action=argparse.BooleanOptionalAction, default=None)
-    add("--device", help="cpu, cuda, ... (default: cuda where there is one)")
-    add("--workers", type=int, help="processes that decode a folder's images")
-    add("--seed", type=int)
-    add("--max-steps", type=int, help="stop early; the schedule stays that of --epochs")
-    add("--save-every", type=int, help="steps between checkpoints (default: an epoch)")
-    add("--log-every", type=int, help="steps between log lines (default 1)")
-    add("--checkpoint-dir", help="folder of the runs (default runs)")
-    add("--name", help="folder of this run (default directclr)")
+    for field in dataclasses.fields(TrainConfig):
+        kind = {"int": int, "float": float}.get(field.type.partition(" ")[0])
+        how = {"type": kind} if kind else {}
+        if field.type == "bool":
+            how = {"action": argparse.BooleanOptionalAction if field.default else "store_true"}
+        add(f"--{field.name.replace('_', '-')}", default=None, help=field.metadata["help"], **how)
     add("--max-restarts", type=int, help="resume by itself after a crash, this often (default 0)")
     start = parser.add_mutually_exclusive_group()
     start.add_argument(
@@ -67,7 +32,6 @@ def add_train(parser: argparse.ArgumentParser) -> None:
 
 def run_train(arguments: argparse.Namespace, on_step=None) -> None:
     from . import ranks, supervise
-    from .config import TrainConfig
     from .loop import Trainer, TrainingDiverged
 
     names = {field.name for field in dataclasses.fields(TrainConfig)}

@@ -3,23 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 import os
 from dataclasses import dataclass
 from typing import Any
-
-import torch
-
-from ..problem import NEGATIVES
-from .data import SETS
-from .encoders import ENCODERS
-from .gradcache import RULES
-from .objective import MODES
-from .optim import OPTIMIZERS
-from .views import PRESETS
-
-LOSSES = ("fast", "reference")
-AMP = ("none", "bf16", "fp16")
 
 # The released ImageNet recipe (docs/design.md section 8), and what stands in for it on small sets.
 _RELEASED = {
@@ -75,6 +63,8 @@ RECIPES = {
 
 def resolve_device(name: str) -> str:
     """``name``, "auto" being CUDA where there is one. ValueError for one that cannot be used."""
+    import torch
+
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -85,47 +75,108 @@ def resolve_device(name: str) -> str:
     return name
 
 
+def setting(
+    default=None,
+    help: str | None = None,
+    *,
+    low: float | None = None,
+    positive: bool = False,
+    choices: tuple[str, ...] | str | None = None,
+    free: bool = False,
+) -> Any:
+    """A field of TrainConfig, which is a flag of ``train``, too. None for a default is allowed.
+
+    ``help``: of the flag. ``low``: the least value; ``positive``: more than 0; floats are finite.
+    ``choices``: the values, or "module:NAME" of the tuple that has them (read when they are needed:
+    flags load no torch). ``free``: may differ between a checkpoint and the run that resumes it.
+    """
+    how = {"help": help, "low": low, "positive": positive, "choices": choices, "free": free}
+    return dataclasses.field(default=default, metadata=how)
+
+
+def _check_field(field: dataclasses.Field, value: Any) -> None:
+    if value is None and field.default is None:
+        return
+    low, choices = field.metadata["low"], field.metadata["choices"]
+    if isinstance(choices, str):
+        module, _, name = choices.partition(":")
+        choices = getattr(importlib.import_module(module, __package__), name)
+    if choices is not None and value not in choices:
+        expected, value = f"one of {', '.join(choices)}", repr(value)
+    elif field.metadata["positive"] and not 0.0 < value < math.inf:
+        expected = "a positive finite number"
+    elif low is None or low <= value < math.inf:
+        return
+    else:
+        expected = "a finite number >= 0" if isinstance(low, float) else f"at least {low}"
+    raise ValueError(f"{field.name}: expected {expected}, got {value}")
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Settings of one run. None stands for the default of the data set's recipe (RECIPES)."""
 
-    data: str = "digits"
-    data_root: str | None = None  # folder of the torchvision sets
-    download: bool = False
-    encoder: str | None = None
-    image_size: int | None = None  # side of the crops, pixels
-    views: str | None = None
-    mode: str = "directclr"
-    dim: int | None = None  # None: the paper's share, 360 of 2048
-    temperature: float = 0.1
-    negatives: str = "cross"
-    loss: str = "fast"
-    optimizer: str | None = None
-    batch_size: int | None = None
-    learning_rate: float | None = None  # peak; not scaled by the batch size
-    weight_decay: float | None = None
-    epochs: int | None = None
-    warmup_epochs: int | None = None
-    amp: str = "none"
-    chunk_size: int | None = None  # images encoded at a time; None: the whole batch (gradcache.py)
-    cache_bn: str | None = None  # what BatchNorm does then, one of gradcache.RULES
-    max_skipped: int = 10  # steps in a row without a finite loss and gradient, after which it stops
-    compile: bool = False
-    channels_last: bool = True
-    device: str = "auto"
-    workers: int = 0
-    seed: int = 0
-    max_steps: int | None = None  # stop after this many steps; the schedule stays that of `epochs`
-    save_every: int | None = None  # steps between checkpoints; None: once an epoch
-    log_every: int = 1
-    checkpoint_dir: str = "runs"
-    name: str = "directclr"
-
-    # What may differ between a checkpoint and the run that resumes it.
-    FREE = (
-        "data_root", "download", "device", "workers", "max_steps", "save_every", "log_every",
-        "checkpoint_dir", "name", "compile", "loss", "chunk_size", "cache_bn", "max_skipped",
-    )  # fmt: skip
+    data: str = setting(
+        "digits",
+        "digits, patches, cifar10, cifar100, stl10, folder:PATH, fake (default digits)",
+    )
+    data_root: str | None = setting(
+        help="folder of the torchvision sets (default: data)", free=True
+    )
+    download: bool = setting(False, "fetch a missing torchvision set", free=True)
+    encoder: str | None = setting(help="resnet18, resnet50, small", choices=".encoders:ENCODERS")
+    image_size: int | None = setting(help="side of the crops, pixels", low=2)
+    views: str | None = setting(help="imagenet, small, affine", choices=".views:PRESETS")
+    mode: str = setting(
+        "directclr",
+        "baseline, directclr, single, simclr, group, diagonal, orthogonal, lowrank, random "
+        "(default directclr)",
+        choices=".objective:MODES",
+    )
+    dim: int | None = setting(
+        help="columns of r the loss reads (default 360 of 2048, in proportion)", low=1
+    )
+    temperature: float = setting(0.1, "default 0.1", positive=True)
+    negatives: str = setting(
+        "cross", "cross or both (default cross)", choices="..problem:NEGATIVES"
+    )
+    loss: str = setting(
+        "fast", "fast or reference (default fast)", choices=("fast", "reference"), free=True
+    )
+    optimizer: str | None = setting(help="lars, sgd, adamw", choices=".optim:OPTIMIZERS")
+    batch_size: int | None = setting(low=2)
+    learning_rate: float | None = setting(help="peak, not scaled by the batch size", low=0.0)
+    weight_decay: float | None = setting(low=0.0)
+    epochs: int | None = setting(low=1)
+    warmup_epochs: int | None = setting(low=0)
+    amp: str = setting("none", "none, bf16, fp16 (default none)", choices=("none", "bf16", "fp16"))
+    chunk_size: int | None = setting(
+        help="images encoded at a time: a batch beyond memory; exact", low=1, free=True
+    )
+    cache_bn: str | None = setting(
+        help="what BatchNorm normalises such a chunk by: 'chunk', its own statistics; 'two-pass', "
+        "the whole batch's from an extra pass, without their gradient; 'frozen-stats', the running "
+        "ones, which then stay",
+        choices=".gradcache:RULES",
+        free=True,
+    )
+    max_skipped: int = setting(
+        10, "stop after this many steps in a row with nan (default 10)", low=1, free=True
+    )
+    compile: bool = setting(False, "torch.compile the encoder", free=True)
+    channels_last: bool = setting(True)
+    device: str = setting("auto", "cpu, cuda, ... (default: cuda where there is one)", free=True)
+    workers: int = setting(0, "processes that decode a folder's images", low=0, free=True)
+    seed: int = setting(0, low=0)
+    max_steps: int | None = setting(
+        help="stop early; the schedule stays that of --epochs", low=1, free=True
+    )
+    save_every: int | None = setting(
+        help="steps between checkpoints (default: an epoch)", low=1, free=True
+    )
+    log_every: int = setting(1, "steps between log lines (default 1)", low=1, free=True)
+    checkpoint_dir: str = setting("runs", "folder of the runs (default runs)", free=True)
+    name: str = setting("directclr", "folder of this run (default directclr)", free=True)
 
     def resolve(self) -> TrainConfig:
         """The same settings with every default filled in and checked.
@@ -137,6 +188,8 @@ class TrainConfig:
         if kind not in RECIPES and os.path.isdir(spec):  # the released trainer takes a bare path
             spec, kind = f"folder:{spec}", "folder"
         if kind not in RECIPES:
+            from .data import SETS
+
             raise ValueError(f"data: expected one of {', '.join(SETS)}, got {spec!r}")
         filled = {k: v for k, v in RECIPES[kind].items() if getattr(self, k) is None}
         if self.epochs is not None and "warmup_epochs" in filled:
@@ -147,47 +200,16 @@ class TrainConfig:
         return config
 
     def _check(self) -> None:
-        choices = {
-            "encoder": ENCODERS,
-            "views": PRESETS,
-            "mode": MODES,
-            "negatives": NEGATIVES,
-            "optimizer": OPTIMIZERS,
-            "loss": LOSSES,
-            "amp": AMP,
-        }
-        for name, allowed in choices.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
-        if self.cache_bn is not None and self.cache_bn not in RULES:
-            allowed = ", ".join(RULES)
-            raise ValueError(f"cache_bn: expected one of {allowed}, got {self.cache_bn!r}")
+        for field in dataclasses.fields(self):
+            _check_field(field, getattr(self, field.name))
         if self.cache_bn is not None and self.chunk_size is None:
             raise ValueError(f"cache_bn: expected chunk_size with it, got {self.cache_bn!r} alone")
-        at_least = {
-            "batch_size": 2, "epochs": 1, "warmup_epochs": 0, "image_size": 2, "workers": 0,
-            "log_every": 1, "dim": 1, "max_steps": 1, "save_every": 1, "seed": 0,
-            "chunk_size": 1, "max_skipped": 1,
-        }  # fmt: skip
-        for name, low in at_least.items():
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise ValueError(f"{name}: expected at least {low}, got {value}")
         if self.warmup_epochs > self.epochs:
             raise ValueError(
                 f"warmup_epochs: expected at most {self.epochs} (epochs), got {self.warmup_epochs}"
             )
         if self.seed >= 2**63 - 1:  # seed + 1 is that of the views
             raise ValueError(f"seed: expected less than 2**63 - 1, got {self.seed}")
-        for name in ("learning_rate", "weight_decay"):
-            value = getattr(self, name)
-            if not 0.0 <= value < math.inf:
-                raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
-        if not 0.0 < self.temperature < math.inf:
-            raise ValueError(
-                f"temperature: expected a positive finite number, got {self.temperature}"
-            )
         if "/" in self.name or "\\" in self.name or self.name in ("", ".", ".."):
             raise ValueError(f"name: expected the name of one folder, got {self.name!r}")
         if self.amp == "fp16" and not self.device.startswith("cuda"):
@@ -205,3 +227,7 @@ class TrainConfig:
         if unknown:
             raise ValueError(f"config: expected settings of this version, got {unknown[0]!r}")
         return cls(**values)
+
+
+# What may differ between a checkpoint and the run that resumes it.
+TrainConfig.FREE = tuple(f.name for f in dataclasses.fields(TrainConfig) if f.metadata["free"])
