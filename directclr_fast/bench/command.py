@@ -1,15 +1,15 @@
-"""``directclr-fast bench``: the flags, the progress bar, and what is printed and written."""
+"""``directclr-fast bench``: the flags, and what is printed and written."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import os
-import shutil
 import sys
 from pathlib import Path
+
+from ..progress import Progress
 
 DESCRIPTION = """\
 Times the loss (forward and backward) beside the peers that are installed, on this machine: its
@@ -108,8 +108,13 @@ def _measured(arguments: argparse.Namespace) -> dict:
         os.replace(partial, path)
 
     command = ["directclr-fast", *sys.argv[1:]]
-    with _Progress() as progress:
-        result = grid.run(wanted, progress, save, command)
+    form = "{percentage:3.0f}% |{bar}| {elapsed}{postfix}"
+    with Progress(100, file=sys.stderr, bar_format=form) as progress:
+
+        def show(text: str, share: float) -> None:
+            progress.to(int(100 * share), text, f"{100 * share:3.0f} %  {text}")
+
+        result = grid.run(wanted, show, save, command)
     print(report.table(result))
     written = [path]
     try:
@@ -136,32 +141,3 @@ def listing(wanted) -> list[str]:
         f"{name:<24}{variant.family:<11}{variant.precision:<6}{'; '.join(found) or 'available'}"
         for name, (variant, found) in reasons.items()
     ]
-
-
-class _Progress:
-    """A tqdm bar on a terminal; elsewhere a line for every tenth of the run."""
-
-    def __init__(self) -> None:
-        self.bar, self.shown = None, -1
-        if sys.stderr.isatty() and shutil.get_terminal_size().columns >= 40:
-            with contextlib.suppress(ImportError):
-                from tqdm import tqdm
-
-                form = "{percentage:3.0f}% |{bar}| {elapsed} {desc}"
-                self.bar = tqdm(total=1.0, dynamic_ncols=True, bar_format=form)
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    def __call__(self, text: str, share: float) -> None:
-        if self.bar is not None:
-            self.bar.set_description_str(text, refresh=False)
-            self.bar.n = max(self.bar.n, share)
-            self.bar.refresh()
-        elif int(10 * share) > self.shown:
-            self.shown = int(10 * share)
-            print(f"{100 * share:3.0f} %  {text}", file=sys.stderr, flush=True)

@@ -12,16 +12,15 @@ comparison, trainings from their checkpoints, and more seeds or modes may be ask
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..progress import Progress
 from ..train import checkpoint, data, encoders
 from ..train.config import TrainConfig, resolve_device
 from ..train.objective import MODES, default_dim
@@ -196,7 +195,7 @@ def run(out: str | Path, plan: Plan, *, jobs: int | None = None, progress: bool 
     plan.settings["download"] = False
     done = _finished(out, plan)
     steps = _steps(plan)
-    with _Progress(progress, plan, done, steps) as show:
+    with _Shown(progress, plan, done, steps) as show:
         side_by_side(plan.known, done, jobs, plan.settings, out, show.steps, show.finished)
     shutil.rmtree(out / "work", ignore_errors=True)
     found = report.summary(plan, done, out / "weights", steps)
@@ -251,52 +250,32 @@ def _finished(out: Path, plan: Plan) -> dict[str, dict]:
             return done
 
 
-class _Progress:
-    """A tqdm bar over the steps of all trainings on a terminal; elsewhere a line for each run."""
+class _Shown(Progress):
+    """The steps of all trainings; elsewhere than on a terminal a line for each run."""
 
     def __init__(self, show: bool, plan: Plan, done: dict, each: int) -> None:
-        self.show, self.each, self.bar = show, each, None
-        self.runs, self.total = plan.trainings + 2 * len(plan.seeds), each * plan.trainings
+        self.each, self.done = each, len(done)
+        self.runs = plan.trainings + 2 * len(plan.seeds)
         self.before = each * sum(Run(**result["run"]).trains for result in done.values())
-        self.done = len(done)
         self.now: dict[str, int] = {}  # steps by name of a run of this call
         self.begin = time.monotonic()
-        if not show:
-            return
-        print(
+        banner = (
             f"{self.runs} runs, {plan.trainings} of them trainings of {each} steps on "
-            f"{plan.settings['data']}; done: {len(done)}",
-            flush=True,
+            f"{plan.settings['data']}; done: {self.done}"
         )
-        if sys.stderr.isatty() and shutil.get_terminal_size().columns >= 40:
-            with contextlib.suppress(ImportError):
-                from tqdm import tqdm
-
-                self.bar = tqdm(
-                    total=self.total, initial=self.before, unit="step", dynamic_ncols=True
-                )
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        super().__init__(each * plan.trainings, self.before, show=show, banner=banner)
 
     def steps(self, name: str, step: int) -> None:
         """A run has come to ``step``."""
         self.now[name] = step
-        if self.bar is not None:
-            self.bar.update(self.before + sum(self.now.values()) - self.bar.n)
-            self.bar.set_postfix_str(name)
+        self.to(self.before + sum(self.now.values()), name)
 
     def finished(self, name: str, result: dict) -> None:
         """A run has ended."""
         self.done += 1
         if Run(**result["run"]).trains:
             self.steps(name, self.each)
-        if self.show and self.bar is None:
-            print(f"{self.done:>4}/{self.runs}  {name}: {_words(result)}{self._left()}", flush=True)
+        self.say(f"{self.done:>4}/{self.runs}  {name}: {_words(result)}{self._left()}")
 
     def _left(self) -> str:
         taken = sum(self.now.values())

@@ -18,7 +18,6 @@ import inspect
 import json
 import math
 import os
-import shutil
 import sys
 import time
 import warnings
@@ -32,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..dispatch import last_backend
 from ..machine import machine
+from ..progress import Progress
 from . import checkpoint, data, encoders, views
 from .batchnorm import synchronise
 from .config import TrainConfig
@@ -226,8 +226,10 @@ class Trainer:
         self.clock = None
         due = False
         signals = Signals(impatient=self.ranks.size == 1)
-        with self._files() as self.log, self._bar(last) as bar, signals:
-            show = (bar,) if on_step is None else (bar, on_step)
+        bar = {"start": self.step, "show": self.progress, "banner": self._banner()}
+        with self._files() as self.log, Progress(last, **bar) as progress, signals:
+            show = [lambda record: self._show(progress, record)]
+            show += [] if on_step is None else [on_step]
             self.model.train()
             while self.step < last:
                 for images, labels, _ in self.batches:
@@ -467,8 +469,12 @@ class Trainer:
                 call(self.record)
         self.log.flush()
 
-    def _bar(self, last: int):
-        return _Progress(self.progress, self.step, last, self._banner())
+    def _show(self, progress: Progress, record: dict) -> None:
+        rate = record["images_per_second"]
+        text = f"loss {record['loss']:.4f}  accuracy {100 * record['accuracy']:.1f} %"
+        text += f"  {rate:.0f} images/s" if rate else ""
+        line = f"step {record['step']:>6}/{progress.total}  {text}  [{last_backend()}]"
+        progress.to(record["step"], text, line)
 
     def _banner(self) -> str:
         config = self.config
@@ -480,39 +486,3 @@ class Trainer:
             + (f", {self.ranks.size} ranks" if self.ranks.size > 1 else "")
             + (f", by chunks of {config.chunk_size}" if self.cache else "")
         )
-
-
-class _Progress:
-    """A tqdm bar on a terminal; elsewhere a line for every tenth of the run."""
-
-    def __init__(self, show: bool, start: int, last: int, banner: str) -> None:
-        self.show, self.last, self.bar = show, last, None
-        if not show:
-            return
-        print(banner, flush=True)
-        if sys.stderr.isatty() and shutil.get_terminal_size().columns >= 40:
-            with contextlib.suppress(ImportError):
-                from tqdm import tqdm
-
-                self.bar = tqdm(total=last, initial=start, unit="step", dynamic_ncols=True)
-        self.next = start
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    def __call__(self, record: dict) -> None:
-        if not self.show:
-            return
-        rate = record["images_per_second"]
-        text = f"loss {record['loss']:.4f}  accuracy {100 * record['accuracy']:.1f} %"
-        text += f"  {rate:.0f} images/s" if rate else ""
-        if self.bar is not None:
-            self.bar.update(record["step"] - self.bar.n)
-            self.bar.set_postfix_str(text)
-        elif record["step"] >= self.next or record["step"] == self.last:
-            print(f"step {record['step']:>6}/{self.last}  {text}  [{last_backend()}]", flush=True)
-            self.next = record["step"] + max(1, self.last // 10)
