@@ -60,7 +60,7 @@ def test_a_signal_saves_at_the_end_of_the_step(number, run_dir):
     with pytest.raises(TrainingStopped, match=text):
         trainer.run()
     assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == handlers
-    assert checkpoint.load(run_dir / "run")["step"] == 7 and trainer.log.closed
+    assert checkpoint.load(run_dir / "run")["step"] == 7 and trainer.log.file.closed
     train(run_dir, "run", resume=True)
     whole, stopped = state_of(run_dir / "whole"), state_of(run_dir / "run")
     assert_same(stopped, whole)

@@ -14,7 +14,7 @@ import torch
 
 from directclr_fast import cli
 from directclr_fast.machine import machine
-from directclr_fast.train import checkpoint, data, loop
+from directclr_fast.train import checkpoint, data, log, loop
 from directclr_fast.train.config import TrainConfig
 from directclr_fast.train.loop import Trainer, TrainingDiverged, load_model
 from directclr_fast.train.optim import learning_rate
@@ -266,7 +266,7 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(settings, run_dir):
     assert checkpoint.load(run_dir / "parts")["sampler"]["position"] == 2
     seed_all(2)  # another process has another state, which must not matter
     trainer, result = train(run_dir, "parts", **settings, resume=True)
-    assert result["step"] == STEPS and trainer.log.closed
+    assert result["step"] == STEPS and trainer.log.file.closed
     whole = state_of(run_dir / "whole")
     assert len(whole["optimizer"]["state"]) > 10 and len(whole["rng"]["python"]) == 3
     assert_same(state_of(run_dir / "parts"), whole)
@@ -362,7 +362,7 @@ def test_how_often_it_logs_and_saves(run_dir, monkeypatch):
     assert here.items() <= header.items() and header["ranks"] == 1
     assert records[0]["epoch"] == 0.6 and records[-1]["images_per_second"] > 0
     assert records[-1]["learning_rate"] == learning_rate(6, 20, 0, 2e-3)
-    assert trainer.log.closed
+    assert trainer.log.file.closed
     saved.clear()
     train(run_dir, "epochs", max_steps=12)
     assert saved == [5, 10, 12]
@@ -372,11 +372,14 @@ def test_how_often_it_logs_and_saves(run_dir, monkeypatch):
 
 def test_losses_are_read_seldom(run_dir, monkeypatch):
     """Reading waits for the device, so steps queue up between reads, and none is lost."""
-    monkeypatch.setattr(loop, "READ_EVERY", math.inf)
-    reads, write = [], Trainer._write_log
-    monkeypatch.setattr(
-        Trainer, "_write_log", lambda self, show: (reads.append(self.step), write(self, show))
-    )
+    monkeypatch.setattr(log, "READ_EVERY", math.inf)
+    reads, write = [], log.Log.write
+
+    def reading(self, show):
+        reads.append(self.waiting[-1][0])
+        write(self, show)
+
+    monkeypatch.setattr(log.Log, "write", reading)
     train(run_dir, "run", max_steps=12)
     assert reads == [5, 10, 12]
     assert [r["step"] for r in log_of(run_dir / "run")[1]] == list(range(1, 13))
@@ -468,7 +471,7 @@ def test_divergence_keeps_the_last_good_checkpoint(on_host, log_every, run_dir):
     text = r"nan or inf in 4 steps in a row by step 9; the last good .*\.pt$"
     with pytest.raises(TrainingDiverged, match=text):
         trainer.run()
-    assert trainer.log.closed
+    assert trainer.log.file.closed
     state = checkpoint.load(run_dir / "run")
     assert state["step"] == 4 and all(v.isfinite().all() for v in state["model"].values())
     if log_every == 1:

@@ -13,17 +13,12 @@ ranks are one process up to rounding. Rank 0 alone reads and writes files and sh
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import json
-import math
 import os
 import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO
 
 import torch
 from torch import nn
@@ -37,12 +32,11 @@ from .batchnorm import synchronise
 from .config import TrainConfig
 from .gradcache import GradientCache
 from .guard import Guard
+from .log import Log
 from .objective import Objective
 from .optim import build_optimizer, learning_rate
 from .ranks import Ranks
 from .supervise import Signals, TrainingStopped
-
-READ_EVERY = 0.25  # seconds between reads of losses from the device: each waits for its queue
 
 
 class TrainingDiverged(RuntimeError):
@@ -179,7 +173,8 @@ class Trainer:
                 self.model, self.module, config.chunk_size, config.cache_bn, self._autocast, ranks
             )
         self.step = 0
-        self.log_bytes = None  # of the log that belong to `step`; None: a new run
+        log = self.folder / "log.jsonl" if ranks.rank == 0 else None
+        self.log = Log(log, config.batch_size, len(self.sampler))
         if state is not None:
             self._restore(state)
 
@@ -222,12 +217,11 @@ class Trainer:
         if self.config.max_steps is not None:
             last = min(last, self.config.max_steps)
         save_every = self.config.save_every or len(self.sampler)
-        self.record, self.waiting, self.read_at = {"step": self.step}, [], 0.0
-        self.clock = None
         due = False
+        self._begin()
         signals = Signals(impatient=self.ranks.size == 1)
         bar = {"start": self.step, "show": self.progress, "banner": self._banner()}
-        with self._files() as self.log, Progress(last, **bar) as progress, signals:
+        with self.log.open(self._header), Progress(last, **bar) as progress, signals:
             show = [lambda record: self._show(progress, record)]
             show += [] if on_step is None else [on_step]
             self.model.train()
@@ -235,14 +229,14 @@ class Trainer:
                 for images, labels, _ in self.batches:
                     values = self._train_step(images, labels)
                     self.step += 1
-                    self._tick()
+                    self.log.tick()
                     end = self.step == last
                     if self.step % self.config.log_every == 0 or end:
-                        self.waiting.append((self.step, *values))
+                        self.log.add(self.step, *values)
                     due |= self.step % save_every == 0
                     stop = self.ranks.any(signals.caught is not None)
-                    if due or stop or end or time.perf_counter() - self.read_at > READ_EVERY:
-                        self._write_log(show)
+                    if due or stop or end or self.log.due:
+                        self.log.write(show)
                     in_a_row = self._skipped_in_a_row(due or stop or end)
                     # While steps are skipped nothing has proved the weights, so the last
                     # checkpoint stays.
@@ -253,7 +247,7 @@ class Trainer:
                         raise self._stopped(signals, saved=not in_a_row)
                     if end:
                         break
-        last_line = {**self.record, "step": self.step}
+        last_line = {**self.log.record, "step": self.step}
         return {**last_line, "backend": last_backend(), "folder": str(self.folder)}
 
     def _train_step(self, images, labels) -> tuple[float, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -320,28 +314,23 @@ class Trainer:
         if not torch.stack([v.isfinite().all() for v in values]).all():
             raise self._diverged()
         random_states = self.ranks.gather(checkpoint.rng_state(self.view_generator))
-        self.ranks.first(lambda: self._write(*random_states))
+        self.ranks.first(lambda: checkpoint.save(self.path, self._state(*random_states)))
 
-    def _write(self, random_state: dict, *of_other_ranks: dict) -> None:
-        os.fsync(self.log.fileno())
-        self.log_bytes = self.log.tell()
-        checkpoint.save(
-            self.path,
-            {
-                "config": self.config.to_dict(),
-                "channels": self.channels,
-                "classes": self.classes,
-                "step": self.step,
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "sampler": self.sampler.state_dict(),
-                "skipped": self.guard.counts.cpu(),
-                "rng": random_state,
-                "rng_of_other_ranks": list(of_other_ranks),
-                "log_bytes": self.log_bytes,
-            },
-        )
+    def _state(self, random_state: dict, *of_other_ranks: dict) -> dict:
+        return {
+            "config": self.config.to_dict(),
+            "channels": self.channels,
+            "classes": self.classes,
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "sampler": self.sampler.state_dict(),
+            "skipped": self.guard.counts.cpu(),
+            "rng": random_state,
+            "rng_of_other_ranks": list(of_other_ranks),
+            "log_bytes": self.log.sync(),
+        }
 
     def _diverged(self, how: str = "") -> TrainingDiverged:
         return TrainingDiverged(
@@ -406,68 +395,28 @@ class Trainer:
         )
         if not known:  # more ranks than there were; the views are drawn alike by all
             torch.manual_seed(self.config.seed + self.ranks.rank + self.step * self.ranks.size)
-        self.log_bytes = state["log_bytes"]
+        self.log.kept = state["log_bytes"]
 
     # ------------------------------------------------------------------------ what is shown
 
-    @contextlib.contextmanager
-    def _files(self) -> Iterator[IO]:
-        """Writes config.json and opens the log where `step` left it; rank 0 alone."""
+    def _begin(self) -> None:
+        """Rank 0's files before the first step: config.json, and no checkpoint of an older run."""
         if self.ranks.rank > 0:
-            with open(os.devnull, "w") as nowhere:
-                yield nowhere
             return
         checkpoint.write_json(self.folder / "config.json", self.config.to_dict(), indent=2)
-        log = self.folder / "log.jsonl"
-        if self.log_bytes is None:  # only here, with all of the settings checked, are old ones lost
+        if self.log.kept is None:  # only here, with all of the settings checked, are old ones lost
             for path in (self.path, checkpoint.previous(self.path)):
                 path.unlink(missing_ok=True)
-        with open(log, "a", encoding="utf-8") as file:
-            # What was logged after the checkpoint will be logged again.
-            file.truncate(min(self.log_bytes or 0, file.tell()))
-            if file.seek(0, os.SEEK_END) == 0:
-                header = {
-                    "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-                    **machine(gpu=self.device.type == "cuda"),
-                    "device": str(self.device),
-                    "ranks": self.ranks.size,
-                    "parameters": sum(p.numel() for p in self.model.parameters()),
-                    "steps": self.total_steps,
-                }
-                file.write(json.dumps(header) + "\n")
-            yield file
 
-    def _tick(self) -> None:
-        """Counts images from the first step of this process on, which is left out (warm-up)."""
-        if self.clock is None:
-            self.clock, self.images = time.perf_counter(), 0
-        else:
-            self.images += self.config.batch_size
-
-    def _write_log(self, show: Sequence[Callable[[dict], None]]) -> None:
-        """A line for each step that waits for one, and the same to each of ``show``."""
-        waiting, self.waiting = self.waiting, []
-        if not waiting or self.ranks.rank > 0:
-            return
-        steps, rates, *values = zip(*waiting)
-        losses, accuracies, skips = torch.stack([torch.stack(v).double() for v in values]).tolist()
-        self.read_at = time.perf_counter()
-        speed = round(self.images / (self.read_at - self.clock), 1) if self.images else None
-        for step, rate, loss, accuracy, skipped in zip(steps, rates, losses, accuracies, skips):
-            self.record = {
-                "step": step,
-                "epoch": round(step / len(self.sampler), 4),
-                "loss": loss if math.isfinite(loss) else repr(loss),  # JSON has no nan
-                "accuracy": accuracy,
-                "learning_rate": rate,
-                "skipped": int(skipped),
-                "images_per_second": speed,
-            }
-            self.log.write(json.dumps(self.record) + "\n")
-            self.record["loss"] = loss
-            for call in show:
-                call(self.record)
-        self.log.flush()
+    def _header(self) -> dict:
+        return {
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            **machine(gpu=self.device.type == "cuda"),
+            "device": str(self.device),
+            "ranks": self.ranks.size,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "steps": self.total_steps,
+        }
 
     def _show(self, progress: Progress, record: dict) -> None:
         rate = record["images_per_second"]

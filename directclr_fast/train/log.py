@@ -1,0 +1,97 @@
+"""log.jsonl of a run: a header line, then lines of steps.
+
+A step's values stay on the device until lines are written: reading them waits for its queue.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+import torch
+from torch import Tensor
+
+READ_EVERY = 0.25  # seconds between reads of losses from the device
+
+
+class Log:
+    """``path`` None: written and shown nowhere, as on every rank but the first.
+
+    ``images``: of a step, on all ranks; ``steps``: of an epoch. ``kept``: bytes of the file that
+    belong to the last checkpoint, None for a new run. ``record``: the last line.
+    """
+
+    def __init__(self, path: Path | None, images: int, steps: int) -> None:
+        self.path, self.images, self.steps = path, images, steps
+        self.kept: int | None = None
+        self.record: dict = {}
+        self.file: IO | None = None
+        self.waiting: list[tuple] = []
+        self.read_at = 0.0
+        self.began, self.timed = None, 0  # when the first step ended, steps since then
+
+    @contextlib.contextmanager
+    def open(self, header: Callable[[], dict]) -> Iterator[None]:
+        """Opens the file where the checkpoint left it; an empty one gets ``header``'s line."""
+        self.waiting, self.began, self.timed = [], None, 0  # another run of the same trainer
+        with open(self.path or os.devnull, "a", encoding="utf-8") as self.file:
+            if self.path is not None:
+                # What was logged after the checkpoint will be logged again.
+                self.file.truncate(min(self.kept or 0, self.file.tell()))
+                if self.file.seek(0, os.SEEK_END) == 0:
+                    self.file.write(json.dumps(header()) + "\n")
+            yield
+
+    def tick(self) -> None:
+        """A step has ended. The first of this process is not timed: it warms up."""
+        if self.began is None:
+            self.began = time.perf_counter()
+        else:
+            self.timed += 1
+
+    def add(self, step: int, rate: float, loss: Tensor, accuracy: Tensor, skipped: Tensor) -> None:
+        """A line that waits: learning rate and, on the device, loss, accuracy, steps skipped."""
+        self.waiting.append((step, rate, loss, accuracy, skipped))
+
+    @property
+    def due(self) -> bool:
+        """Whether the last read is long enough ago."""
+        return time.perf_counter() - self.read_at > READ_EVERY
+
+    def write(self, show: Sequence[Callable[[dict], None]]) -> None:
+        """Writes the lines that wait and calls each of ``show`` with them."""
+        waiting, self.waiting = self.waiting, []
+        if not waiting or self.path is None:
+            return
+        steps, rates, *values = zip(*waiting)
+        losses, accuracies, skips = torch.stack([torch.stack(v).double() for v in values]).tolist()
+        self.read_at = time.perf_counter()
+        seconds = self.read_at - self.began
+        speed = round(self.images * self.timed / seconds, 1) if self.timed else None
+        for step, rate, loss, accuracy, skipped in zip(steps, rates, losses, accuracies, skips):
+            self.record = {
+                "step": step,
+                "epoch": round(step / self.steps, 4),
+                "loss": loss if math.isfinite(loss) else repr(loss),  # JSON has no nan
+                "accuracy": accuracy,
+                "learning_rate": rate,
+                "skipped": int(skipped),
+                "images_per_second": speed,
+            }
+            self.file.write(json.dumps(self.record) + "\n")
+            self.record["loss"] = loss
+            for call in show:
+                call(self.record)
+        self.file.flush()
+
+    def sync(self) -> int:
+        """Bytes of the file, all of them on the disk: from now on ``kept``."""
+        os.fsync(self.file.fileno())
+        self.kept = self.file.tell()
+        return self.kept
