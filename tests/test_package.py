@@ -86,18 +86,23 @@ def test_links_resolve(name):
 
 def test_no_module_imports_upwards():
     """cli > paper > train > loss > distributed > ops > dispatch > backends > kernels, problem."""
-    floors = ["cli", "demo", "doctor", "bench", "paper", "train", "loss", "distributed", "ops"]
-    floors += ["dispatch", "backends", "kernels", "reference", "plots", "problem", "address"]
-    floors += ["products", "machine", "progress"]
-    for path in (ROOT / "directclr_fast").rglob("*.py"):
-        place = path.relative_to(ROOT / "directclr_fast").with_suffix("").parts
-        if place[0] not in floors or place[0] == "paper":
+    floors = ["__main__", "cli", "doctor", "bench", "paper", "train", "testing", "loss"]
+    floors += ["distributed", "ops", "dispatch", "backends", "kernels", "reference", "plots"]
+    floors += ["problem", "address", "products", "machine", "progress", "flops", "__init__"]
+    package = ROOT / "directclr_fast"
+    rooms = {p.stem for p in package.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
+    assert rooms <= set(floors)
+    imports = re.compile(r"^\s*from (\.+)([\w.]*) import (\w+(?:, \w+)*)", re.M)
+    for path in [*package.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
+        place = path.relative_to(package if package in path.parents else ROOT).with_suffix("").parts
+        if place == ("__init__",):  # the public names, loaded on first use
             continue
-        for dots, target in re.findall(r"^\s*from (\.+)([\w.]*) import", path.read_text(), re.M):
-            if len(dots) == len(place) and target:
-                other = target.split(".")[0]
-                if other in floors:
-                    assert floors.index(other) >= floors.index(place[0]), (path.name, other)
+        for dots, target, names in imports.findall(path.read_text()):
+            if len(dots) == len(place):
+                for other in [target.split(".")[0]] if target else names.split(", "):
+                    if other in floors:
+                        below = floors.index(other) - floors.index(place[0])
+                        assert below > 0 or below == 0 and len(place) > 1, (path.name, other)
 
 
 @pytest.mark.xdist_group("together")
