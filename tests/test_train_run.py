@@ -325,6 +325,16 @@ def test_resume_of_a_finished_run_changes_nothing(run_dir):
     assert (run_dir / "run" / "log.jsonl").read_bytes() == before
 
 
+def test_what_was_logged_after_the_checkpoint_is_logged_again(run_dir):
+    train(run_dir, "run", max_steps=3)
+    path = run_dir / "run" / "log.jsonl"
+    before = path.read_text()
+    path.write_text(before + before.splitlines()[-1].replace('"step": 3', '"step": 4') + '\n{"st')
+    train(run_dir, "run", max_steps=5, resume=True)
+    assert path.read_text().startswith(before)
+    assert [r["step"] for r in log_of(run_dir / "run")[1]] == [1, 2, 3, 4, 5]
+
+
 def test_resume_where_the_log_is_gone(run_dir):
     train(run_dir, "run", max_steps=3)
     (run_dir / "run" / "log.jsonl").unlink()

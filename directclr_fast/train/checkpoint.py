@@ -1,8 +1,8 @@
 """Checkpoints that are whole or not there: written aside, synced, renamed, the last one kept.
 
 A checkpoint is one ``torch.save`` file of plain containers and tensors, so it loads with
-``weights_only=True``. Reading checks the CRC of every record in it; one that is unreadable is
-passed over for the previous one, and that is said.
+``weights_only=True``. Reading checks the CRC of every record in it. If the newest file is damaged,
+the previous one is loaded, with a warning.
 """
 
 from __future__ import annotations

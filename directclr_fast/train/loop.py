@@ -296,8 +296,8 @@ class Trainer:
     def _skipped_in_a_row(self, now: bool) -> int:
         """Steps skipped in a row until now; TrainingDiverged at ``max_skipped``.
 
-        Asked of the device only where that costs nothing, ``now``, and every ``max_skipped`` steps;
-        0 in between. The same steps on every rank.
+        Reads the counter where ``now`` is true or every ``max_skipped`` steps, because a read waits
+        for the device; otherwise returns 0. The same steps on every rank.
         """
         if not (now or self.guard.on_host or self.step % self.config.max_skipped == 0):
             return 0
