@@ -251,7 +251,7 @@ class Loss(torch.autograd.Function):
             ]
             ctx.options, ctx.width, ctx.dtype = options, r1.shape[1], r1.dtype
             hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-            ctx.places = None if hooked else _places(saved)
+            ctx.places = None if hooked else _places([columns, *saved])
         statistics = (saved.row_lse, saved.col_lse, saved.positives)
         ctx.mark_non_differentiable(*statistics)
         ctx.set_materialize_grads(False)
@@ -272,16 +272,16 @@ class Loss(torch.autograd.Function):
         else:
             grads = backward_body(
                 dloss, Saved(*saved), columns, temperature, ctx.width, ctx.dtype, need, ctx.options,
-                untouched=ctx.places == _places(saved),
+                untouched=ctx.places == _places([columns, *saved]),
             )  # fmt: skip
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             ctx.constants = None  # as the saved tensors
         return grads[0], grads[1], None, grads[2], None, None
 
 
-def _places(saved) -> list[tuple]:
-    """Where tensors lie, and how many elements of them."""
-    return [(value.data_ptr(), value.shape) for value in saved]
+def _places(tensors) -> list[tuple]:
+    """Where tensors lie, and their shapes."""
+    return [(v.data_ptr(), v.shape) for v in tensors if v is not None]
 
 
 def _unchanged(name: str, kept: tuple[Tensor, int | None]) -> Tensor:
