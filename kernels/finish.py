@@ -281,7 +281,7 @@ def finish(
         ADD=add,
         ROWS=ROWS,
         COLUMNS=COLUMNS,
-        warps=4,
+        warps=8 if layout.split else 4,  # both views at once in fp32: 4 spill on sm_120
         stages=1,
     )
 
