@@ -152,10 +152,13 @@ def forward(
         # Two tensors: outputs of the registered op must not share memory.
         nll_col, col_lse = logits.new_empty(0), logits.new_empty(0)
         if problem.symmetric:
-            own = _own(problem)
-            nll_col, own_lse = _with_positive(rest_col[own], logits)
-            col_lse = rest_col.clone()
-            col_lse[own] = own_lse
+            if problem.rows == problem.candidates:  # small batches feel every operation
+                nll_col, col_lse = _with_positive(rest_col, logits)
+            else:
+                own = _own(problem)
+                nll_col, own_lse = _with_positive(rest_col[own], logits)
+                col_lse = rest_col.clone()
+                col_lse[own] = own_lse
         cosines = logits / scale
         groups.append(
             Saved(z1, z2, rnorm1, rnorm2, cosines, row_lse, col_lse, nll_row, nll_col, kept)
@@ -184,9 +187,8 @@ def backward(
         return stages.backward(problem, dloss, saved, columns, scale, need)
     need1, need2, need_temperature = need
     # The factor a of dz = a G z joins the weights, where it costs O(N).
-    weights = row_weights(problem, dloss.to(saved.row_lse.dtype)) * scale
-    if problem.symmetric:
-        weights = 0.5 * weights
+    share = 0.5 * scale if problem.symmetric else scale
+    weights = row_weights(problem, dloss.to(saved.row_lse.dtype)) * share
     both = problem.negatives == "both"
     # sum_i z1_i . dz1_i is the temperature's gradient for "cross"; "both" needs either view's.
     want1 = need1 or (need_temperature and (both or not need2))
@@ -225,8 +227,10 @@ def _products(stages: Stages, problem: Problem, state: Saved, weights: Tensor, s
     v = col_lse = None
     if problem.symmetric:
         diagonal = diagonal + weights * torch.expm1(-state.nll_col)
-        v = weights.new_zeros(problem.candidates)
-        v[_own(problem)] = weights
+        v = weights
+        if problem.rows < problem.candidates:
+            v = weights.new_zeros(problem.candidates)
+            v[_own(problem)] = weights
         col_lse = state.col_lse
     pair = Pair(weights, state.row_lse, v, col_lse, diagonal)
     dz1, dz2 = stages.products(problem, state.z1, state.z2, scale, pair, state.kept, want)
