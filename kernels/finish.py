@@ -281,7 +281,7 @@ def finish(
         ADD=add,
         ROWS=ROWS,
         COLUMNS=COLUMNS,
-        warps=8 if layout.split else 4,  # both views at once in fp32: 4 spill on sm_120
+        warps=8 if first.dots is not None else 4,  # 4 spill on sm_120 (Triton 3.6)
         stages=1,
     )
 
