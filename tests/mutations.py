@@ -301,6 +301,16 @@ MUTATIONS = [
         "test_tensor_kinds.py -k torch",
     ),
     Mutation(
+        "ops: what is unpacked counts as untouched", "directclr_fast/ops.py",
+        "untouched=ctx.places == _places([columns, *saved]),", "untouched=True,",
+        "test_tensor_kinds.py -k single_saved",
+    ),
+    Mutation(
+        "ops: a negated view counts as untouched", "directclr_fast/ops.py",
+        "v.stride(), v.is_neg())", "v.stride())",
+        "test_tensor_kinds.py -k single_saved",
+    ),
+    Mutation(
         "ops: an index is unpacked elsewhere", "directclr_fast/ops.py",
         "or (columns is not None and columns.device != dloss.device)", "",
         "test_tensor_kinds.py -k triton",

@@ -21,6 +21,7 @@ import torch
 import waiting
 from torch import Tensor, nn
 
+from directclr_fast import fast_directclr_loss
 from directclr_fast.address import CPU, address, start
 from directclr_fast.testing import backends, eager_loss
 
@@ -582,7 +583,7 @@ def generic(cls):
 
 def cases(backend: str):
     """(name, what it must come to, () -> what it came to)."""
-    from directclr_fast import distributed, fast_directclr_loss
+    from directclr_fast import distributed
 
     group = {}
 
@@ -768,3 +769,16 @@ def test_a_start_is_given_of_memory_on_the_device_only(name):
 
 if __name__ == "__main__":
     main(sys.argv[1], sys.argv[2:])
+
+
+@pytest.mark.parametrize("backend", backends())
+def test_a_hook_on_single_saved_tensors_is_seen(backend):
+    """As those of a whole block: the same memory, read with another sign, is no gradient."""
+    r1, r2 = torch.randn(2, ROWS, 16, generator=torch.Generator().manual_seed(0))
+    loss = fast_directclr_loss(r1.requires_grad_(), r2, 12, backend=backend)
+    node = loss.grad_fn
+    for raw, value in zip(node._raw_saved_tensors, node.saved_tensors):
+        if value is not None and value.dim() == 3:
+            raw.register_hooks(lambda t: t, torch._neg_view)
+    with pytest.raises(TypeError, match="lazily negated view"):
+        loss.backward()
