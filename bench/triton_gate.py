@@ -195,6 +195,7 @@ def cases(arch: str) -> list[dict]:
         precisions.append("fp8")
     found = [{"precision": precision} for precision in precisions]
     found += [{"precision": precision, "temperature": None} for precision in precisions]
+    found += [{**options, "top1": True} for options in found]
     fp16 = [
         {"dim": 128, "width": 128},
         {"dim": 2048},
@@ -206,6 +207,8 @@ def cases(arch: str) -> list[dict]:
         {"gathered": True},
         {"gathered": True, "groups": 2},
         {"negatives": "both"},
+        {"negatives": "both", "top1": True},
+        {"symmetric": False, "top1": True},
         {"rows": 70_001, "candidates": 70_001, "temperature": None},
     ]
     return found + [{"precision": "fp16", **options} for options in fp16]
@@ -233,7 +236,7 @@ def _call(backend: TritonStages, **changes) -> None:
         columns = torch.arange(problem.dim).repeat(problem.groups, 1)
     scale = torch.tensor(10.0) if problem.temperature is None else 1 / problem.temperature
     need = (True, True, problem.temperature is None)
-    loss, saved = driver.forward(backend, problem, r1, r2, columns, scale)
+    loss, saved, _ = driver.forward(backend, problem, r1, r2, columns, scale)
     driver.backward(backend, problem, torch.ones_like(loss), saved, columns, scale, need)
 
 

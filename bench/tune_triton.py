@@ -56,7 +56,7 @@ def runner(kernel: str, layout: Layout, rows: int, tile: Tile):
     operations = 2 * rows * rows * layout.dim
     if kernel == "sums":
         programs = TritonStages()._programs(device)
-        strip = sums.strips(rows, rows, tile, True, True)[0]
+        strip = sums.strips(rows, rows, tile, True, False)[0]
         operations = operations * (strip.stop - strip.start) // rows
         return (
             lambda: sums.partial_sums(

@@ -103,12 +103,14 @@ PYBIND11_MODULE(_cuda, m) {
     });
   });
   m.def("sums", [](const py::tuple& operands, P row_sum, P row_peak, P col_sum, P col_peak,
-                   const py::tuple& exponent, int step, bool upper, bool moving, bool bounded,
+                   P own, const py::tuple& exponent, int step, bool upper, bool moving, bool bounded,
                    bool pingpong, const py::tuple& stream) {
     const Stream s = stream_of(stream);
     const Operands o = operands_of(operands);
-    const SumsArguments a{at<float>(row_sum),    at<float>(row_peak), at<float>(col_sum),
-                          at<float>(col_peak),   exponent_of(exponent), step, upper, moving, bounded};
+    const SumsArguments a{at<float>(row_sum),  at<float>(row_peak), at<float>(col_sum),
+                          at<float>(col_peak), at<float>(own),      exponent_of(exponent),
+                          step,                upper,               moving,
+                          bounded};
     launch(s, [&] { return sums(o, a, pingpong, s); });
   });
   m.def("weights", [](const py::tuple& operands, P out, I pitch, P row, P col, P row_shift,

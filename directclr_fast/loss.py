@@ -34,11 +34,19 @@ class LossStats(NamedTuple):
     grouped columns each has a leading dimension G. The loss of row i is
     (row_lse_i + col_lse_i) / 2 - positives_i, or row_lse_i - positives_i for one direction. Over
     several processes they are those of this process's rows, col_lse too.
+
+    ``row_top1`` (M,) bool: whether no candidate of anchor i of view 1 has a larger logit than its
+    positive, so ``row_top1.float().mean()`` is the contrastive top-1 accuracy; ``col_top1`` (M,):
+    the same for the anchors of view 2 that are a row's positive, None for one direction. A tie
+    counts as right: the positive's logit is compared as its tile has it, with the rounding of the
+    others. A row with a NaN among its logits is wrong.
     """
 
     row_lse: Tensor
     col_lse: Tensor | None
     positives: Tensor
+    row_top1: Tensor
+    col_top1: Tensor | None
 
 
 def fast_directclr_loss(
@@ -122,7 +130,7 @@ def fast_directclr_loss(
     def check():
         return _checked(
             r1, r2, dim, temperature, columns, negatives, symmetric, reduction, gather,
-            even_batches, precision, backend, workspace_bytes, eps,
+            even_batches, precision, backend, workspace_bytes, eps, return_stats,
         )  # fmt: skip
 
     if distributed.size(group) > 1:
@@ -131,10 +139,14 @@ def fast_directclr_loss(
         loss, *stats = _run(*check(), return_stats)
     if not return_stats:
         return loss
-    stats = [value.detach().to(loss.dtype) for value in stats]
+    *stats, top1 = stats
+    stats = [*(value.detach().to(loss.dtype) for value in stats), *top1.unbind(1)]
     if columns is None or _index_tensor(columns).dim() == 1:
         stats = [value[0] for value in stats]
-    return loss, LossStats(stats[0], stats[1] if symmetric else None, stats[2])
+    row_lse, col_lse, positives, *top1 = stats
+    if not symmetric:
+        return loss, LossStats(row_lse, None, positives, *top1, None)
+    return loss, LossStats(row_lse, col_lse, positives, *top1)
 
 
 def info_nce(
@@ -353,7 +365,7 @@ def _log(bound: float | None) -> float | None:
 
 def _checked(
     r1, r2, dim, temperature, columns, negatives, symmetric, reduction, gather, even_batches,
-    precision, backend, workspace_bytes, eps,
+    precision, backend, workspace_bytes, eps, top1,
 ):  # fmt: skip
     """(r1, r2, (G, d) columns or None, tensor temperature or None, options), or raises."""
     r1, r2 = unwrapped("r1", r1), unwrapped("r2", r2)
@@ -398,6 +410,7 @@ def _checked(
         workspace_bytes=workspace_bytes,
         eps=float(eps),
         mixed=_mixed(r1),
+        top1=bool(top1),
     )
     return r1, r2, index, tensor, options
 
@@ -405,10 +418,8 @@ def _checked(
 def _run(
     r1: Tensor, r2: Tensor, index: Tensor | None, temperature: Tensor | None, options, stats: bool
 ):
-    """(loss, row_lse, col_lse, positive logits) by the registered op, eagerly, or the reference.
-
-    The logits are None without ``stats``: they would be one launch more.
-    """
+    """(loss, row_lse, col_lse, positive logits, top1) by the registered op, eagerly, or the
+    reference. The last two are None without ``stats``: they would be launches more."""
     # Asked here as well: a function of its own may be compiled where this one is not.
     compiling, transformed = torch.compiler.is_compiling(), ops.transformed()
     if compiling or (not transformed and dispatched(r1, r2, index, temperature)):
@@ -418,10 +429,8 @@ def _run(
                     "torch.func or forward-mode AD inside a compiled graph: expected "
                     "backend='reference', got another; or leave the transform out of the graph"
                 )
-            loss, *saved = ops.loss_forward(r1, r2, index, temperature, True, *options)
-            saved = ops.Saved(*saved)
-            logits = _logits(saved.positives, temperature, options) if stats else None
-            return loss, saved.row_lse, saved.col_lse, logits
+            found = ops.loss_forward(r1, r2, index, temperature, True, *options)
+            return _statistics(found, temperature, options, stats)
         if index is not None:
             index = ops.checked_columns(index, r1.shape[1])
         problem = ops.problem_of(options, r1, r2, index, temperature)
@@ -436,18 +445,25 @@ def _run(
         return result
     options = options._replace(backend=name)
     if transformed:
-        loss, *saved = ops.TransformedLoss.apply(r1, r2, index, temperature, options)
-        saved = ops.Saved(*saved)
-        logits = _logits(saved.positives, temperature, options) if stats else None
-        return loss, saved.row_lse, saved.col_lse, logits
+        found = ops.TransformedLoss.apply(r1, r2, index, temperature, options)
+        return _statistics(found, temperature, options, stats)
     keep = torch.is_grad_enabled() and (
         r1.requires_grad
         or r2.requires_grad
         or (temperature is not None and temperature.requires_grad)
     )
-    loss, row_lse, col_lse, cosines = ops.Loss.apply(r1, r2, index, temperature, keep, options)
+    found = ops.Loss.apply(r1, r2, index, temperature, keep, options)
+    loss, row_lse, col_lse, cosines, top1 = found
     logits = _logits(cosines, temperature, options) if stats else None
-    return loss, row_lse, col_lse, logits
+    return loss, row_lse, col_lse, logits, top1
+
+
+def _statistics(found, temperature: Tensor | None, options, stats: bool):
+    """What ``_run`` returns, of (loss, *Saved, top1)."""
+    loss, *saved, top1 = found
+    saved = ops.Saved(*saved)
+    logits = _logits(saved.positives, temperature, options) if stats else None
+    return loss, saved.row_lse, saved.col_lse, logits, top1
 
 
 def _logits(cosines: Tensor, temperature: Tensor | None, options) -> Tensor:

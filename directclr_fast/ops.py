@@ -36,15 +36,16 @@ class Options(NamedTuple):
     workspace_bytes: int  # -1: the backend's default
     eps: float
     mixed: bool = False
+    top1: bool = False
     # Compiled graphs are cached on disk with the shapes of what `loss_forward` saves and with what
     # was traced around it: raised by one whenever either changes.
-    layout: int = 3
+    layout: int = 4
 
 
 _OPTIONS = (
     "float temperature_value, int dim, str negatives, bool symmetric, str reduction, "
     "int row_offset, str precision, str backend, int workspace_bytes, float eps, bool mixed, "
-    "int layout"
+    "bool top1, int layout"
 )
 _READ = " ".join(("upstream", "columns", "temperature", *Saved._fields))
 _SAVED = ", ".join(f"Tensor {name}" for name in Saved._fields)
@@ -79,6 +80,7 @@ def build_problem(
         precision=options.precision,
         eps=options.eps,
         mixed=options.mixed,
+        top1=options.top1,
         workspace_bytes=None if options.workspace_bytes < 0 else options.workspace_bytes,
         keep=keep,
     )
@@ -154,8 +156,8 @@ def forward_body(
     temperature: Tensor | None,
     keep: bool,
     options: Options,
-) -> tuple[Tensor, Saved]:
-    """Loss (scalar or (M,)) and what the backward pass needs."""
+) -> tuple[Tensor, Saved, Tensor | None]:
+    """Loss (scalar or (M,)), what the backward pass needs, and top-1 where that is asked for."""
     readable("r1 r2 columns temperature", r1, r2, columns, temperature)
     problem = problem_of(options, r1, r2, columns, temperature, keep)
     name = dispatch.choose(problem, options.backend)
@@ -239,7 +241,7 @@ class Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, r1, r2, columns, temperature, keep, options):
-        loss, saved = forward_body(r1, r2, columns, temperature, keep, options)
+        loss, saved, top1 = forward_body(r1, r2, columns, temperature, keep, options)
         if keep:
             # The views are for a backward pass with create_graph=True only, and what wants no
             # gradient is none of autograd's business: the formula would not have kept it.
@@ -254,7 +256,7 @@ class Loss(torch.autograd.Function):
         statistics = (saved.row_lse, saved.col_lse, saved.positives)
         ctx.mark_non_differentiable(*statistics)
         ctx.set_materialize_grads(False)
-        return loss, *statistics
+        return loss, *statistics, top1
 
     @staticmethod
     def backward(ctx, dloss, *_):
@@ -316,7 +318,7 @@ def transformed() -> bool:
 
 
 class TransformedLoss(torch.autograd.Function):
-    """(loss, *Saved) by the same bodies under ``torch.func`` transforms and forward-mode AD.
+    """(loss, *Saved, top1) by the same bodies under ``torch.func`` and forward-mode AD.
 
     vmap takes one call after the other. A derivative of the gradient goes through the reference
     formula, in N^2; so does nothing else.
@@ -324,15 +326,14 @@ class TransformedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(r1, r2, columns, temperature, options):
-        loss, saved = forward_body(r1, r2, columns, temperature, True, options)
-        return loss, *saved
+        return _outputs(forward_body(r1, r2, columns, temperature, True, options))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         *tensors, ctx.options = inputs
         ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*tensors, *output[1:])
-        ctx.save_for_forward(*tensors, *output[1:])
+        ctx.save_for_backward(*tensors, *output[1:-1])
+        ctx.save_for_forward(*tensors, *output[1:-1])
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -360,7 +361,7 @@ class TransformedLoss(torch.autograd.Function):
         grads = TransformedGradient.apply(one, *tensors, need, ctx.options, *saved)
         tangents = [tangent for tangent in tangents if tangent is not None]
         total = sum((g.to(one.dtype) * t.to(one.dtype)).sum() for g, t in zip(grads, tangents))
-        return total, *(None,) * len(saved)
+        return total, *(None,) * (len(saved) + 1)
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -440,20 +441,27 @@ def _one_by_one(function, info, in_dims, args):
     return stacked, (0,) * len(stacked)
 
 
+def _outputs(found: tuple[Tensor, Saved, Tensor | None]) -> tuple[Tensor, ...]:
+    """(loss, *Saved, top1), tensors all: top1 is empty where nobody asks for it."""
+    loss, saved, top1 = found
+    if top1 is None:
+        top1 = loss.new_empty(0, dtype=torch.bool)
+    return loss, *saved, top1
+
+
 @torch.library.custom_op(
     "directclr_fast::loss_forward",
     mutates_args=(),
     schema=(
         "(Tensor r1, Tensor r2, Tensor? columns, Tensor? temperature, bool keep, "
-        f"{_OPTIONS}) -> ({', '.join(['Tensor'] * (1 + len(Saved._fields)))})"
+        f"{_OPTIONS}) -> ({', '.join(['Tensor'] * (2 + len(Saved._fields)))})"
     ),
 )
 def loss_forward(r1, r2, columns, temperature, keep, *options):
     options = Options(*options)
     _check_inputs(r1, r2, columns, options)
     r1, r2 = r1.resolve_neg(), r2.resolve_neg()
-    loss, saved = forward_body(r1, r2, columns, temperature, keep, options)
-    return loss, *saved
+    return _outputs(forward_body(r1, r2, columns, temperature, keep, options))
 
 
 # Negated views come as they are: PyTorch's own fallback would resolve them while tracing, by a copy
@@ -516,7 +524,9 @@ def _(r1, r2, columns, temperature, keep, *options):
         nll_col=stat(groups, m if problem.symmetric else 0),
         kept=r1.new_empty((groups, *backend.kept_shape(problem)), dtype=dtype),
     )
-    return compute(*((m,) if problem.reduction == "none" else ())), *saved
+    loss = compute(*((m,) if problem.reduction == "none" else ()))
+    top1 = (groups, 1 + problem.symmetric, m) if problem.top1 else (0,)
+    return loss, *saved, r1.new_empty(top1, dtype=torch.bool)
 
 
 @torch.library.custom_op(
@@ -556,7 +566,7 @@ def _(dloss, *args):
 
 def _setup_context(ctx, inputs, output):
     r1, _, columns, temperature, _, *options = inputs
-    ctx.save_for_backward(columns, temperature, *output[1:])
+    ctx.save_for_backward(columns, temperature, *output[1:-1])
     ctx.width, ctx.dtype, ctx.options = r1.shape[1], r1.dtype, options
     ctx.set_materialize_grads(False)
 

@@ -45,6 +45,7 @@ class Problem:
     workspace_bytes: int | None = None
     mixed: bool = False  # called under autocast
     keep: bool = False  # a backward pass may follow, so keeping E tiles can pay
+    top1: bool = False  # statistics are wanted: whether each positive is the largest logit
 
     @property
     def compute_dtype(self) -> torch.dtype:

@@ -101,12 +101,13 @@ def loss(
     r2: Tensor,
     columns: Tensor | None = None,
     temperature: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Loss and statistics by the formula above, differentiable in r1, r2 and temperature.
 
-    Returns ``(loss, row_lse, col_lse, positives)``: the reduced loss (scalar, or (M,) for
+    Returns ``(loss, row_lse, col_lse, positives, top1)``: the reduced loss (scalar, or (M,) for
     reduction "none"), row_lse (G, M), col_lse (G, N) and the positive logits a s_ip(i) (G, M), in
-    fp64 for fp64 inputs and fp32 otherwise. col_lse is empty when ``symmetric`` is False.
+    fp64 for fp64 inputs and fp32 otherwise. col_lse is empty when ``symmetric`` is False. top1
+    (G, directions, M) bool is there where the problem asks for it: no logit is larger, or NaN.
     """
     x1, x2 = take_columns(r1, problem, columns), take_columns(r2, problem, columns)
     if problem.negatives == "same":
@@ -117,11 +118,16 @@ def loss(
     row_lse = torch.logsumexp(logits1, -1)
     per_row = row_lse - positives
     col_lse = row_lse.new_empty((problem.groups, 0))
+    directions = [logits1]
     if problem.symmetric:
+        own = slice(problem.row_offset, problem.row_offset + problem.rows)
         col_lse = torch.logsumexp(logits2, -1)
-        of_positives = col_lse[:, problem.row_offset : problem.row_offset + problem.rows]
-        per_row = 0.5 * (per_row + (of_positives - positives))
-    return reduce(problem, per_row.sum(0)), row_lse, col_lse, positives
+        per_row = 0.5 * (per_row + (col_lse[:, own] - positives))
+        directions.append(logits2[:, own])
+    top1 = None
+    if problem.top1:
+        top1 = torch.stack([positives >= logits.amax(-1) for logits in directions], 1)
+    return reduce(problem, per_row.sum(0)), row_lse, col_lse, positives, top1
 
 
 def reduce(problem: Problem, per_row: Tensor) -> Tensor:
@@ -154,7 +160,7 @@ def gradients(
         raise ValueError("negatives: expected 'cross' or 'both' in the closed form, got 'same'")
     x1, x2 = take_columns(r1, problem, columns), take_columns(r2, problem, columns)
     a = torch.as_tensor(_scale(problem, temperature, x1), dtype=x1.dtype, device=x1.device)
-    _, row_lse, col_lse, _ = loss(problem, r1, r2, columns, temperature)
+    _, row_lse, col_lse, *_ = loss(problem, r1, r2, columns, temperature)
     z1, z2 = _unit_rows(x1, problem.eps), _unit_rows(x2, problem.eps)
 
     own = slice(problem.row_offset, problem.row_offset + problem.rows)

@@ -86,10 +86,10 @@ _TABLE = {
     ("products", "gfx942", 2): Tile(128, 128, 32, 8, 2),
     ("products", "gfx942", 4): Tile(64, 64, 32, 4, 1),
 }
-# Two exponentials an element, or the triangle's mask, want more registers: there the tiles above
-# spill. Every row here and above is free of spills with each Triton in bench/triton_gate.py's
-# record; what decides is often the oldest (sm_80's tf32x3 products, the triangle on sm_100, whose
-# unbounded sums in turn want fewer anchors with 3.7).
+# Two exponentials an element, the triangle's mask, or maxima beside the sums want more registers:
+# there the tiles above spill. Every row here and above is free of spills with each Triton in
+# bench/triton_gate.py's record; what decides is often the oldest (sm_80's tf32x3 products, the
+# triangle on sm_100, whose unbounded sums in turn want fewer anchors with 3.7).
 _CROWDED = {
     ("weights", "sm_86", 4): Tile(64, 64, 16, 8, 2),
     **{("weights", "sm_90", size): Tile(128, 128, 64, 8, 4, tma=True) for size in (1, 2)},
@@ -97,18 +97,24 @@ _CROWDED = {
     **{("sums", "sm_100", size): Tile(32, 64, 64, 4, 4, tma=True) for size in (1, 2)},
     **{("weights", "sm_100", size): Tile(128, 64, 64, 8, 4, tma=True) for size in (1, 2)},
     ("sums", "sm_100", 4): Tile(64, 64, 32, 8, 3),
+    ("tops", "sm_80", 4): Tile(64, 64, 16, 8, 3),
+    ("tops", "sm_86", 1): Tile(64, 128, 64, 8, 2),
+    **{("tops", "sm_100", size): Tile(64, 64, 64, 8, 4, tma=True) for size in (1, 2)},
 }
 
 
 def tile(kernel: str, arch: str, itemsize: int, plain: bool = True) -> Tile:
     """The tile of "sums", "weights" or "products" for operands of ``itemsize`` bytes.
 
-    ``plain``: one exponential an element, and no triangle to stay above.
+    "tops" are sums with maxima. ``plain``: one exponential an element, no triangle to stay above.
     """
     if arch == "interpreter":
         return _INTERPRETER
     # Ada and consumer Blackwell have the shared memory and the warp-level products of sm_86.
     arch = "sm_86" if arch in ("sm_89", "sm_120") else arch
+    if kernel == "tops":
+        plain = False
+        kernel = kernel if (kernel, arch, itemsize) in _CROWDED else "sums"
     if not plain and (kernel, arch, itemsize) in _CROWDED:
         return _CROWDED[kernel, arch, itemsize]
     return _TABLE[kernel, arch, itemsize]

@@ -15,7 +15,8 @@ repeat run gives the same bits; strips of fixed blocks keep them within PARTIAL_
 BOUNDED: exp2(a' s), a' = a log2(e), needs no maximum while a + log 2N <= 60 (problem.py);
 otherwise every partial carries the maximum it is relative to, which serves any temperature, also
 one that the host does not know. UPPER, for a view with itself: only j > i is computed, and both
-sums of it.
+sums of it. TOP1, for statistics: the bounded form has the maxima too, and the positive's logit is
+written as the tile has it, so that a candidate equal to the positive ties with it.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ def _sums_kernel(
     fixed_max,
     moving_sum,
     moving_max,
+    own,
     scale,
     first_fixed,
     n_fixed,
@@ -77,6 +79,7 @@ def _sums_kernel(
     MOVING: tl.constexpr,
     BOUNDED: tl.constexpr,
     UPPER: tl.constexpr,
+    TOP1: tl.constexpr,
     SCALE_TENSOR: tl.constexpr,
     TMA: tl.constexpr,
     FLATTEN: tl.constexpr,
@@ -114,7 +117,7 @@ def _sums_kernel(
         else:
             meets = (start_t < start_f + offset + BLOCK_F) & (start_t + BLOCK_T > start_f + offset)
             masked = ragged | meets
-        if BOUNDED:
+        if BOUNDED and not TOP1:
             e = tl.exp2(acc * a2)
             if masked:
                 e = tl.where(_kept(offs_t, offs_f, n_moving, n_fixed, offset, UPPER), e, 0.0)
@@ -124,21 +127,34 @@ def _sums_kernel(
         else:
             x = acc * a2
             if masked:
+                if TOP1 and not UPPER:
+                    at = offs_f + offset
+                    here = (at >= start_t) & (at < start_t + BLOCK_T)
+                    here = here & (at < n_moving) & (offs_f < n_fixed)
+                    logit = tl.sum(tl.where(offs_t[:, None] == at[None, :], x, 0.0), 0)
+                    tl.store(own + offs_f, logit, mask=here)
                 keep = _kept(offs_t, offs_f, n_moving, n_fixed, offset, UPPER)
                 x = tl.where(keep, x, float("-inf"))
             new_peak = tl.maximum(peak, tl.max(x, 0))
-            base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-            mass = mass * tl.exp2(peak - base) + tl.sum(tl.exp2(x - base[None, :]), 0)
+            if BOUNDED:
+                e = tl.exp2(x)
+                mass += tl.sum(e, 0)
+            else:
+                base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+                mass = mass * tl.exp2(peak - base) + tl.sum(tl.exp2(x - base[None, :]), 0)
             peak = new_peak
             if MOVING:
                 high = tl.max(x, 1)
-                base_t = tl.where(high == float("-inf"), 0.0, high)
-                part = tl.sum(tl.exp2(x - base_t[:, None]), 1)
+                if BOUNDED:
+                    part = tl.sum(e, 1)
+                else:
+                    base_t = tl.where(high == float("-inf"), 0.0, high)
+                    part = tl.sum(tl.exp2(x - base_t[:, None]), 1)
                 tl.store(moving_sum + offs_t, part, mask=offs_t < n_moving)
                 tl.store(moving_max + offs_t, high, mask=offs_t < n_moving)
     local = local_f + tl.arange(0, BLOCK_F)
     where = share.to(tl.int64) * (fixed_blocks * BLOCK_F) + local
-    if BOUNDED:
+    if BOUNDED and not TOP1:
         tl.store(fixed_sum + where, tl.sum(total, 0))
     else:
         tl.store(fixed_sum + where, mass)
@@ -297,7 +313,7 @@ def _total_kernel(parts, loss, n, factor, BLOCK: tl.constexpr):
 class Partials:
     """The partial sums of one strip of fixed rows, and what is needed to add them up."""
 
-    def __init__(self, rows: int, n: int, shares: int, tile: Tile, moving: bool, bounded: bool, z):
+    def __init__(self, rows: int, n: int, shares: int, tile: Tile, moving: bool, peaks: bool, z):
         self.blocks = cdiv(rows, tile.rows)
         self.shares = shares
         self.row_stride = self.blocks * tile.rows
@@ -308,16 +324,22 @@ class Partials:
         self.row_sum = buffer(shares, self.row_stride)
         self.col_sum = buffer(self.blocks, n) if moving else self.row_sum
         self.row_max, self.col_max = self.row_sum, self.col_sum
-        if not bounded:
+        if peaks:
             self.row_max = buffer(shares, self.row_stride)
             self.col_max = buffer(self.blocks, n) if moving else self.row_max
 
+    def raise_tops(self, row: Tensor, col: Tensor | None) -> None:
+        """``row`` (rows of the strip,) and ``col`` (n,) to the maxima here where these are more."""
+        torch.maximum(row, self.row_max.view(self.shares, -1).amax(0)[: len(row)], out=row)
+        if col is not None:
+            torch.maximum(col, self.col_max.view(self.blocks, -1).amax(0), out=col)
 
-def strips(m: int, n: int, tile: Tile, moving: bool, bounded: bool) -> list[slice]:
+
+def strips(m: int, n: int, tile: Tile, moving: bool, peaks: bool) -> list[slice]:
     """The fixed rows in strips whose partials stay within PARTIAL_BYTES."""
     rows = m
     if moving:
-        line = 4 * n * (1 if bounded else 2)
+        line = 4 * n * (2 if peaks else 1)
         rows = max(1, PARTIAL_BYTES // line) * tile.rows
     return [slice(start, min(start + rows, m)) for start in range(0, m, rows)]
 
@@ -335,17 +357,22 @@ def partial_sums(
     moving: bool,
     bounded: bool,
     upper: bool = False,
+    tops=None,
 ) -> Partials:
-    """One launch: partials of the anchors in ``strip`` (z1) against all candidates (z2)."""
+    """One launch: partials of the anchors in ``strip`` (z1) against all candidates (z2).
+
+    ``tops`` (``stages.Tops``) is raised to the largest logits of these, in base 2.
+    """
     n = len(z2)
     tiles = cdiv(n, tile.columns)
     blocks = cdiv(strip.stop - strip.start, tile.rows)
     share_tiles = cdiv(tiles, max(1, min(tiles, cdiv(programs, blocks))))
     shares = cdiv(tiles, share_tiles)
-    parts = Partials(strip.stop - strip.start, n, shares, tile, moving, bounded, z1)
+    peaks = tops is not None or not bounded
+    parts = Partials(strip.stop - strip.start, n, shares, tile, moving, peaks, z1)
     if upper:  # tiles below the diagonal are not visited
         parts.col_sum.zero_()
-        if not bounded:
+        if peaks:
             parts.col_max.fill_(float("-inf"))
     fixed, walked = layout.operand(z1), layout.operand(z2)
     fp8 = layout.precision == "fp8"
@@ -358,6 +385,7 @@ def partial_sums(
         parts.row_max,
         parts.col_sum,
         parts.col_max,
+        parts.row_sum if tops is None or tops.own is None else tops.own,
         scale,
         strip.start,
         len(z1),
@@ -374,6 +402,7 @@ def partial_sums(
         MOVING=moving,
         BOUNDED=bounded,
         UPPER=upper,
+        TOP1=tops is not None,
         SCALE_TENSOR=isinstance(scale, Tensor),
         TMA=tile.tma,
         FLATTEN=tile.flatten,
@@ -381,6 +410,8 @@ def partial_sums(
         warps=tile.warps,
         stages=tile.stages,
     )
+    if tops is not None:
+        parts.raise_tops(tops.row[strip], tops.col)
     return parts
 
 
@@ -405,15 +436,16 @@ def fold(sums: Tensor, peaks: Tensor, into: Tensor, parts: int, stride: int, fir
 
 
 def log_sums(
-    layout: Layout, z1, z2, scale, offset, tile, programs, *, moving, bounded, upper=False
-):
+    layout: Layout, z1, z2, scale, offset, tile, programs, *, moving, bounded, upper=False,
+    tops=None,
+):  # fmt: skip
     """(rest_row (M,), rest_col (N,) or None) in fp64, over strips."""
     row = torch.empty(len(z1), dtype=torch.float64, device=z1.device)
     col = torch.empty(len(z2), dtype=torch.float64, device=z1.device) if moving else None
-    for strip in strips(len(z1), len(z2), tile, moving, bounded):
+    for strip in strips(len(z1), len(z2), tile, moving, tops is not None or not bounded):
         parts = partial_sums(
             layout, z1, z2, strip, scale, offset, tile, programs,
-            moving=moving, bounded=bounded, upper=upper,
+            moving=moving, bounded=bounded, upper=upper, tops=tops,
         )  # fmt: skip
         fold(
             parts.row_sum, parts.row_max, row[strip], parts.shares, parts.row_stride, True, bounded

@@ -29,7 +29,7 @@ def fresh_compiler():
     [
         (None, {}),
         (None, {"symmetric": False, "workspace_bytes": 0}),
-        (COLUMNS, {"negatives": "both", "reduction": "none"}),
+        (COLUMNS, {"negatives": "both", "reduction": "none", "top1": True}),
     ],
     ids=["slice", "one-direction", "groups-both"],
 )
@@ -46,16 +46,17 @@ def test_opcheck(backend, tensor_temperature, columns, changes):
 def test_opcheck_of_the_backward_op():
     r1, r2 = make_views(19, 32, dtype=torch.float32)
     options = DEFAULTS._replace(workspace_bytes=0)
-    _, *saved = ops.loss_forward(r1, r2, None, None, True, *options)
+    _, *saved, _ = ops.loss_forward(r1, r2, None, None, True, *options)
     arguments = (torch.ones(()), *saved, None, None, 32, torch.float32, True, True, False)
     torch.library.opcheck(ops.loss_backward, (*arguments, *options))
 
 
 @pytest.mark.parametrize("candidates", [19, 25])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_fake_outputs_have_the_real_shapes(candidates, reduction):
+@pytest.mark.parametrize("top1", [False, True])
+def test_fake_outputs_have_the_real_shapes(candidates, reduction, top1):
     r1, r2 = make_views(19, 32, candidates=candidates, dtype=torch.bfloat16)
-    options = DEFAULTS._replace(reduction=reduction)
+    options = DEFAULTS._replace(reduction=reduction, symmetric=reduction == "mean", top1=top1)
     real = ops.loss_forward(r1, r2, None, None, True, *options)
     with torch._subclasses.FakeTensorMode() as mode:
         fake = ops.loss_forward(
@@ -163,7 +164,7 @@ def test_columns_changed_after_the_forward_pass_write_nothing_outside(backend):
     r1, r2 = make_views(9, 32, dtype=torch.float32)
     index = torch.tensor([[0, 3, 5]])
     options = DEFAULTS._replace(backend=backend)
-    _, *saved = ops.loss_forward(r1, r2, index, None, True, *options)
+    _, *saved, _ = ops.loss_forward(r1, r2, index, None, True, *options)
     index[0, 1] = 2**30
     arguments = (torch.ones(()), *saved, index, None, 32, torch.float32, True, True, False)
     with pytest.raises((ValueError, IndexError, RuntimeError), match="columns|index"):

@@ -27,7 +27,7 @@ DCLR_INLINE Extent extent(int64_t m, int64_t n, int64_t pitch) {
 
 static int64_t scratch_bytes(int64_t m, int64_t n, int64_t pitch) {
   const Extent e = extent(m, n, pitch);
-  return 4 * (2 * MB * NB + (2 * e.nb + e.mb + PW) * e.wide + 2 * NB) + 8 * 64;
+  return 4 * (2 * MB * NB + (2 * e.nb + e.mb + PW) * e.wide + 3 * NB) + 8 * 64;
 }
 
 static int64_t keep_panel_floats(int64_t n) { return round_up(n, NR) * PW; }
@@ -41,8 +41,16 @@ DCLR_INLINE float* take(Cut& cut, int64_t floats) {
   return r;
 }
 
+template <class T>
+static void sums_with(const Sums& args, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
+                    double* col_sum, double* col_ref, float* col_top, const SumsScratch& s) {
+  const auto run = args.bounded ? (args.row_top ? sums_of<T, true, true> : sums_of<T, true, false>)
+                                : (args.row_top ? sums_of<T, false, true> : sums_of<T, false, false>);
+  run(args, i0, i1, j0, j1, col_sum, col_ref, col_top, s);
+}
+
 static void sums(const Sums& args, int64_t i0, int64_t i1, int64_t j0, int64_t j1, double* col_sum,
-                 double* col_ref, void* scratch) {
+                 double* col_ref, float* col_top, void* scratch) {
   Cut cut{static_cast<char*>(scratch)};
   const Extent e = extent(args.pair.m, args.pair.n, args.pair.pitch);
   SumsScratch s;
@@ -51,14 +59,11 @@ static void sums(const Sums& args, int64_t i0, int64_t i1, int64_t j0, int64_t j
   s.row_copy = take(cut, PW * e.wide);
   s.col_sum = take(cut, NB);
   s.col_ref = take(cut, NB);
+  s.col_top = take(cut, NB);
 #if defined(__AVX512BF16__)
-  if (args.pair.bf16) {
-    if (args.bounded) return sums_of<Bf16, true>(args, i0, i1, j0, j1, col_sum, col_ref, s);
-    return sums_of<Bf16, false>(args, i0, i1, j0, j1, col_sum, col_ref, s);
-  }
+  if (args.pair.bf16) return sums_with<Bf16>(args, i0, i1, j0, j1, col_sum, col_ref, col_top, s);
 #endif
-  if (args.bounded) return sums_of<Fp32, true>(args, i0, i1, j0, j1, col_sum, col_ref, s);
-  sums_of<Fp32, false>(args, i0, i1, j0, j1, col_sum, col_ref, s);
+  sums_with<Fp32>(args, i0, i1, j0, j1, col_sum, col_ref, col_top, s);
 }
 
 static void products(const Products& args, int64_t i0, int64_t i1, int64_t j0, int64_t j1,

@@ -51,6 +51,7 @@ struct Pair {
   // a s_i of the entries (i, row_offset + i), as the tile has them, goes here (m) where not null.
   double scale;
   double* logits;
+  float* own;  // likewise s_i
   // S tiles kept from forward to backward: `keep_panels` of the row panels, evenly spread.
   float* keep;
   int64_t keep_panels;
@@ -63,6 +64,7 @@ struct Sums {
   bool bounded;
   double* row_sum;  // (m), added to by the thread that owns the row
   double* row_ref;
+  float* row_top;  // (m), raised to the largest s of the row, or null: nobody asks
 };
 
 // G_ij = row_weight_i 2^(a' s_ij - row_ref_i) + col_weight_j 2^(a' s_ij - col_ref_j), refs whole
@@ -101,9 +103,10 @@ struct Kernels {
   int64_t (*keep_panel_floats)(int64_t n);  // size of one kept row panel of S
   void (*normalize)(const Normalize&, int64_t row_begin, int64_t row_end, float* row_scratch);
   void (*positives)(const Positives&, int64_t row_begin, int64_t row_end);
-  // Rows [i0, i1) x columns [j0, j1); col_sum/col_ref are the calling thread's own (n).
+  // Rows [i0, i1) x columns [j0, j1); col_sum/col_ref are the calling thread's own (n), col_top too,
+  // which counts where row_top does.
   void (*sums)(const Sums&, int64_t i0, int64_t i1, int64_t j0, int64_t j1, double* col_sum,
-               double* col_ref, void* scratch);
+               double* col_ref, float* col_top, void* scratch);
   void (*products)(const Products&, int64_t i0, int64_t i1, int64_t j0, int64_t j1, void* scratch);
   // Writes z . dz of each row to `dots`.
   void (*finish)(const Finish&, int64_t row_begin, int64_t row_end, double* dots,

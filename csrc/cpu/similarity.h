@@ -37,10 +37,12 @@ DCLR_INLINE void mark_left_out(const Pair& pair, int64_t i0, int64_t rows, int64
   const bool diagonal = first < width && first + PW > 0;
   const bool below = pair.upper && first + PW > 1;
   if (!diagonal && !below && rows >= PW && cols >= width) return;
-  for (int64_t i = 0; pair.logits && i < smaller(PW, rows); ++i) {
+  for (int64_t i = 0; (pair.logits || pair.own) && i < smaller(PW, rows); ++i) {
     const int64_t positive = first + i;
     if (positive >= 0 && positive < smaller(width, cols)) {
-      pair.logits[i0 + i] = pair.scale * double(tile[i * width + positive]);
+      const float s = tile[i * width + positive];
+      if (pair.logits) pair.logits[i0 + i] = pair.scale * double(s);
+      if (pair.own) pair.own[i0 + i] = s;
     }
   }
   const float left_out = kLeftOut / pair.scale_hi;

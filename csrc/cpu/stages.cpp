@@ -151,6 +151,7 @@ Pair make_pair(const SimilarityArgs& s) {
   p.scale_lo = float(scale - double(p.scale_hi));
   p.scale = s.scale;
   p.logits = nullptr;
+  p.own = nullptr;
   p.keep = static_cast<float*>(s.workspace);
   p.keep_panels = 0;
   if (s.workspace) {
@@ -188,6 +189,13 @@ void merge_columns(const double* partial, int64_t n, int parts, int t, int team,
   }
 }
 
+void raise_columns(const float* partial, int64_t n, int parts, int t, int team, float* top) {
+  const int64_t end = part(n, 16, t + 1, team);
+  for (int64_t j = part(n, 16, t, team); j < end; ++j) {
+    for (int p = 0; p < parts; ++p) top[j] = std::max(top[j], partial[p * n + j]);
+  }
+}
+
 int64_t row_scratch_floats(int64_t d) { return pitch(d) + 64; }
 
 // One thread's part of normalising a view.
@@ -196,8 +204,9 @@ void normalize_part(const View& v, int64_t d, double eps, int t, int parts, floa
   kernels().normalize(args, part(v.rows, 16, t, parts), part(v.rows, 16, t + 1, parts), scratch);
 }
 
-// One thread's share of the rows of S. The column sums of part t go to partial[t]: sums, then refs.
-void sums_part(const Sums& args, Schedule& schedule, double* partial, void* scratch) {
+// One thread's share of the rows of S. The column sums of part t go to partial[t]: sums, then refs;
+// its columns' largest to tops[t].
+void sums_part(const Sums& args, Schedule& schedule, double* partial, float* tops, void* scratch) {
   const Kernels& k = kernels();
   const Pair& p = args.pair;
   const int parts = schedule.parts;
@@ -207,7 +216,9 @@ void sums_part(const Sums& args, Schedule& schedule, double* partial, void* scra
   for (int t; (t = schedule.take()) < parts;) {
     double* cols = partial + 2 * t * p.n;
     std::fill(cols, cols + 2 * p.n, 0.0);
-    k.sums(args, bound(t), bound(t + 1), 0, p.n, cols, cols + p.n, scratch);
+    float* top = args.row_top ? tops + t * p.n : nullptr;
+    if (top) std::fill(top, top + p.n, -HUGE_VALF);
+    k.sums(args, bound(t), bound(t + 1), 0, p.n, cols, cols + p.n, top, scratch);
   }
 }
 
@@ -323,7 +334,7 @@ int64_t workspace_bytes(int64_t m, int64_t n) {
 int64_t scratch_bytes(int64_t m, int64_t n, int64_t d, int threads) {
   threads = std::abs(threads);
   const int64_t per_thread = thread_scratch(m, n, d);
-  const int64_t fwd = threads * per_thread + part_count(m, threads) * 16 * n + 16 * (m + n);
+  const int64_t fwd = threads * per_thread + part_count(m, threads) * 20 * n + 16 * (m + n);
   const int64_t bwd = threads * per_thread + 8 * (m + n) + 4 * m + 8 * (m + n);
   return std::max(fwd, bwd);
 }
@@ -349,19 +360,22 @@ std::string positives(const float* z1, const float* z2, int64_t m, int64_t d, in
 }
 
 std::string sums(const SimilarityArgs& s, Accumulator rows, Accumulator cols, double* logits,
-                 int threads) {
+                 const Tops& tops, int threads) {
   threads = team_size(threads, double(s.m) * double(s.n) * double(s.d));
-  Sums args{make_pair(s), is_bounded(s), rows.sum, rows.ref};
+  Sums args{make_pair(s), is_bounded(s), rows.sum, rows.ref, tops.row};
   args.pair.logits = logits;
+  args.pair.own = tops.own;
   const int64_t bytes = thread_scratch(s.m, s.n, s.d);
   Schedule schedule(part_count(s.m, threads));
   Scratch scratch(threads * bytes);
   Buffer<double> partial(2 * schedule.parts * s.n);
-  if (!scratch || !partial) return kNoMemory;
+  Buffer<float> tops_of_parts(tops.row ? schedule.parts * s.n : 0);
+  if (!scratch || !partial || !tops_of_parts) return kNoMemory;
   run(threads, [&](int t, Team& team) {
-    sums_part(args, schedule, partial.get(), scratch.get() + t * bytes);
+    sums_part(args, schedule, partial.get(), tops_of_parts.get(), scratch.get() + t * bytes);
     team.barrier();
     if (cols.sum) merge_columns(partial.get(), s.n, schedule.parts, t, team.size(), cols);
+    if (tops.col) raise_columns(tops_of_parts.get(), s.n, schedule.parts, t, team.size(), tops.col);
   });
   return "";
 }

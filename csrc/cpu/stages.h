@@ -30,6 +30,13 @@ struct Accumulator {
   double* ref;
 };
 
+// Largest similarities met, to be raised, and the positives' own; all null where nobody asks.
+struct Tops {
+  float* row;  // (m)
+  float* col;  // (n), may be null, and row's for `upper`
+  float* own;  // (m), may be null
+};
+
 struct SimilarityArgs {
   const float* z1;
   const float* z2;
@@ -55,7 +62,7 @@ std::string positives(const float* z1, const float* z2, int64_t m, int64_t d, in
 // in the rounding of the tiles, so that a candidate equal to the positive has its bits. For `upper`
 // rows and cols may be the same arrays.
 std::string sums(const SimilarityArgs& s, Accumulator rows, Accumulator cols, double* logits,
-                 int threads);
+                 const Tops& tops, int threads);
 // G_ij = row_weight_i exp(a s_ij - row_lse_i) + col_weight_j exp(a s_ij - col_lse_j), and
 // diagonal_i at the positives. In fp64: a log-sum of 17 in fp32 would shift a row by 1e-6.
 struct WeightArgs {

@@ -8,6 +8,8 @@
 //
 // Rows: PW vectors, folded into fp64 after each panel of a block. Columns: fp32 over the MB rows of
 // a block, then fp64 in the calling thread's own array.
+//
+// TOP, for statistics: the largest s of each row and column, in a pass of its own over the tile.
 #pragma once
 #include "similarity.h"
 
@@ -67,6 +69,23 @@ DCLR_INLINE void sum_tile(int vectors, const float* tile, vf hi, vf lo, vf* row_
   }
 }
 
+constexpr float kNoTop = -3e38f;
+
+DCLR_INLINE void top_tile(int vectors, const float* tile, vf* row_top, float* col_top) {
+  for (int v = 0; v < vectors; ++v) {
+    vf top = load(col_top + v * VL);
+    DCLR_UNROLL
+    for (int i = 0; i < PW; ++i) {
+      const vf s = load(tile + (i * vectors + v) * VL);
+      row_top[i] = s > row_top[i] ? s : row_top[i];
+      top = s > top ? s : top;
+    }
+    store(col_top + v * VL, top);
+  }
+}
+
+DCLR_INLINE void raise_to(float& top, float s) { top = s > top ? s : top; }
+
 template <bool BOUNDED>
 DCLR_INLINE void fold_row(vf sum, vf ref, double& to_sum, double& to_ref) {
   if constexpr (BOUNDED) {
@@ -84,11 +103,12 @@ struct SumsScratch {
   float* row_copy;  // PW x pitch
   float* col_sum;   // NB
   float* col_ref;   // NB
+  float* col_top;   // NB
 };
 
-template <class T, bool BOUNDED>
+template <class T, bool BOUNDED, bool TOP>
 static void sums_of(const Sums& args, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
-                    double* col_sum, double* col_ref, const SumsScratch& s) {
+                    double* col_sum, double* col_ref, float* col_top, const SumsScratch& s) {
   const Pair& pair = args.pair;
   const vf hi = splat(pair.scale_hi), lo = splat(pair.scale_lo);
   const int64_t ld = round_up((pair.d + T::PACK - 1) / T::PACK, VL);
@@ -103,11 +123,13 @@ static void sums_of(const Sums& args, int64_t i0, int64_t i1, int64_t j0, int64_
       for (int64_t c = 0; c < NB; ++c) {
         s.col_sum[c] = 0;
         s.col_ref[c] = kNoReference;
+        if (TOP) s.col_top[c] = kNoTop;
       }
-      vf row_sum[PW], row_ref[PW];
+      vf row_sum[PW], row_ref[PW], row_top[PW];
       for (int r = 0; r < PW; ++r) {
         row_sum[r] = vf{};
         row_ref[r] = splat(kNoReference);
+        if (TOP) row_top[r] = splat(kNoTop);
       }
       for_each_tile<T>(
           pair, Block{i, mb, j, nb}, s.columns, s.tiles, s.row_copy, false,
@@ -115,15 +137,18 @@ static void sums_of(const Sums& args, int64_t i0, int64_t i1, int64_t j0, int64_
               __attribute__((always_inline)) {
                 sum_tile<BOUNDED>(vectors, tile, hi, lo, row_sum, row_ref, s.col_sum + tj,
                                   s.col_ref + tj);
+                if (TOP) top_tile(vectors, tile, row_top, s.col_top + tj);
               },
           [&](int64_t ti) __attribute__((always_inline)) {
             for (int r = 0; r < PW; ++r) {
               if (i + ti + r < pair.m) {
                 fold_row<BOUNDED>(row_sum[r], row_ref[r], args.row_sum[i + ti + r],
                                   args.row_ref[i + ti + r]);
+                for (int l = 0; TOP && l < VL; ++l) raise_to(args.row_top[i + ti + r], row_top[r][l]);
               }
               row_sum[r] = vf{};
               row_ref[r] = splat(kNoReference);
+              if (TOP) row_top[r] = splat(kNoTop);
             }
           });
       for (int64_t c = 0; c < nb; ++c) {
@@ -131,6 +156,7 @@ static void sums_of(const Sums& args, int64_t i0, int64_t i1, int64_t j0, int64_
           merge(col_sum[j + c], col_ref[j + c], double(s.col_sum[c]),
                 BOUNDED ? 0.0 : double(s.col_ref[c]));
         }
+        if (TOP) raise_to(col_top[j + c], s.col_top[c]);
       }
     }
   }

@@ -75,10 +75,32 @@ void run_case(const Case& c) {
   const SimilarityArgs pair{z1.data(), z2.data(), m,      n,    d,    c.offset,
                             a,         false,     c.bf16, kept, bytes};
   std::vector<double> rows(2 * m), cols(2 * n);
+  Floats row_top(m, -3e38f), col_top(n, -3e38f), own(m);
   const std::string error =
       sums(pair, {rows.data(), rows.data() + m}, {cols.data(), cols.data() + n},
-           c.bf16 ? nullptr : logits.data(), team);
+           c.bf16 ? nullptr : logits.data(), {row_top.data(), col_top.data(), own.data()}, team);
   expect(error.empty(), "sums", isa, m, n, d);
+  // Similarities by a plain loop, of which the largest besides the positives are the tops.
+  Floats row_most(m, -2.0f), col_most(n, -2.0f);
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      double s = 0;
+      for (int64_t k = 0; k < d; ++k) s += double(z1[i * p + k]) * z2[j * p + k];
+      if (j == c.offset + i) {
+        expect(std::fabs(s - own[i]) <= (c.bf16 ? 1e-2 : 1e-6), "own", isa, m, n, d);
+        continue;
+      }
+      row_most[i] = std::max(row_most[i], float(s));
+      col_most[j] = std::max(col_most[j], float(s));
+    }
+  }
+  const double near = c.bf16 ? 1e-2 : 1e-6;
+  for (int64_t i = 0; n > 1 && i < m; ++i) {
+    expect(std::fabs(row_most[i] - row_top[i]) <= near, "row top", isa, m, n, d);
+  }
+  for (int64_t j = 0; m > 1 && j < n; ++j) {
+    expect(std::fabs(col_most[j] - col_top[j]) <= near, "col top", isa, m, n, d);
+  }
   // The positives join the sums of the others, as in directclr_fast/backends/stages.py.
   const auto log_sum = [](const std::vector<double>& x, int64_t i, int64_t count) {
     return (std::log2(x[i]) + x[count + i]) * std::log(2.0);
@@ -175,9 +197,10 @@ void run_self(int64_t m, int64_t d, int threads) {
   std::vector<double> upper(2 * m), whole(2 * m);
   SimilarityArgs s{z.data(), z.data(), m, m, d, 0, 10.0, true, false, nullptr, 0};
   const Accumulator rows{upper.data(), upper.data() + m};
-  sums(s, rows, rows, nullptr, threads);
+  Floats top(m, -3e38f);
+  sums(s, rows, rows, nullptr, {top.data(), top.data(), nullptr}, threads);
   s.upper = false;
-  sums(s, {whole.data(), whole.data() + m}, {nullptr, nullptr}, nullptr, threads);
+  sums(s, {whole.data(), whole.data() + m}, {nullptr, nullptr}, nullptr, {}, threads);
   for (int64_t i = 0; i < m; ++i) {
     const double u = std::ldexp(upper[i], int(upper[m + i]));
     const double v = std::ldexp(whole[i], int(whole[m + i]));

@@ -36,6 +36,8 @@ struct SumsArguments {
   // Line t of row_sum (lines, rows) is of the columns of tile t, line t of col_sum (lines, cols) of
   // the rows of tile t; the peaks likewise, without `bounded`.
   float *row_sum, *row_peak, *col_sum, *col_peak;
+  // Without `bounded` and where not null: the positives' own logits (rows), in the peaks' unit.
+  float* own;
   Exponent exponent;
   int step;
   bool upper, moving, bounded;

@@ -113,10 +113,11 @@ struct SumsEpilogue : EpilogueBase<SumsArguments> {
     float* row_peak = params.row_peak + int64_t(n) * place.rows;
     if (params.bounded) {
       sums_of_warp<DeviceWarp, kBlocks, true>(acc, place, warp, Kind::kHeight, a2, params.moving,
-                                              row_sum, row_peak, sums[warp], peaks[warp]);
+                                              row_sum, row_peak, nullptr, sums[warp], peaks[warp]);
     } else {
       sums_of_warp<DeviceWarp, kBlocks, false>(acc, place, warp, Kind::kHeight, a2, params.moving,
-                                               row_sum, row_peak, sums[warp], peaks[warp]);
+                                               row_sum, row_peak, params.own, sums[warp],
+                                               peaks[warp]);
     }
     if (!params.moving) return;
     constexpr int kThreads = kWarps * kLanes;

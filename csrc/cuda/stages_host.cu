@@ -80,7 +80,7 @@ void sums_as(const Operands& s, const SumsArguments& a, int height) {
       [&](const Place& p, int, int n, int w, Values& acc) {
         sums_of_warp<HostWarp, kBlocksOfTile, kBounded>(
             acc, p, w, height, a2, a.moving, a.row_sum + int64_t(n) * s.rows,
-            a.row_peak + int64_t(n) * s.rows, &sums[size_t(w * kTileWidth)],
+            a.row_peak + int64_t(n) * s.rows, a.own, &sums[size_t(w * kTileWidth)],
             &peaks[size_t(w * kTileWidth)]);
       },
       [&](const Place& p, int m, int) {

@@ -92,10 +92,12 @@ DIRECTCLR_HD void halve(Acc& acc) {
 // One warp's share of a `sums` tile. acc: 4 kBlocks inner products a lane; overwritten.
 // row_sum/row_peak: this tile's line of row partials, indexed by the launch's row. by_warp/peaks:
 // kBlocks * 8 floats, this warp's column sums of the tile. a2 = log2(e) / temperature, times the
-// operands' scale. Without kBounded every sum carries the maximum it is relative to.
+// operands' scale. Without kBounded every sum carries the maximum it is relative to, and `own`, where
+// not null, receives the logits of the positives met, by the launch's row.
 template <class W, int kBlocks, bool kBounded, class Acc>
 DIRECTCLR_HD void sums_of_warp(Acc& acc, const Place& p, int warp, int height, float a2, bool moving,
-                               float* row_sum, float* row_peak, float* by_warp, float* peaks) {
+                               float* row_sum, float* row_peak, float* own_logit, float* by_warp,
+                               float* peaks) {
   using Float = typename W::Float;
   using Int = typename W::Int;
   using Bool = typename W::Bool;
@@ -109,7 +111,11 @@ DIRECTCLR_HD void sums_of_warp(Acc& acc, const Place& p, int warp, int height, f
       Float x = acc[4 * j + k] * a2;
       if (kBounded) x = W::exp2(x);
       if (mask) {
-        x = W::select(counts<W>(p, own.rows(k / 2), own.cols(p, j) + k % 2), x, Float(nothing));
+        const Int row = own.rows(k / 2), col = own.cols(p, j) + k % 2;
+        if (!kBounded && own_logit) {
+          W::store(own_logit, row, x, col == row + p.step && row < p.rows && col < p.cols);
+        }
+        x = W::select(counts<W>(p, row, col), x, Float(nothing));
       }
       acc[4 * j + k] = x;
     }

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..address import CPU, address, start
 from ..problem import Problem
-from .stages import Pair
+from .stages import Pair, Tops
 
 try:
     from .. import _cpu
@@ -131,6 +131,7 @@ class CpuStages:
         scale,
         kept: Tensor,
         logits: Tensor | None = None,
+        tops: Tops | None = None,
     ):
         if scale > MAX_SCALE:  # of a tensor, which why_not has not seen
             raise ValueError(
@@ -146,12 +147,14 @@ class CpuStages:
         column = None
         if problem.symmetric:
             column = _new((2, problem.candidates), _F64, torch.zeros)
-        self._sums(problem, z1, z2, scale, kept, row, column, logits, problem.row_offset, False)
+        offset = problem.row_offset
+        self._sums(problem, z1, z2, scale, kept, row, column, logits, offset, False, tops)
         return _log(row), None if column is None else _log(column)
 
-    def self_sums(self, problem: Problem, z: Tensor, scale) -> Tensor:
+    def self_sums(self, problem: Problem, z: Tensor, scale, top: Tensor | None = None) -> Tensor:
         total = _new((2, z.shape[0]), _F64, torch.zeros)
-        self._sums(problem, z, z, scale, None, total, total, None, 0, True)
+        tops = None if top is None else Tops(top, top, None)
+        self._sums(problem, z, z, scale, None, total, total, None, 0, True, tops)
         return _log(total)
 
     def _positives(self, problem: Problem, z1: Tensor, z2: Tensor, into: Tensor) -> None:
@@ -166,9 +169,10 @@ class CpuStages:
             torch.get_num_threads(),
         )
 
-    def _sums(self, problem, z1, z2, scale, kept, row, column, logits, offset, upper) -> None:
+    def _sums(self, problem, z1, z2, scale, kept, row, column, logits, offset, upper, tops) -> None:
         m, n = z1.shape[0], z2.shape[0]
         row_sum, column_sum = address(row, _F64, 2 * m), address(column, _F64, 2 * n)
+        tops = tops or Tops(None, None, None)
         _cpu.sums(
             *_unit_rows(problem, z1, z2),
             m,
@@ -185,6 +189,9 @@ class CpuStages:
             column_sum and column_sum + 8 * n,
             address(logits, _F64, m),
             torch.get_num_threads(),
+            address(tops.row, _F32, m),
+            address(tops.col, _F32, n),
+            address(tops.own, _F32, m),
         )
 
     def products(

@@ -78,6 +78,9 @@ class CudaStages(PackedStages):
     def _tile(self, kernel: str, layout, device: torch.device, plain: bool = True):
         return hopper.tile(layout)
 
+    def _bounded_sums(self, problem: Problem, scale) -> bool:
+        return not problem.top1 and super()._bounded_sums(problem, scale)
+
     def _programs(self, device: torch.device) -> int:
         return hopper.multiprocessors(device)
 

@@ -151,7 +151,7 @@ def positives(layout: Layout, z1: Tensor, z2: Tensor, offset: int) -> Tensor:
 class Partials:
     """Partial sums of one launch: a line of rows for each tile of columns, and the reverse."""
 
-    def __init__(self, rows: int, columns: int, tile: Tile, moving: bool, bounded: bool, device):
+    def __init__(self, rows: int, columns: int, tile: Tile, moving: bool, peaks: bool, device):
         self.row_lines, self.column_lines = -(-columns // tile.columns), -(-rows // tile.rows)
 
         def buffer(lines: int, length: int, there: bool) -> Tensor | None:
@@ -159,47 +159,57 @@ class Partials:
             return torch.empty(shape, dtype=torch.float32, device=device) if there else None
 
         self.row_sum = buffer(self.row_lines, rows, True)
-        self.row_peak = buffer(self.row_lines, rows, not bounded)
+        self.row_peak = buffer(self.row_lines, rows, peaks)
         self.column_sum = buffer(self.column_lines, columns, moving)
-        self.column_peak = buffer(self.column_lines, columns, moving and not bounded)
+        self.column_peak = buffer(self.column_lines, columns, moving and peaks)
 
 
-def strips(m: int, n: int, tile: Tile, moving: bool, bounded: bool) -> list[slice]:
+def strips(m: int, n: int, tile: Tile, moving: bool, peaks: bool) -> list[slice]:
     """The anchors in strips whose partials stay within PARTIAL_BYTES, or are of one tile row."""
-    a_row = 4 * (-(-n // tile.columns) + (n / tile.rows if moving else 0)) * (1 if bounded else 2)
+    a_row = 4 * (-(-n // tile.columns) + (n / tile.rows if moving else 0)) * (2 if peaks else 1)
     rows = max(1, int(PARTIAL_BYTES / a_row) // tile.rows) * tile.rows
     return [slice(start, min(start + rows, m)) for start in range(0, m, rows)]
 
 
 def partial_sums(
     layout: Layout, z1: Tensor, z2: Tensor, strip: slice, scale, offset: int, tile: Tile,
-    programs: int, *, moving: bool, bounded: bool, upper: bool = False,
+    programs: int, *, moving: bool, bounded: bool, upper: bool = False, tops=None,
 ) -> Partials:  # fmt: skip
     """One launch: partials of the anchors in ``strip`` (z1) against all candidates (z2), or, for
-    ``upper``, against those from the strip's first row on."""
+    ``upper``, against those from the strip's first row on.
+
+    ``tops`` (``stages.Tops``), without ``bounded`` only, is raised to the largest logits of these.
+    """
     rows = strip.stop - strip.start
     z2 = z2[strip.start :] if upper else z2
-    parts, on = Partials(rows, len(z2), tile, moving, bounded, z1.device), _On(z1)
+    parts, on = Partials(rows, len(z2), tile, moving, not bounded, z1.device), _On(z1)
+    own = None if tops is None or tops.own is None else tops.own[strip]
     by_row, by_column = parts.row_lines * rows, parts.column_lines * len(z2)
     _cuda.sums(
         on.operands(layout, z1[strip], z2), on.f32(parts.row_sum, by_row),
         on.f32(parts.row_peak, by_row), on.f32(parts.column_sum, by_column),
-        on.f32(parts.column_peak, by_column), on.exponent(layout, scale),
+        on.f32(parts.column_peak, by_column), on.f32(own, rows), on.exponent(layout, scale),
         0 if upper else strip.start + offset, upper, moving, bounded, pingpong(layout), _stream(z1),
     )  # fmt: skip
+    if tops is not None:
+        column = tops.col[strip.start :] if upper else tops.col
+        for top, peaks in ((tops.row[strip], parts.row_peak), (column, parts.column_peak)):
+            if top is not None:
+                torch.maximum(top, peaks.amax(0), out=top)
     return parts
 
 
 def log_sums(
-    layout: Layout, z1, z2, scale, offset, tile, programs, *, moving, bounded, upper=False
-):
+    layout: Layout, z1, z2, scale, offset, tile, programs, *, moving, bounded, upper=False,
+    tops=None,
+):  # fmt: skip
     """(rest_row (M,), rest_col (N,) or None) in fp64, over strips."""
     row = torch.empty(len(z1), dtype=torch.float64, device=z1.device)
     column = torch.empty(len(z2), dtype=torch.float64, device=z1.device) if moving else None
-    for strip in strips(len(z1), len(z2), tile, moving, bounded):
+    for strip in strips(len(z1), len(z2), tile, moving, not bounded):
         parts = partial_sums(
             layout, z1, z2, strip, scale, offset, tile, programs,
-            moving=moving, bounded=bounded, upper=upper,
+            moving=moving, bounded=bounded, upper=upper, tops=tops,
         )  # fmt: skip
         _fold(parts.row_sum, parts.row_peak, row[strip], True)
         if moving:

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..kernels.records import STORE, Factors, View
 from ..problem import Problem
 from ..products import may_round
-from .stages import Pair, Saved
+from .stages import Pair, Saved, Tops
 
 # One super-block of weights: 8192 x 8192 in half precision.
 DEFAULT_WORKSPACE_BYTES = 128 * 2**20
@@ -52,7 +52,7 @@ class PackedStages:
         raise NotImplementedError
 
     def _tile(self, kernel: str, layout, device: torch.device, plain: bool = True):
-        """Tile of "sums", "weights" or "products", a ``kernels.configs.Tile``."""
+        """Tile of "sums", "tops", "weights" or "products", a ``kernels.configs.Tile``."""
         raise NotImplementedError
 
     def _programs(self, device: torch.device) -> int:
@@ -89,18 +89,20 @@ class PackedStages:
 
     def forward(
         self, problem: Problem, r1: Tensor, r2: Tensor, columns: Tensor | None, scale
-    ) -> tuple[Tensor, Saved]:
+    ) -> tuple[Tensor, Saved, Tensor | None]:
         """normalize, sums, combine, total: 4 launches while the partial sums fit one strip."""
         layout, offset = self._layout(problem), problem.row_offset
-        bounded = is_bounded(problem, scale)
-        tile = self._tile("sums", layout, r1.device, bounded)
+        bounded = self._bounded_sums(problem, scale)
+        tile = self._tile("tops" if problem.top1 else "sums", layout, r1.device, bounded)
         index = None if columns is None else columns[0]
         with self.kernels.device(r1):
             z1, z2, rnorm1, rnorm2, cosines = self.kernels.normalize_views(
                 layout, r1, r2, index, offset, problem.eps
             )
-            strips = self.kernels.strips(len(z1), len(z2), tile, problem.symmetric, bounded)
-            options = {"moving": problem.symmetric, "bounded": bounded}
+            tops = Tops.none_yet(problem, z1, len(z2)) if problem.top1 else None
+            peaks = problem.top1 or not bounded
+            strips = self.kernels.strips(len(z1), len(z2), tile, problem.symmetric, peaks)
+            options = {"moving": problem.symmetric, "bounded": bounded, "tops": tops}
             programs = self._programs(r1.device)
             parts, rest = None, (None, None)
             if len(strips) == 1:
@@ -114,8 +116,13 @@ class PackedStages:
             loss, row_lse, col_lse, nll_row, nll_col = self.kernels.combine(
                 problem, cosines, scale, bounded=bounded, parts=parts, rest=rest
             )
+            top1 = None
+            if tops is not None:
+                own = slice(offset, offset + problem.rows)
+                top1 = tops.top1(own, nll_row, nll_col)[None]
         values = (z1, z2, rnorm1, rnorm2, cosines, row_lse, col_lse, nll_row, nll_col)
-        return loss, Saved(*(value[None] for value in values), self.kept_buffer(problem, z1)[None])
+        kept = self.kept_buffer(problem, z1)[None]
+        return loss, Saved(*(value[None] for value in values), kept), top1
 
     def backward(
         self,
@@ -229,25 +236,32 @@ class PackedStages:
         scale,
         kept: Tensor,
         logits: Tensor | None = None,
+        tops: Tops | None = None,
     ):
         offset = problem.row_offset
         if logits is not None and offset < problem.candidates:
             with self.kernels.device(z1):
                 cosines = self.kernels.positives(self._layout(problem, z1), z1, z2, offset)
             torch.mul(cosines, scale, out=logits)
-        return self._log_sums(problem, z1, z2, scale, offset, problem.symmetric)
+        return self._log_sums(problem, z1, z2, scale, offset, problem.symmetric, tops)
 
-    def self_sums(self, problem: Problem, z: Tensor, scale) -> Tensor:
-        row, column = self._log_sums(problem, z, z, scale, 0, True, upper=True)
+    def self_sums(self, problem: Problem, z: Tensor, scale, top: Tensor | None = None) -> Tensor:
+        tops = None if top is None else Tops(top, top, None)
+        row, column = self._log_sums(problem, z, z, scale, 0, True, tops, upper=True)
         return torch.logaddexp(row, column)
 
-    def _log_sums(self, problem, z1, z2, scale, offset, moving, upper=False):
-        layout, bounded = self._layout(problem, z1), is_bounded(problem, scale)
-        tile = self._tile("sums", layout, z1.device, bounded and not upper)
+    def _bounded_sums(self, problem: Problem, scale) -> bool:
+        """Which form of the sums is taken: kernels may have maxima in one of them only."""
+        return is_bounded(problem, scale)
+
+    def _log_sums(self, problem, z1, z2, scale, offset, moving, tops, upper=False):
+        layout, bounded = self._layout(problem, z1), self._bounded_sums(problem, scale)
+        kernel, plain = "tops" if problem.top1 else "sums", bounded and not upper
+        tile = self._tile(kernel, layout, z1.device, plain)
         with self.kernels.device(z1):
             return self.kernels.log_sums(
                 layout, z1, z2, scale, offset, tile, self._programs(z1.device),
-                moving=moving, bounded=bounded, upper=upper,
+                moving=moving, bounded=bounded, upper=upper, tops=tops,
             )  # fmt: skip
 
     def products(

@@ -49,6 +49,39 @@ class Saved(NamedTuple):
     kept: Tensor
 
 
+class Tops(NamedTuple):
+    """Largest logits so far, from which top-1 is told; in a unit of the backend's own.
+
+    ``row`` (M,) and ``col`` (N,) run over the other candidates, -inf where there was none; ``own``
+    (M,) are the positives' with the rounding of their neighbours in the tile. In the compute
+    dtype; ``col`` is None for one direction, ``own`` where no positive is met.
+    """
+
+    row: Tensor
+    col: Tensor | None
+    own: Tensor | None
+
+    @staticmethod
+    def none_yet(problem: Problem, like: Tensor, columns: int) -> Tops:
+        """Before the first tile, on the device of ``like``."""
+
+        def lowest(size: int) -> Tensor:
+            return like.new_full((size,), -torch.inf, dtype=problem.compute_dtype)
+
+        col = lowest(columns) if problem.symmetric else None
+        return Tops(lowest(problem.rows), col, lowest(problem.rows))
+
+    def top1(self, where: slice, nll_row: Tensor, nll_col: Tensor) -> Tensor:
+        """(directions, M) bool: no other candidate's logit is larger, and none is NaN.
+
+        ``where`` in ``col`` are the positives' columns.
+        """
+        found = [(self.own >= self.row) & ~nll_row.isnan()]
+        if self.col is not None:
+            found.append((self.own >= self.col[where]) & ~nll_col.isnan())
+        return torch.stack(found)
+
+
 class Pair(NamedTuple):
     """Weights of one tile product's gradient: G_ij = w_i p_ij + v_j q_ij, its positives given.
 
@@ -88,16 +121,18 @@ class Stages(Protocol):
         scale,
         kept: Tensor,
         logits: Tensor | None = None,
+        tops: Tops | None = None,
     ):
         """log sum of exp(a s) over all but the positives: (M,) by rows and (N,) by columns.
 
         ``logits`` (M,), in the statistics dtype, receives the positives' a s_ip(i) where these are
         among the candidates: with the rounding of their neighbours in the tile, or from an exact
-        product where the tile's operands are rounded. None: nobody asks.
+        product where the tile's operands are rounded. None: nobody asks. ``tops`` is raised to the
+        largest logits met here, and its ``own`` written where ``logits`` would be.
         """
 
-    def self_sums(self, problem: Problem, z: Tensor, scale) -> Tensor:
-        """log sum_j exp(a z_i . z_j) over j != i: (rows,)."""
+    def self_sums(self, problem: Problem, z: Tensor, scale, top: Tensor | None = None) -> Tensor:
+        """log sum_j exp(a z_i . z_j) over j != i: (rows,). ``top`` (rows,): as ``tops``."""
 
     def products(
         self, problem: Problem, z1: Tensor, z2: Tensor, scale, pair: Pair, kept: Tensor, need
@@ -129,25 +164,30 @@ class Stages(Protocol):
 
 def forward(
     stages: Stages, problem: Problem, r1: Tensor, r2: Tensor, columns: Tensor | None, scale
-) -> tuple[Tensor, Saved]:
-    """Loss and what its backward pass needs. ``columns`` is (G, d) or None for the slice.
+) -> tuple[Tensor, Saved, Tensor | None]:
+    """Loss, what its backward pass needs, and top-1 as (G, directions, M) bool or None.
+
+    ``columns`` is (G, d) or None for the slice. Top-1 is there where the problem asks for it.
 
     Stages with a method ``fuses(problem)`` that says yes run their own ``forward`` and
     ``backward``, of the same arguments and results, in fewer launches.
     """
     if _fused(stages, problem):
         return stages.forward(problem, r1, r2, columns, scale)
-    groups = []
+    groups, top1 = [], []
     for index in [None] if columns is None else columns:
         z1, rnorm1 = stages.normalize(problem, r1, index)
         z2, rnorm2 = stages.normalize(problem, r2, index)
         kept = stages.kept_buffer(problem, z1)
         logits = z1.new_empty(problem.rows, dtype=problem.statistics_dtype)
-        rest_row, rest_col = stages.sums(problem, z1, z2, scale, kept, logits)
+        tops = Tops.none_yet(problem, z1, problem.candidates) if problem.top1 else None
+        rest_row, rest_col = stages.sums(problem, z1, z2, scale, kept, logits, tops)
         if problem.negatives == "both":
-            rest_row = torch.logaddexp(rest_row, stages.self_sums(problem, z1, scale))
+            top = tops and tops.row
+            rest_row = torch.logaddexp(rest_row, stages.self_sums(problem, z1, scale, top))
             if problem.symmetric:
-                rest_col = torch.logaddexp(rest_col, stages.self_sums(problem, z2, scale))
+                top = tops and tops.col
+                rest_col = torch.logaddexp(rest_col, stages.self_sums(problem, z2, scale, top))
         nll_row, row_lse = _with_positive(rest_row, logits)
         # Two tensors: outputs of the registered op must not share memory.
         nll_col, col_lse = logits.new_empty(0), logits.new_empty(0)
@@ -159,6 +199,8 @@ def forward(
                 nll_col, own_lse = _with_positive(rest_col[own], logits)
                 col_lse = rest_col.clone()
                 col_lse[own] = own_lse
+        if tops is not None:
+            top1.append(tops.top1(_own(problem), nll_row, nll_col))
         cosines = logits / scale
         groups.append(
             Saved(z1, z2, rnorm1, rnorm2, cosines, row_lse, col_lse, nll_row, nll_col, kept)
@@ -170,7 +212,8 @@ def forward(
     per_row = saved.nll_row
     if problem.symmetric:
         per_row = 0.5 * (per_row + saved.nll_col)
-    return reduce(problem, per_row.sum(0)).to(problem.compute_dtype), saved
+    loss = reduce(problem, per_row.sum(0)).to(problem.compute_dtype)
+    return loss, saved, torch.stack(top1) if top1 else None
 
 
 def backward(

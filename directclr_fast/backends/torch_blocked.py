@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..problem import Problem
-from .stages import Pair
+from .stages import Pair, Tops
 
 NAME = "torch"
 
@@ -86,22 +86,31 @@ class TorchStages:
         scale,
         kept: Tensor,
         logits: Tensor | None = None,
+        tops: Tops | None = None,
     ):
         unshifted = _unshifted(problem, scale)
         row = _Accumulator(problem, z1, unshifted)
         col = _Accumulator(problem, z2, unshifted) if problem.symmetric else None
         for rows, columns, s in _blocks(problem, z1, z2, scale, problem.row_offset, kept, logits):
+            if tops is not None:
+                _raise(tops.row, rows, s, 1)
+                _raise(tops.col, columns, s, 0)
             if unshifted:
                 s.exp_()
             row.add(rows, s, 1)
             if col is not None:
                 col.add(columns, s, 0)
+        if tops is not None and tops.own is not None:
+            tops.own.copy_(logits)
         return row.log_sum(), None if col is None else col.log_sum()
 
-    def self_sums(self, problem: Problem, z: Tensor, scale) -> Tensor:
+    def self_sums(self, problem: Problem, z: Tensor, scale, top: Tensor | None = None) -> Tensor:
         unshifted = _unshifted(problem, scale)
         row = _Accumulator(problem, z, unshifted)
         for rows, columns, s in _blocks(problem, z, z, scale, 0, triangle=True):
+            _raise(top, rows, s, 1)
+            if columns.start >= rows.stop:
+                _raise(top, columns, s, 0)
             if unshifted:
                 s.exp_()
             row.add(rows, s, 1)
@@ -170,6 +179,12 @@ class TorchStages:
             else:
                 dr.index_add_(1, index, dx.to(dr.dtype))
         return total
+
+
+def _raise(top: Tensor | None, where: slice, s: Tensor, dim: int) -> None:
+    """``top[where]`` to the maxima of a block of logits where these are more."""
+    if top is not None:
+        torch.maximum(top[where], s.amax(dim), out=top[where])
 
 
 class _Accumulator:
