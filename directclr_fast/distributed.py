@@ -47,7 +47,7 @@ from torch import Tensor
 
 from . import dispatch, flops, ops, reference
 from .address import memory, unwrapped
-from .backends.stages import Pair, Stages, _with_positive
+from .backends.stages import Pair, Stages, Tops, _with_positive
 from .problem import Problem
 
 GATHERS = ("auto", "all", "ring")
@@ -173,8 +173,10 @@ class State(NamedTuple):
 
 def loss(
     group, gather: str, even_batches: bool, check: Callable[[], tuple]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, row_lse (G, n), col_lse (G, n) or (G, 0), logits of the positives (G, n)).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """(loss, row_lse (G, n), col_lse (G, n) or (G, 0), logits of the positives (G, n), top1).
+
+    top1 (G, directions, n) bool, None where no process wants statistics.
 
     ``check`` returns (r1, r2, columns, temperature, options) as ``ops.Loss`` takes them, or raises;
     what it raises in one process is told to the others, which would otherwise wait for this one.
@@ -210,7 +212,7 @@ def _loss(group, gather, even_batches, check):
         dist.get_rank(group),
         counts,
         backend,
-        replace(problem, keep=any(need)),
+        replace(problem, keep=any(need), top1=any(message["top1"] for message in everyone)),
         _takes_ring(gather, problem, backend, sum(counts)),
         need,
     )
@@ -267,7 +269,8 @@ def _message(problem: Problem, backend, gather, r1, r2, columns, temperature) ->
         on_host = temperature.device.type == "cpu"
         same["temperature"] = ["tensor", float(temperature.detach()) if on_host else None]
     wanted = [grad and t is not None and t.requires_grad for t in (r1, r2, temperature)]
-    return {"rows": problem.rows, "need": wanted, "grad": grad, "same": same}
+    told = {"rows": problem.rows, "need": wanted, "grad": grad, "top1": problem.top1}
+    return told | {"same": same}
 
 
 # Row counts are host numbers that sizes of tensors depend on, so they are exchanged between hosts:
@@ -338,14 +341,14 @@ class DistributedLoss(torch.autograd.Function):
     def forward(ctx, r1, r2, columns, temperature, anchor, call):
         with torch.no_grad(), ops.plain(call.problem):
             scale = ops._scale(call.problem, temperature)
-            value, states, *statistics = _forward(call, r1, r2, columns, scale)
+            value, states, *statistics, top1 = _forward(call, r1, r2, columns, scale)
         dispatch.note(call.backend)
         if any(call.need):
             tensors = list(chain(*states))
             ctx.save_for_backward(columns, temperature, *tensors)
             ctx.call, ctx.made = call, [(v.shape, v.dtype, v.device) for v in tensors]
         ctx.mark_non_differentiable(*statistics)
-        return value, *statistics
+        return value, *statistics, top1
 
     @staticmethod
     def backward(ctx, dloss, *_):
@@ -379,17 +382,23 @@ def _forward(call: Call, r1: Tensor, r2: Tensor, columns: Tensor | None, scale):
     both = problem.negatives == "both"
     stages = dispatch.load(call.backend).stages()
     indices = [None] if columns is None else columns
-    states, *sums = zip(*(_sums(call, stages, r1, r2, index, scale) for index in indices))
+    states, tops, *sums = zip(*(_sums(call, stages, r1, r2, index, scale) for index in indices))
     logits, rest_row, rest_col, rest_self = (torch.stack(values) for values in sums)
 
     nll_row, row_lse = _with_positive(rest_row, logits)
     per_row, nothing = nll_row, row_lse[:0]
     nll_col, col_lse = row_lse.new_empty(2, problem.groups, 0)
     if problem.symmetric:
-        rest_col = torch.logaddexp(_combine(call, rest_col), rest_self)
+        rest_col = torch.logaddexp(_combine(call, rest_col, torch.logsumexp), rest_self)
         nll_col, col_lse = _with_positive(rest_col, logits)
         per_row = 0.5 * (nll_row + nll_col)
     per_row = per_row.sum(0)
+    top1 = None
+    if problem.top1:
+        tops = Tops(*(None if of[0] is None else torch.stack(of) for of in zip(*tops)))
+        if problem.symmetric:
+            tops = tops._replace(col=_combine(call, tops.col, torch.amax))
+        top1 = tops.top1(slice(None), nll_row, nll_col)
 
     reduced = problem.reduction != "none"
     all_losses, all_col, all_row = _gather_statistics(
@@ -402,7 +411,7 @@ def _forward(call: Call, r1: Tensor, r2: Tensor, columns: Tensor | None, scale):
     value = reference.reduce(problem, all_losses[0] if reduced else per_row)
     value = value.to(problem.compute_dtype)
     if not wanted:
-        return value, [], row_lse, col_lse, logits
+        return value, [], row_lse, col_lse, logits, top1
     fields = zip(
         all_row if both else row_lse, all_col if len(all_col) else col_lse, nll_row, nll_col
     )
@@ -410,12 +419,13 @@ def _forward(call: Call, r1: Tensor, r2: Tensor, columns: Tensor | None, scale):
         state._replace(row_lse=a, col_lse=b, nll_row=c, nll_col=d)
         for state, (a, b, c, d) in zip(states, fields)
     ]
-    return value, states, row_lse, col_lse, logits
+    return value, states, row_lse, col_lse, logits, top1
 
 
 def _sums(call: Call, stages: Stages, r1: Tensor, r2: Tensor, index: Tensor | None, scale):
-    """One column group: its State without the log-sums; the positives' logits (n,); log-sums of the
-    others (n,) by row, (N,) by column in part, (n,) over view 2's own rows ("both", else -inf)."""
+    """One column group: its State without the log-sums; Tops, (N,) by column in part, or None; the
+    positives' logits (n,); log-sums of the others (n,) by row, (N,) by column in part, (n,) over
+    view 2's own rows ("both", else -inf)."""
     problem = call.problem
     z1, rnorm1 = stages.normalize(problem, r1, index)
     z2, rnorm2 = stages.normalize(problem, r2, index)
@@ -423,25 +433,32 @@ def _sums(call: Call, stages: Stages, r1: Tensor, r2: Tensor, index: Tensor | No
     rest_row = torch.full_like(logits, -torch.inf)
     rest_self = rest_row.clone()
     rest_col = rest_row.new_empty(call.total)
+    tops = of_part = of_view1 = of_view2 = None
+    if problem.top1:
+        tops = of_part = Tops.none_yet(problem, z1, call.total)
+        of_view1 = Tops(tops.row, None, None)
+        of_view2 = problem.symmetric and Tops(tops.col[call.own], None, None)
     views = [z2] if problem.negatives == "cross" else [z2, z1]
     held = views if call.ring else [_gather(call, z) for z in views]
     for where, offset, *blocks in _blocks(call, held):
         part, alone = _part(call, where, offset)
         kept = stages.kept_buffer(part, z1)
-        row, col = stages.sums(part, z1, blocks[0], scale, kept, logits)
+        if problem.top1 and problem.symmetric:
+            of_part = tops._replace(col=tops.col[where])
+        row, col = stages.sums(part, z1, blocks[0], scale, kept, logits, of_part)
         rest_row = torch.logaddexp(rest_row, row)
         if problem.symmetric:
             rest_col[where] = col
         if problem.negatives == "both":
             none = stages.kept_buffer(alone, z1)
-            row, _ = stages.sums(alone, z1, blocks[1], scale, none)
+            row, _ = stages.sums(alone, z1, blocks[1], scale, none, None, of_view1)
             rest_row = torch.logaddexp(rest_row, row)
             if problem.symmetric:
-                row, _ = stages.sums(alone, z2, blocks[0], scale, none)
+                row, _ = stages.sums(alone, z2, blocks[0], scale, none, None, of_view2)
                 rest_self = torch.logaddexp(rest_self, row)
     later = [rest_row] * 4  # filled in when the column sums are whole
     state = State(held[1] if len(held) > 1 else z1, held[0], rnorm1, rnorm2, *later, kept)
-    return state, logits, rest_row, rest_col, rest_self
+    return state, tops, logits, rest_row, rest_col, rest_self
 
 
 def _backward(call: Call, dloss: Tensor, states: list[State], columns, scale, here):
@@ -638,13 +655,13 @@ def _reduce_scatter(call: Call, x: Tensor) -> Tensor:
     return found[: call.problem.rows]
 
 
-def _combine(call: Call, parts: Tensor) -> Tensor:
-    """(G, N) log-sums of everyone's parts to those of this process's own columns, (G, n)."""
+def _combine(call: Call, parts: Tensor, join: Callable) -> Tensor:
+    """(G, N) log-sums (or maxima) of everyone's parts to those of this process's columns, (G, n)."""
     size, rows = len(call.counts), call.problem.rows
     leaving = parts.T.contiguous()
     arriving = leaving.new_empty(size * rows, parts.shape[0])
     dist.all_to_all_single(arriving, leaving, [rows] * size, list(call.counts), group=call.group)
-    return arriving.view(size, rows, -1).logsumexp(0).T.contiguous()
+    return join(arriving.view(size, rows, -1), 0).T.contiguous()
 
 
 def _gather_statistics(call: Call, *values: Tensor) -> list[Tensor]:

@@ -374,6 +374,9 @@ def partial_sums(
         parts.col_sum.zero_()
         if peaks:
             parts.col_max.fill_(float("-inf"))
+    own = parts.row_sum  # not written
+    if tops is not None and not upper:
+        own = torch.empty_like(tops.row) if tops.own is None else tops.own
     fixed, walked = layout.operand(z1), layout.operand(z2)
     fp8 = layout.precision == "fp8"
     launch(
@@ -385,7 +388,7 @@ def partial_sums(
         parts.row_max,
         parts.col_sum,
         parts.col_max,
-        parts.row_sum if tops is None or tops.own is None else tops.own,
+        own,
         scale,
         strip.start,
         len(z1),

@@ -107,6 +107,32 @@ def test_offsets_beyond_two_to_the_31_elements(library):
     assert offset(10**7, 768) == 768 * 10**7 > 2**32
 
 
+# ------------------------------------------------------------------------------ statistics
+
+
+@pytest.mark.parametrize("dim", [20, 300])  # either schedule
+@pytest.mark.parametrize("negatives", ["cross", "both"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_top1_is_that_of_the_rounded_rows(monkeypatch, negatives, symmetric, dim):
+    """Strips, ties and ragged edges; operands of fp16, so the reference takes rows so rounded."""
+    monkeypatch.setattr(hopper, "PARTIAL_BYTES", 1)
+    r1, r2 = make_views(300, 320, kind="ties", dtype=torch.float32)
+    given = {"negatives": negatives, "symmetric": symmetric, "return_stats": True}
+    _, found = fast_directclr_loss(r1, r2, dim, backend="cuda", precision="fp16", **given)
+    z1, z2 = (torch.nn.functional.normalize(r[:, :dim], dim=1).half().double() for r in (r1, r2))
+    off = ~torch.eye(300, dtype=torch.bool)
+    own = (z1 * z2).sum(1)
+    for got, a, b in ((found.row_top1, z1, z2), (found.col_top1, z2, z1)):
+        if got is None:
+            continue
+        largest = (a @ b.T)[off].view(300, 299).amax(1)
+        if negatives == "both":
+            largest = torch.maximum(largest, (a @ a.T)[off].view(300, 299).amax(1))
+        sure = (own - largest).abs() > 1e-6
+        assert torch.equal(got[sure], own[sure] > largest[sure])
+        assert got[~sure].all()  # equal rows, not only nearly so
+
+
 # ------------------------------------------------------------------------------ how exact
 
 ALLOWED = {"fp16": 5e-4, "bf16": 4e-3, "fp8": 3e-2}  # of the gradient; eager bf16: 2e-3 to 5e-2

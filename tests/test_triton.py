@@ -12,6 +12,7 @@ import os
 import numpy as np
 import pytest
 import test_loss_exact as exact
+import test_top1 as top1
 import torch
 
 from directclr_fast import dispatch, fast_directclr_loss, last_backend, ops
@@ -84,6 +85,18 @@ def test_generated_cases_match_the_reference(chunk):
             allowed = (2 * relative_error(plain, want) + 1e-6) * size + ulps * slack[name]
             error = float((got.double() - want).norm())
             assert error <= allowed or error < 1e-12, (error, allowed, name, case)
+
+
+@pytest.mark.parametrize("name", top1.CASES)
+def test_top1_agrees_with_the_reference(name):
+    top1.check_against_the_reference(name, backend="triton", precision="highest")
+
+
+def test_top1_over_strips(coarse, monkeypatch):
+    """Column maxima of several strips, in both forms of the sums."""
+    monkeypatch.setattr(sums, "PARTIAL_BYTES", 1)
+    for name in ("ties", "cold", "both"):
+        top1.check_against_the_reference(name, backend="triton", precision="highest")
 
 
 # Of the gradient against fp64, N = 256, d = 360; eager under bf16 autocast makes 2e-3 to 5e-2.

@@ -74,12 +74,12 @@ class Tops(NamedTuple):
     def top1(self, where: slice, nll_row: Tensor, nll_col: Tensor) -> Tensor:
         """(directions, M) bool: no other candidate's logit is larger, and none is NaN.
 
-        ``where`` in ``col`` are the positives' columns.
+        ``where`` in ``col`` are the positives' columns. Leading dimensions are carried along.
         """
         found = [(self.own >= self.row) & ~nll_row.isnan()]
         if self.col is not None:
-            found.append((self.own >= self.col[where]) & ~nll_col.isnan())
-        return torch.stack(found)
+            found.append((self.own >= self.col[..., where]) & ~nll_col.isnan())
+        return torch.stack(found, -2)
 
 
 class Pair(NamedTuple):
