@@ -13,7 +13,8 @@ computes the block row S_k = z1_k z2^T (n_k, N) of the similarities and nothing 
 
 so a process does 8c/W operations (flops.distributed). The column parts travel as logarithms in
 fp64, which is exact enough at every temperature and needs no common shift, and are added in the
-order of ranks, so that nothing depends on arrival. "both" adds the block rows z1_k z1^T and
+order of ranks, so that nothing depends on arrival. Column maxima travel likewise, where any process
+wants statistics. "both" adds the block rows z1_k z1^T and
 z2_k z2^T, whose transposes another process computes: 20c/W.
 
 How z2 reaches everyone is ``gather``:
@@ -656,7 +657,7 @@ def _reduce_scatter(call: Call, x: Tensor) -> Tensor:
 
 
 def _combine(call: Call, parts: Tensor, join: Callable) -> Tensor:
-    """(G, N) log-sums (or maxima) of everyone's parts to those of this process's columns, (G, n)."""
+    """(G, N) log-sums or maxima of everyone's parts to those of this process's columns, (G, n)."""
     size, rows = len(call.counts), call.problem.rows
     leaving = parts.T.contiguous()
     arriving = leaving.new_empty(size * rows, parts.shape[0])

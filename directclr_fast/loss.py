@@ -99,9 +99,9 @@ def fast_directclr_loss(
             backward pass. See below.
         gather: "all" holds z2 of the whole batch in every process, "ring" passes blocks round,
             "auto" takes the ring where the former would need over 4 GiB.
-        even_batches: promises that every process has as many rows and asks the same. Without it a
-            small message between the hosts per call says so, or raises in all of them; a promise
-            that does not hold ends in a hang or in wrong numbers.
+        even_batches: promises that every process has as many rows and asks the same, statistics
+            included. Without it a small message between the hosts per call says so, or raises in
+            all of them; a promise that does not hold ends in a hang or in wrong numbers.
         precision: "auto", "fp16", "bf16", "tf32", "fp8" or "highest": that of the products; a
             backend without it says so. "highest" keeps fp32 inputs free of TF32 and bf16. "auto"
             on a GPU rounds operands to fp16 for half-precision inputs, under autocast and where

@@ -60,7 +60,7 @@ def by_hand(logits: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
 
 
 def test_the_reference_agrees_with_the_words():
-    """"cross", "both" and "same", each from its candidates one by one, in both directions."""
+    """Negatives "cross", "both" and "same", each from its candidates, in both directions."""
     r1, r2 = make_views(19, 12, dtype=torch.float64)
     z1, z2 = (torch.nn.functional.normalize(r, dim=1) for r in (r1, r2))
     off = ~torch.eye(19, dtype=torch.bool)

@@ -92,8 +92,8 @@ DIRECTCLR_HD void halve(Acc& acc) {
 // One warp's share of a `sums` tile. acc: 4 kBlocks inner products a lane; overwritten.
 // row_sum/row_peak: this tile's line of row partials, indexed by the launch's row. by_warp/peaks:
 // kBlocks * 8 floats, this warp's column sums of the tile. a2 = log2(e) / temperature, times the
-// operands' scale. Without kBounded every sum carries the maximum it is relative to, and `own`, where
-// not null, receives the logits of the positives met, by the launch's row.
+// operands' scale. Without kBounded every sum carries the maximum it is relative to, and `own_logit`,
+// where not null, receives the logits of the positives met, by the launch's row.
 template <class W, int kBlocks, bool kBounded, class Acc>
 DIRECTCLR_HD void sums_of_warp(Acc& acc, const Place& p, int warp, int height, float a2, bool moving,
                                float* row_sum, float* row_peak, float* own_logit, float* by_warp,
