@@ -123,8 +123,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "sums",
       [](P z1, P z2, I rows, I n, I d, I row_offset, double scale, bool upper, bool bf16,
-         P workspace, I bytes, P row_sum, P row_ref, P col_sum, P col_ref, P logits, int threads,
-         P row_top, P col_top, P own) {
+         P workspace, I bytes, P row_sum, P row_ref, P col_sum, P col_ref, P logits,
+         P row_top, P col_top, P own, int threads) {
         const SimilarityArgs s{at<float>(z1), at<float>(z2), rows, n, d, row_offset, scale, upper,
                                bf16, at<void>(workspace), bytes};
         py::gil_scoped_release release;
@@ -134,7 +134,7 @@ PYBIND11_MODULE(_cpu, m) {
       },
       "z1"_a, "z2"_a, "m"_a, "n"_a, "d"_a, "row_offset"_a, "scale"_a, "upper"_a, "bf16"_a,
       "workspace"_a, "workspace_bytes"_a, "row_sum"_a, "row_ref"_a, "col_sum"_a, "col_ref"_a,
-      "logits"_a, "threads"_a, "row_top"_a = 0, "col_top"_a = 0, "own"_a = 0);
+      "logits"_a, "row_top"_a = 0, "col_top"_a = 0, "own"_a = 0, "threads"_a);
   m.def(
       "products",
       [](P z1, P z2, I rows, I n, I d, I row_offset, double scale, bool upper, bool bf16,

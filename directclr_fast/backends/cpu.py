@@ -188,10 +188,10 @@ class CpuStages:
             column_sum,
             column_sum and column_sum + 8 * n,
             address(logits, _F64, m),
-            torch.get_num_threads(),
             address(tops.row, _F32, m),
             address(tops.col, _F32, n),
             address(tops.own, _F32, m),
+            torch.get_num_threads(),
         )
 
     def products(
