@@ -17,7 +17,16 @@ def main() -> None:
     for (rows, dim), precision, backend in itertools.product(
         ((129, 70), (300, 360)), ("fp16", "bf16", "tf32", "highest", "fp8"), ("triton", "cuda")
     ):
-        problem = Problem(rows, rows, 400, dim, torch.float32, device, 0.1, precision=precision)
+        problem = Problem(
+            rows=rows,
+            candidates=rows,
+            width=400,
+            dim=dim,
+            dtype=torch.float32,
+            device_type=device,
+            temperature=0.1,
+            precision=precision,
+        )
         if dispatch.load(backend).why_not(problem):
             continue
         r1, r2 = make_views(rows, 400, dtype=torch.float32, device=device)

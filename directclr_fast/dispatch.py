@@ -20,7 +20,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-from .problem import Problem
+from .problem import PRIORITY, Problem
 
 _MODULES = {
     "cpu": ".backends.cpu",
@@ -29,8 +29,6 @@ _MODULES = {
     "torch": ".backends.torch_blocked",
     "reference": ".reference",
 }
-PRIORITY = ("cpu", "cuda", "triton", "torch", "reference")  # fastest first
-BACKENDS = ("auto", *PRIORITY)
 
 _last: str | None = None
 
@@ -40,23 +38,23 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(_MODULES[name], __package__)
 
 
-def choose(problem: Problem, backend: str = "auto") -> str:
-    """Name of the backend that runs ``problem``.
+def choose(problem: Problem) -> Problem:
+    """``problem`` with the name of the backend that runs it in place of "auto".
 
     Raises ``NotImplementedError`` with the reasons where the named backend, or every one, cannot.
     """
-    names = PRIORITY if backend == "auto" else (backend,)
+    asked = problem.backend
     reasons = []
-    for name in names:
+    for name in PRIORITY if asked == "auto" else (asked,):
         module = load(name)
         against = module.why_not(problem)
-        if not against and backend == "auto":
+        if not against and asked == "auto":
             against = [reason] if (reason := only_by_name(module, problem)) else []
         if not against:
-            return name
+            return problem.replace(backend=name)
         reasons += [f"{name}: {reason}" for reason in against]
-    asked = "no backend can run" if backend == "auto" else f"backend {backend!r} cannot run"
-    raise NotImplementedError(f"{asked} this call ({describe(problem)}): " + "; ".join(reasons))
+    which = "no backend can run" if asked == "auto" else f"backend {asked!r} cannot run"
+    raise NotImplementedError(f"{which} this call ({describe(problem)}): " + "; ".join(reasons))
 
 
 def only_by_name(module: ModuleType, problem: Problem) -> str | None:

@@ -38,7 +38,7 @@ import hashlib
 import json
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
 
@@ -47,11 +47,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import dispatch, flops, ops, reference
+from . import problem as problems
 from .address import memory, unwrapped
 from .backends.stages import Pair, Stages, Tops, _with_positive
 from .problem import Problem
 
-GATHERS = ("auto", "all", "ring")
 # "auto" takes the ring where the gathered views and dz2 would be larger: 3 % of an H200's memory, N
 # = 2 million at d = 360 in fp16. Below, "all" is the faster by the model of docs/scaling.md.
 ALL_GATHER_BYTES = 4 * 2**30
@@ -133,7 +133,6 @@ class Call:
     group: dist.ProcessGroup
     rank: int
     counts: tuple[int, ...]  # rows of each process
-    backend: str
     problem: Problem
     ring: bool
     need: tuple[bool, bool, bool]  # whether any process wants a gradient of r1, r2, temperature
@@ -173,29 +172,28 @@ class State(NamedTuple):
 
 
 def loss(
-    group, gather: str, even_batches: bool, check: Callable[[], tuple]
+    group, even_batches: bool, check: Callable[[], problems.Call]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """(loss, row_lse (G, n), col_lse (G, n) or (G, 0), logits of the positives (G, n), top1).
 
     top1 (G, directions, n) bool, None where no process wants statistics.
 
-    ``check`` returns (r1, r2, columns, temperature, options) as ``ops.Loss`` takes them, or raises;
-    what it raises in one process is told to the others, which would otherwise wait for this one.
+    What ``check`` raises in one process is told to the others, which would otherwise wait for it.
     A compiled caller breaks its graph here.
     """
     run = _loss
     if torch.compiler.is_compiling():  # as a decorator it would make every import load dynamo
         run = torch.compiler.disable(_loss)
-    return run(group, gather, even_batches, check)
+    return run(group, even_batches, check)
 
 
-def _loss(group, gather, even_batches, check):
+def _loss(group, even_batches, check):
     group = dist.group.WORLD if group == "world" else group
     mine, refused = {}, None
     try:
-        r1, r2, columns, temperature, options = check()
-        problem, backend = _locally(r1, r2, columns, temperature, options)
-        mine = _message(problem, backend, gather, r1, r2, columns, temperature)
+        given = check()
+        problem = _locally(given)
+        mine = _message(problem, given)
     except Exception as error:
         if even_batches:
             raise
@@ -212,18 +210,20 @@ def _loss(group, gather, even_batches, check):
         group,
         dist.get_rank(group),
         counts,
-        backend,
-        replace(problem, keep=any(need), top1=any(message["top1"] for message in everyone)),
-        _takes_ring(gather, problem, backend, sum(counts)),
+        problem.replace(
+            differentiable=any(need), return_stats=any(message["stats"] for message in everyone)
+        ),
+        _takes_ring(problem, sum(counts)),
         need,
     )
     # A process none of whose inputs wants a gradient still has its part in those of the others.
-    anchor = r1.new_empty(0).requires_grad_() if any(need) else None
-    return DistributedLoss.apply(r1, r2, columns, temperature, anchor, call)
+    anchor = given.r1.new_empty(0).requires_grad_() if any(need) else None
+    return DistributedLoss.apply(*given[:4], anchor, call)
 
 
-def _locally(r1, r2, columns, temperature, options) -> tuple[Problem, str]:
-    """The problem of this process's own rows and its backend; raises what needs no other's word."""
+def _locally(given: problems.Call) -> Problem:
+    """The problem of this process's own rows; raises what needs no other's word."""
+    r1, r2, columns, temperature, options = given
     if r1.shape[0] != r2.shape[0]:
         raise ValueError(
             f"r2: expected {r1.shape[0]} rows like r1 over several processes, got {r2.shape[0]}"
@@ -233,35 +233,30 @@ def _locally(r1, r2, columns, temperature, options) -> tuple[Problem, str]:
     for name, value in (("r1", r1), ("r2", r2), ("temperature", temperature)):
         if value is not None:
             memory(name, value)
-    problem = ops.problem_of(options, r1, r2, columns, temperature)
     if options.negatives == "same":
         raise NotImplementedError(
             "negatives 'same' runs in one process only: it materialises the matrix"
         )
-    backend = dispatch.choose(problem, options.backend)
-    if backend == reference.NAME:
+    problem = dispatch.choose(ops.problem_of(options, r1, r2, columns))
+    if problem.backend == reference.NAME:
         raise NotImplementedError(
             "backend 'reference' runs in one process only: it materialises the matrix"
         )
     ops._scale(problem, temperature)  # a temperature on the host must be in range
-    return problem, backend
+    return problem
 
 
-def _message(problem: Problem, backend, gather, r1, r2, columns, temperature) -> dict:
+def _message(problem: Problem, given: problems.Call) -> dict:
     """What this process tells the others. Nothing in it waits for a device."""
+    r1, r2, columns, temperature, _ = given
     grad = torch.is_grad_enabled()
     same = {
         "width": problem.width,
-        "dim": problem.dim,
         "dtype": str(problem.dtype).removeprefix("torch."),
         "device": problem.device_type,
-        "backend": backend,
-        "gather": gather,
         "columns": None,
-        "temperature": problem.temperature,
     }
-    for name in ("negatives", "symmetric", "reduction", "precision", "mixed", "eps"):
-        same[name] = getattr(problem, name)
+    same |= {name: getattr(problem, name) for name in problems.AGREED}
     if columns is not None:
         same["columns"] = list(columns.shape)
         if columns.device.type == "cpu":
@@ -270,8 +265,8 @@ def _message(problem: Problem, backend, gather, r1, r2, columns, temperature) ->
         on_host = temperature.device.type == "cpu"
         same["temperature"] = ["tensor", float(temperature.detach()) if on_host else None]
     wanted = [grad and t is not None and t.requires_grad for t in (r1, r2, temperature)]
-    told = {"rows": problem.rows, "need": wanted, "grad": grad, "top1": problem.top1}
-    return told | {"same": same}
+    message = {"rows": problem.rows, "need": wanted, "grad": grad, "stats": problem.return_stats}
+    return message | {"same": same}
 
 
 # Row counts are host numbers that sizes of tensors depend on, so they are exchanged between hosts:
@@ -326,11 +321,11 @@ def _compare(everyone: list[dict]) -> None:
         )
 
 
-def _takes_ring(gather: str, problem: Problem, backend: str, total: int) -> bool:
+def _takes_ring(problem: Problem, total: int) -> bool:
     """The same answer in every process: it depends on the options and on N alone."""
-    if gather != "auto":
-        return gather == "ring"
-    pitch, dtype = dispatch.load(backend).stages().packed(problem)
+    if problem.gather != "auto":
+        return problem.gather == "ring"
+    pitch, dtype = dispatch.load(problem.backend).stages().packed(problem)
     held = flops.gathered_bytes(total, pitch, dtype.itemsize, problem.negatives, problem.groups)
     return held > ALL_GATHER_BYTES
 
@@ -343,7 +338,7 @@ class DistributedLoss(torch.autograd.Function):
         with torch.no_grad(), ops.plain(call.problem):
             scale = ops._scale(call.problem, temperature)
             value, states, *statistics, top1 = _forward(call, r1, r2, columns, scale)
-        dispatch.note(call.backend)
+        dispatch.note(call.problem.backend)
         if any(call.need):
             tensors = list(chain(*states))
             ctx.save_for_backward(columns, temperature, *tensors)
@@ -381,7 +376,7 @@ def _forward(call: Call, r1: Tensor, r2: Tensor, columns: Tensor | None, scale):
     """Loss, one State per column group, and the statistics of this process's rows."""
     problem, wanted = call.problem, any(call.need)
     both = problem.negatives == "both"
-    stages = dispatch.load(call.backend).stages()
+    stages = dispatch.load(call.problem.backend).stages()
     indices = [None] if columns is None else columns
     states, tops, *sums = zip(*(_sums(call, stages, r1, r2, index, scale) for index in indices))
     logits, rest_row, rest_col, rest_self = (torch.stack(values) for values in sums)
@@ -395,7 +390,7 @@ def _forward(call: Call, r1: Tensor, r2: Tensor, columns: Tensor | None, scale):
         per_row = 0.5 * (nll_row + nll_col)
     per_row = per_row.sum(0)
     top1 = None
-    if problem.top1:
+    if problem.return_stats:
         tops = Tops(*(None if of[0] is None else torch.stack(of) for of in zip(*tops)))
         if problem.symmetric:
             tops = tops._replace(col=_combine(call, tops.col, torch.amax))
@@ -435,7 +430,7 @@ def _sums(call: Call, stages: Stages, r1: Tensor, r2: Tensor, index: Tensor | No
     rest_self = rest_row.clone()
     rest_col = rest_row.new_empty(call.total)
     tops = of_part = of_view1 = of_view2 = None
-    if problem.top1:
+    if problem.return_stats:
         tops = of_part = Tops.none_yet(problem, z1, call.total)
         of_view1 = Tops(tops.row, None, None)
         of_view2 = problem.symmetric and Tops(tops.col[call.own], None, None)
@@ -444,7 +439,7 @@ def _sums(call: Call, stages: Stages, r1: Tensor, r2: Tensor, index: Tensor | No
     for where, offset, *blocks in _blocks(call, held):
         part, alone = _part(call, where, offset)
         kept = stages.kept_buffer(part, z1)
-        if problem.top1 and problem.symmetric:
+        if problem.return_stats and problem.symmetric:
             of_part = tops._replace(col=tops.col[where])
         row, col = stages.sums(part, z1, blocks[0], scale, kept, logits, of_part)
         rest_row = torch.logaddexp(rest_row, row)
@@ -469,7 +464,7 @@ def _backward(call: Call, dloss: Tensor, states: list[State], columns, scale, he
     """
     problem = call.problem
     both = problem.negatives == "both"
-    stages = dispatch.load(call.backend).stages()
+    stages = dispatch.load(call.problem.backend).stages()
     dloss = dloss.to(problem.statistics_dtype)
     if problem.reduction == "none":
         weights = _gather(call, dloss.contiguous())
@@ -533,7 +528,7 @@ def _products(call: Call, stages: Stages, state: State, weights: Tensor, scale, 
             if want[view] and (view == 0 or symmetric):
                 pair = Pair(w, lse[call.own], weights[where], lse[where], torch.zeros_like(w))
                 none = stages.kept_buffer(alone, z)
-                alike = replace(alone, symmetric=True)
+                alike = alone.replace(symmetric=True)
                 found, _ = stages.products(alike, z, block, scale, pair, none, (True, False))
                 if view == 0:
                     dz1 = _plus(dz1, found)
@@ -556,14 +551,13 @@ def _own_rows(call: Call, whole: Tensor) -> Tensor:
 def _part(call: Call, where: slice, offset: int) -> tuple[Problem, Problem]:
     """This process's rows against the candidates ``where``: the pair of views, and a view with
     itself (sums by row only, nothing kept)."""
-    part = replace(
-        call.problem,
+    part = call.problem.replace(
         candidates=where.stop - where.start,
         row_offset=offset,
         negatives="cross",
-        keep=call.problem.keep and not call.ring,
+        differentiable=call.problem.differentiable and not call.ring,
     )
-    return part, replace(part, symmetric=False, keep=False)
+    return part, part.replace(symmetric=False, differentiable=False)
 
 
 def _blocks(call: Call, held: list[Tensor]) -> Iterator[tuple]:

@@ -32,7 +32,7 @@ def _problem(device_type: str, precision: str = "auto") -> Problem:
         device_type=device_type,
         temperature=0.1,
         precision=precision,
-        keep=True,
+        differentiable=True,
     )
 
 
@@ -56,7 +56,7 @@ def report() -> dict:
         "packages": machine.packages(),
         "devices": devices,
         "backends": backends,
-        "chosen": {kind: dispatch.choose(_problem(kind)) for kind in kinds},
+        "chosen": {kind: dispatch.choose(_problem(kind)).backend for kind in kinds},
     }
 
 

@@ -1,4 +1,4 @@
-"""The public loss: checks, defaults and the choice between eager, compiled and reference routes.
+"""The public loss: one function, one module, and the names and words of both.
 
 Three losses go by the name InfoNCE; ``negatives`` names them (docs/design.md section 2):
 
@@ -13,17 +13,17 @@ negatives candidates of anchor i                         whose
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import distributed, ops, reference
-from .address import dispatched, readable, unwrapped
-from .dispatch import BACKENDS, choose, note
-from .problem import DTYPES, NEGATIVES, PRECISIONS, REDUCTIONS
+from . import distributed, ops
+from .problem import Options, check_columns, check_positive, checked, index_tensor
 
 
 class LossStats(NamedTuple):
@@ -127,21 +127,20 @@ def fast_directclr_loss(
         NotImplementedError: no backend, or not the one named, has this combination.
     """
 
-    def check():
-        return _checked(
-            r1, r2, dim, temperature, columns, negatives, symmetric, reduction, gather,
-            even_batches, precision, backend, workspace_bytes, eps, return_stats,
-        )  # fmt: skip
-
+    options = Options(
+        dim, None, negatives, symmetric, reduction, gather, even_batches, precision, backend,
+        workspace_bytes, eps, return_stats,
+    )  # fmt: skip
     if distributed.size(group) > 1:
-        loss, *stats = distributed.loss(group, gather, even_batches, check)
+        check = partial(checked, r1, r2, columns, temperature, options)
+        loss, *stats = distributed.loss(group, even_batches, check)
     else:
-        loss, *stats = _run(*check(), return_stats)
+        loss, *stats = ops.run(checked(r1, r2, columns, temperature, options))
     if not return_stats:
         return loss
     *stats, top1 = stats
     stats = [*(value.detach().to(loss.dtype) for value in stats), *top1.unbind(1)]
-    if columns is None or _index_tensor(columns).dim() == 1:
+    if columns is None or index_tensor(columns).dim() == 1:
         stats = [value[0] for value in stats]
     row_lse, col_lse, positives, *top1 = stats
     if not symmetric:
@@ -150,51 +149,31 @@ def fast_directclr_loss(
 
 
 def info_nce(
-    z1: Tensor,
-    z2: Tensor,
-    temperature: float | Tensor = 0.1,
-    *,
-    reduction: str = "mean",
-    group=None,
-    gather: str = "auto",
-    even_batches: bool = False,
-    precision: str = "auto",
-    backend: str = "auto",
-    workspace_bytes: int | None = None,
-    eps: float = 1e-12,
-    return_stats: bool = False,
+    z1: Tensor, z2: Tensor, temperature: float | Tensor = 0.1, **options
 ) -> Tensor | tuple[Tensor, LossStats]:
     """One direction of InfoNCE on all columns: anchors z1 (M, d), candidates z2 (N, d).
 
     Drop-in for the ``infoNCE`` of the DirectCLR release: rows are normalised here, logits are
-    z1 z2^T / temperature, the target of row i is column i. Other arguments, results and errors as
-    in :func:`fast_directclr_loss`.
+    z1 z2^T / temperature, the target of row i is column i. ``options`` are the keywords of
+    :func:`fast_directclr_loss` but ``symmetric``; results and errors are its own.
     """
-    return fast_directclr_loss(
-        z1,
-        z2,
-        None,
-        temperature,
-        symmetric=False,
-        reduction=reduction,
-        group=group,
-        gather=gather,
-        even_batches=even_batches,
-        precision=precision,
-        backend=backend,
-        workspace_bytes=workspace_bytes,
-        eps=eps,
-        return_stats=return_stats,
-    )
+    return fast_directclr_loss(z1, z2, None, temperature, symmetric=False, **options)
+
+
+_KEYWORDS = {
+    parameter.name: parameter.default
+    for parameter in inspect.signature(fast_directclr_loss).parameters.values()
+    if parameter.kind is parameter.KEYWORD_ONLY and parameter.name != "columns"
+}
 
 
 class DirectCLRLoss(nn.Module):
     """:func:`fast_directclr_loss` as a module: ``DirectCLRLoss()(r1, r2)``.
 
-    Takes the function's arguments. ``temperature`` may be set later (a schedule).
-    ``learnable_temperature=True`` makes it exp(``log_temperature``), a parameter of shape (1,),
-    fp32 until the module is moved, that starts at ``temperature`` and stays positive; setting
-    ``temperature`` starts it anew.
+    Takes the function's arguments, ``options`` being its keywords. ``temperature`` may be set
+    later (a schedule). ``learnable_temperature=True`` makes it exp(``log_temperature``), a
+    parameter of shape (1,), fp32 until the module is moved, that starts at ``temperature`` and
+    stays positive; setting ``temperature`` starts it anew.
 
     ``temperature_min`` and ``temperature_max`` bound it: CLIP's limit of 100 for 1/temperature is
     ``temperature_min=0.01``. Outside, the loss takes the bound, and ``log_temperature`` receives
@@ -213,42 +192,22 @@ class DirectCLRLoss(nn.Module):
         temperature: float = 0.1,
         *,
         columns: Tensor | Sequence[int] | None = None,
-        negatives: str = "cross",
-        symmetric: bool = True,
-        reduction: str = "mean",
-        group=None,
-        gather: str = "auto",
-        even_batches: bool = False,
-        precision: str = "auto",
-        backend: str = "auto",
-        workspace_bytes: int | None = None,
-        eps: float = 1e-12,
-        return_stats: bool = False,
         learnable_temperature: bool = False,
         temperature_min: float | None = None,
         temperature_max: float | None = None,
+        **options,
     ) -> None:
+        if unknown := sorted(set(options) - set(_KEYWORDS)):
+            raise TypeError(f"DirectCLRLoss: expected keywords of the loss, got {unknown[0]!r}")
         super().__init__()
         self.dim = dim
-        self.options = {
-            "negatives": negatives,
-            "symmetric": symmetric,
-            "reduction": reduction,
-            "group": group,
-            "gather": gather,
-            "even_batches": even_batches,
-            "precision": precision,
-            "backend": backend,
-            "workspace_bytes": workspace_bytes,
-            "eps": eps,
-            "return_stats": return_stats,
-        }
+        self.options = _KEYWORDS | options
         self._columns = None
         if columns is not None:
-            columns = _index_tensor(columns).clone()
+            columns = index_tensor(columns).clone()
             if columns.is_meta:
                 raise ValueError("columns: expected values (a list of ints), got a meta tensor")
-            ops.check_columns(columns, None)
+            check_columns(columns, None)
             self._columns = columns.tolist()  # what a meta device and to_empty do not keep
         self.register_buffer("columns", columns, persistent=False)
         for name, bound in (
@@ -256,7 +215,7 @@ class DirectCLRLoss(nn.Module):
             ("temperature_max", temperature_max),
         ):
             if bound is not None:
-                _check_positive(name, bound)
+                check_positive(name, bound)
         self.temperature_min, self.temperature_max = temperature_min, temperature_max
         self.log_temperature = None
         if learnable_temperature:
@@ -276,7 +235,7 @@ class DirectCLRLoss(nn.Module):
     @temperature.setter
     def temperature(self, value: float) -> None:
         hint = "" if self.log_temperature is not None else _LEARNABLE
-        _check_positive("temperature", value, hint)
+        check_positive("temperature", value, hint)
         low, high = self.temperature_min or 0.0, self.temperature_max or math.inf
         if not low <= value <= high:
             raise ValueError(f"temperature: expected {low} to {high} as bounded, got {value!r}")
@@ -361,240 +320,3 @@ class _Bounded(torch.autograd.Function):
 
 def _log(bound: float | None) -> float | None:
     return None if bound is None else math.log(bound)
-
-
-def _checked(
-    r1, r2, dim, temperature, columns, negatives, symmetric, reduction, gather, even_batches,
-    precision, backend, workspace_bytes, eps, top1,
-):  # fmt: skip
-    """(r1, r2, (G, d) columns or None, tensor temperature or None, options), or raises."""
-    r1, r2 = unwrapped("r1", r1), unwrapped("r2", r2)
-    temperature, columns = unwrapped("temperature", temperature), unwrapped("columns", columns)
-    _check_views(r1, r2)
-    if r1.dtype != r2.dtype:  # under autocast; the conversions bring gradients back
-        wide = torch.promote_types(r1.dtype, r2.dtype)
-        r1, r2 = r1.to(wide), r2.to(wide)
-    index = _check_columns(columns, r1)
-    dim = _check_dim(dim, r1) if index is None else 0
-    _check_choice("negatives", negatives, NEGATIVES)
-    _check_choice("reduction", reduction, REDUCTIONS)
-    _check_choice("precision", precision, PRECISIONS)
-    _check_choice("backend", backend, BACKENDS)
-    _check_choice("gather", gather, distributed.GATHERS)
-    if not isinstance(symmetric, bool):
-        raise TypeError(f"symmetric: expected True or False, got {symmetric!r}")
-    if not isinstance(even_batches, bool):
-        raise TypeError(f"even_batches: expected True or False, got {even_batches!r}")
-    value, tensor = _check_temperature(temperature, r1, negatives)
-    if negatives != "cross" and r1.shape[0] != r2.shape[0]:
-        raise ValueError(
-            f"r2: expected {r1.shape[0]} rows like r1 with negatives={negatives!r}, "
-            f"got {r2.shape[0]}"
-        )
-    _check_positive("eps", eps)
-    if workspace_bytes is None:
-        workspace_bytes = -1
-    elif not isinstance(workspace_bytes, int) or workspace_bytes < 0:
-        raise ValueError(
-            f"workspace_bytes: expected None or a number of bytes >= 0, got {workspace_bytes!r}"
-        )
-    options = ops.Options(
-        temperature=value,
-        dim=dim,
-        negatives=negatives,
-        symmetric=symmetric,
-        reduction=reduction,
-        row_offset=0,
-        precision=precision,
-        backend=backend,
-        workspace_bytes=workspace_bytes,
-        eps=float(eps),
-        mixed=_mixed(r1),
-        top1=bool(top1),
-    )
-    return r1, r2, index, tensor, options
-
-
-def _run(
-    r1: Tensor, r2: Tensor, index: Tensor | None, temperature: Tensor | None, options, stats: bool
-):
-    """(loss, row_lse, col_lse, positive logits, top1) by the registered op, eagerly, or the
-    reference. The last two are None without ``stats``: they would be launches more."""
-    # Asked here as well: a function of its own may be compiled where this one is not.
-    compiling, transformed = torch.compiler.is_compiling(), ops.transformed()
-    if compiling or (not transformed and dispatched(r1, r2, index, temperature)):
-        if options.backend != "reference" and options.negatives != "same":
-            if transformed:  # without fullgraph=True the call then runs outside the graph
-                raise NotImplementedError(
-                    "torch.func or forward-mode AD inside a compiled graph: expected "
-                    "backend='reference', got another; or leave the transform out of the graph"
-                )
-            found = ops.loss_forward(r1, r2, index, temperature, True, *options)
-            return _statistics(found, temperature, options, stats)
-        if index is not None:
-            index = ops.checked_columns(index, r1.shape[1])
-        problem = ops.problem_of(options, r1, r2, index, temperature)
-        return reference.loss(problem, r1, r2, index, temperature)
-    problem = ops.problem_of(options, r1, r2, index, temperature)
-    name = choose(problem, options.backend)
-    if name == reference.NAME:
-        readable("r1 r2 columns temperature", r1, r2, index, temperature)
-        with ops.plain(problem):
-            result = reference.loss(problem, r1, r2, index, temperature)
-        note(name)
-        return result
-    options = options._replace(backend=name)
-    if transformed:
-        found = ops.TransformedLoss.apply(r1, r2, index, temperature, options)
-        return _statistics(found, temperature, options, stats)
-    keep = torch.is_grad_enabled() and (
-        r1.requires_grad
-        or r2.requires_grad
-        or (temperature is not None and temperature.requires_grad)
-    )
-    found = ops.Loss.apply(r1, r2, index, temperature, keep, options)
-    loss, row_lse, col_lse, cosines, top1 = found
-    logits = _logits(cosines, temperature, options) if stats else None
-    return loss, row_lse, col_lse, logits, top1
-
-
-def _statistics(found, temperature: Tensor | None, options, stats: bool):
-    """What ``_run`` returns, of (loss, *Saved, top1)."""
-    loss, *saved, top1 = found
-    saved = ops.Saved(*saved)
-    logits = _logits(saved.positives, temperature, options) if stats else None
-    return loss, saved.row_lse, saved.col_lse, logits, top1
-
-
-def _logits(cosines: Tensor, temperature: Tensor | None, options) -> Tensor:
-    if temperature is None:
-        return cosines.detach() / options.temperature
-    return cosines.detach() / temperature.detach().to(cosines)
-
-
-def _mixed(r: Tensor) -> bool:
-    """Whether autocast is on, so that eager PyTorch would round operands: precision "auto"."""
-    return r.device.type in _AUTOCAST and torch.is_autocast_enabled(r.device.type)
-
-
-# Asked once: torch 2.11 cannot trace the question.
-_AUTOCAST = frozenset(
-    kind
-    for kind in ("cpu", "cuda", "xpu", "mps", "hpu", "xla", "mtia")
-    if torch.amp.is_autocast_available(kind)
-)
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, float | int) and not isinstance(value, bool)
-
-
-def _check_positive(name: str, value, hint: str = "") -> None:
-    if not _is_number(value) or not 0.0 < value < math.inf:
-        raise ValueError(f"{name}: expected a positive finite number, got {value!r}{hint}")
-
-
-def _check_choice(name: str, value, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        expected = ", ".join(repr(choice) for choice in choices)
-        raise ValueError(f"{name}: expected one of {expected}, got {value!r}")
-
-
-def _check_views(r1: Tensor, r2: Tensor) -> None:
-    for name, r in (("r1", r1), ("r2", r2)):
-        if not isinstance(r, Tensor):
-            raise TypeError(f"{name}: expected a torch.Tensor, got {type(r).__name__}")
-        if r.is_nested or r.layout != torch.strided:
-            kind = "nested" if r.is_nested else str(r.layout)
-            raise TypeError(f"{name}: expected a dense strided tensor, got a {kind} one")
-        if r.dtype not in DTYPES:
-            raise TypeError(
-                f"{name}: expected float16, bfloat16, float32 or float64, got {_name(r.dtype)}"
-            )
-        if r.dim() != 2:
-            raise ValueError(
-                f"{name}: expected 2 dimensions (rows, width), got shape {tuple(r.shape)}"
-            )
-    if r1.dtype != r2.dtype and not _mixed(r1):
-        raise TypeError(f"r2: expected {_name(r1.dtype)} like r1, got {_name(r2.dtype)}")
-    if r1.device != r2.device:
-        raise ValueError(f"r2: expected device {r1.device} like r1, got {r2.device}")
-    if r1.shape[0] == 0 or r1.shape[1] == 0:
-        raise ValueError(f"r1: expected at least one row and column, got shape {tuple(r1.shape)}")
-    if r2.shape[1] != r1.shape[1]:
-        raise ValueError(f"r2: expected width {r1.shape[1]} like r1, got shape {tuple(r2.shape)}")
-    if r2.shape[0] < r1.shape[0]:
-        raise ValueError(
-            f"r2: expected at least {r1.shape[0]} rows, a positive for each row of r1, "
-            f"got {r2.shape[0]}"
-        )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _check_dim(dim, r1: Tensor) -> int:
-    width = r1.shape[1]
-    if dim is None:
-        return width
-    if not isinstance(dim, int) or isinstance(dim, bool):
-        raise TypeError(f"dim: expected an int or None, got {type(dim).__name__}")
-    if not 0 < dim <= width:
-        raise ValueError(f"dim: expected 1 to {width} (the width of r1) or None, got {dim}")
-    return dim
-
-
-def _check_temperature(temperature, r1: Tensor, negatives: str) -> tuple[float, Tensor | None]:
-    """(value, None) for a number, (1.0, tensor) for a tensor."""
-    if not isinstance(temperature, Tensor):
-        if not _is_number(temperature):
-            raise TypeError(
-                "temperature: expected a positive number or a tensor of one element, "
-                f"got {type(temperature).__name__}"
-            )
-        if not 0.0 < temperature < math.inf:
-            raise ValueError(f"temperature: expected a positive finite number, got {temperature}")
-        return float(temperature), None
-    if negatives == "same":
-        raise ValueError(
-            "temperature: expected a number with negatives='same', which does not use it, "
-            "got a tensor"
-        )
-    if temperature.numel() != 1 or not temperature.is_floating_point():
-        raise ValueError(
-            "temperature: expected a floating-point tensor of one element, got shape "
-            f"{tuple(temperature.shape)} of {_name(temperature.dtype)}"
-        )
-    if temperature.device != r1.device and temperature.device.type != "cpu":
-        raise ValueError(
-            f"temperature: expected device {r1.device} like r1, or cpu, got {temperature.device}"
-        )
-    # Its gradient comes back through the reshape, in its own shape.
-    return 1.0, temperature if temperature.dim() == 0 else temperature.reshape(())
-
-
-def _index_tensor(columns) -> Tensor:
-    try:
-        index = columns if isinstance(columns, Tensor) else torch.tensor(columns, device="cpu")
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"columns: expected an int64 tensor or a list of ints: {error}") from None
-    if index.dtype != torch.int64:
-        raise TypeError(f"columns: expected int64, got {_name(index.dtype)}")
-    if index.dim() not in (1, 2) or index.numel() == 0:
-        raise ValueError(
-            f"columns: expected shape (d,) or (G, d), not empty, got {tuple(index.shape)}"
-        )
-    return index
-
-
-def _check_columns(columns, r1: Tensor) -> Tensor | None:
-    """(G, d) index on the device of r1, or None."""
-    if columns is None:
-        return None
-    index = _index_tensor(columns)
-    # Values are read only where that waits for no device; a compiled call's op reads them.
-    if index.is_cpu and not dispatched(index):
-        readable("columns", index)
-        ops.check_columns(index, r1.shape[1])
-    return index.reshape(-1, index.shape[-1]).contiguous().to(r1.device)

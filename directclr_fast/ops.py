@@ -8,104 +8,37 @@ spares them the dispatcher and adds double backward. Backends are bodies under b
 from __future__ import annotations
 
 import contextlib
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import dispatch, reference
-from .address import readable, unwrapped
+from .address import dispatched, readable, unwrapped
 from .backends import stages
 from .backends.stages import Saved
-from .problem import Problem
+from .problem import SCHEMA, Call, Options, Problem, check_columns
 from .products import fp32_products, may_round
 
-
-class Options(NamedTuple):
-    """What a call asks besides its tensors; both ops take these as their last arguments."""
-
-    temperature: float  # not read where a tensor temperature is given
-    dim: int  # not read where columns are given
-    negatives: str
-    symmetric: bool
-    reduction: str
-    row_offset: int
-    precision: str
-    backend: str
-    workspace_bytes: int  # -1: the backend's default
-    eps: float
-    mixed: bool = False
-    top1: bool = False
-    # Compiled graphs are cached on disk with the shapes of what `loss_forward` saves and with what
-    # was traced around it: raised by one whenever either changes.
-    layout: int = 4
-
-
-_OPTIONS = (
-    "float temperature_value, int dim, str negatives, bool symmetric, str reduction, "
-    "int row_offset, str precision, str backend, int workspace_bytes, float eps, bool mixed, "
-    "bool top1, int layout"
-)
+# Compiled graphs are cached on disk with the shapes of what `loss_forward` saves and with what was
+# traced around it: raised by one whenever either changes.
+_VERSION = 5
+_SCHEMA = f"{SCHEMA}, int version"
 _READ = " ".join(("upstream", "columns", "temperature", *Saved._fields))
 _SAVED = ", ".join(f"Tensor {name}" for name in Saved._fields)
 
 
-def build_problem(
-    options: Options,
-    rows: int,
-    candidates: int,
-    width: int,
-    dtype: torch.dtype,
-    device_type: str,
-    columns: Tensor | None,
-    temperature: Tensor | None,
-    keep: bool,
-) -> Problem:
-    """The record of one call. ``columns`` is (G, d) or None."""
-    return Problem(
-        rows=rows,
-        candidates=candidates,
-        width=width,
-        dim=options.dim if columns is None else columns.shape[1],
-        dtype=dtype,
-        device_type=device_type,
-        temperature=options.temperature if temperature is None else None,
-        gathered=columns is not None,
-        groups=1 if columns is None else columns.shape[0],
-        negatives=options.negatives,
-        symmetric=options.symmetric,
-        reduction=options.reduction,
-        row_offset=options.row_offset,
-        precision=options.precision,
-        eps=options.eps,
-        mixed=options.mixed,
-        top1=options.top1,
-        workspace_bytes=None if options.workspace_bytes < 0 else options.workspace_bytes,
-        keep=keep,
-    )
+def arguments(options: Options) -> tuple:
+    """The last arguments of both ops."""
+    return *options.values(), _VERSION
 
 
 def problem_of(
-    options: Options,
-    r1: Tensor,
-    r2: Tensor,
-    columns: Tensor | None,
-    temperature: Tensor | None,
-    keep: bool = True,
+    options: Options, r1: Tensor, r2: Tensor, columns: Tensor | None, differentiable: bool = True
 ) -> Problem:
     """The record of a forward call on these tensors."""
-    return build_problem(
-        options,
-        r1.shape[0],
-        r2.shape[0],
-        r1.shape[1],
-        r1.dtype,
-        r1.device.type,
-        columns,
-        temperature,
-        keep,
-    )
+    (rows, width), device = r1.shape, r1.device.type
+    return Problem.of(options, rows, r2.shape[0], width, r1.dtype, device, columns, differentiable)
 
 
 def plain(problem: Problem):
@@ -134,50 +67,29 @@ def _scale(problem: Problem, temperature: Tensor | None):
     return temperature.detach().to(problem.compute_dtype).reciprocal()
 
 
-def check_columns(index: Tensor, width: int | None) -> None:
-    """Raises ``ValueError`` unless an index on the CPU is in range and names no column twice."""
-    ordered = index.sort(-1).values
-    low, high = int(ordered[..., 0].min()), int(ordered[..., -1].max())
-    if low < 0 or (width is not None and high >= width):
-        last = "the width of r1" if width is None else width - 1
-        bad = low if low < 0 else high
-        raise ValueError(f"columns: expected indices from 0 to {last}, got {bad}")
-    repeated = ordered[..., 1:][ordered[..., 1:] == ordered[..., :-1]]
-    if repeated.numel():
-        raise ValueError(
-            f"columns: expected each column at most once in a group, got {int(repeated[0])} twice"
-        )
-
-
 def forward_body(
-    r1: Tensor,
-    r2: Tensor,
-    columns: Tensor | None,
-    temperature: Tensor | None,
-    keep: bool,
-    options: Options,
+    problem: Problem, r1: Tensor, r2: Tensor, columns: Tensor | None, temperature: Tensor | None
 ) -> tuple[Tensor, Saved, Tensor | None]:
-    """Loss (scalar or (M,)), what the backward pass needs, and top-1 where that is asked for."""
+    """Loss (scalar or (M,)), what the backward pass needs, and top-1 where that is asked for.
+
+    ``problem`` names its backend.
+    """
     readable("r1 r2 columns temperature", r1, r2, columns, temperature)
-    problem = problem_of(options, r1, r2, columns, temperature, keep)
-    name = dispatch.choose(problem, options.backend)
-    backend = dispatch.load(name)
+    backend = dispatch.load(problem.backend)
     with torch.no_grad(), plain(problem):
         scale = _scale(problem, temperature)
         result = stages.forward(backend.stages(), problem, r1, r2, columns, scale)
-    dispatch.note(name)
+    dispatch.note(problem.backend)
     return result
 
 
 def backward_body(
+    problem: Problem,
     dloss: Tensor,
     saved: Saved,
     columns: Tensor | None,
     temperature: Tensor | None,
-    width: int,
-    dtype: torch.dtype,
     need: tuple[bool, bool, bool],
-    options: Options,
     untouched: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dr1, dr2, dtemperature), None where not needed.
@@ -187,11 +99,7 @@ def backward_body(
     """
     dloss = unwrapped("upstream", dloss)
     readable(_READ, dloss, columns, temperature, *(() if untouched else saved))
-    rows, candidates = saved.z1.shape[1], saved.z2.shape[1]
-    problem = build_problem(
-        options, rows, candidates, width, dtype, dloss.device.type, columns, temperature, True
-    )
-    backend = dispatch.load(dispatch.choose(problem, options.backend)).stages()
+    backend = dispatch.load(problem.backend).stages()
     if not untouched:
         saved = _as_saved(backend, problem, dloss, columns, saved)
     with torch.no_grad(), plain(problem):
@@ -240,9 +148,9 @@ class Loss(torch.autograd.Function):
     """The eager route: (loss, *statistics) with gradients for r1, r2 and a tensor temperature."""
 
     @staticmethod
-    def forward(ctx, r1, r2, columns, temperature, keep, options):
-        loss, saved, top1 = forward_body(r1, r2, columns, temperature, keep, options)
-        if keep:
+    def forward(ctx, r1, r2, columns, temperature, problem):
+        loss, saved, top1 = forward_body(problem, r1, r2, columns, temperature)
+        if problem.differentiable:
             # The views are for a backward pass with create_graph=True only, and what wants no
             # gradient is none of autograd's business: the formula would not have kept it.
             views = [r if n else None for r, n in zip((r1, r2), ctx.needs_input_grad)]
@@ -251,7 +159,7 @@ class Loss(torch.autograd.Function):
                 None if n else (r, None if r.is_inference() else r._version)
                 for r, n in zip((r1, r2), ctx.needs_input_grad)
             ]
-            ctx.options, ctx.width, ctx.dtype = options, r1.shape[1], r1.dtype
+            ctx.problem = problem
             ctx.places = _places([columns, *saved])
         statistics = (saved.row_lse, saved.col_lse, saved.positives)
         ctx.mark_non_differentiable(*statistics)
@@ -261,23 +169,23 @@ class Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dloss, *_):
         if dloss is None:
-            return (None,) * 6
+            return (None,) * 5
         r1, r2, columns, temperature, *saved = ctx.saved_tensors
         need = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
         if torch.is_grad_enabled():
             r1 = _unchanged("r1", ctx.constants[0]) if r1 is None else r1
             r2 = _unchanged("r2", ctx.constants[1]) if r2 is None else r2
             grads = _differentiable_gradients(
-                dloss, r1, r2, columns, temperature, need, ctx.options
+                ctx.problem, dloss, r1, r2, columns, temperature, need
             )
         else:
+            untouched = ctx.places == _places([columns, *saved])
             grads = backward_body(
-                dloss, Saved(*saved), columns, temperature, ctx.width, ctx.dtype, need, ctx.options,
-                untouched=ctx.places == _places([columns, *saved]),
-            )  # fmt: skip
+                ctx.problem, dloss, Saved(*saved), columns, temperature, need, untouched
+            )
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             ctx.constants = None  # as the saved tensors
-        return grads[0], grads[1], None, grads[2], None, None
+        return grads[0], grads[1], None, grads[2], None
 
 
 def _places(tensors) -> list[tuple]:
@@ -298,10 +206,9 @@ def _unchanged(name: str, kept: tuple[Tensor, int | None]) -> Tensor:
     return r
 
 
-def _differentiable_gradients(dloss, r1, r2, columns, temperature, need, options):
+def _differentiable_gradients(problem, dloss, r1, r2, columns, temperature, need):
     """Gradients that carry a graph (create_graph=True): through the reference formula, in N^2."""
     with torch.enable_grad():
-        problem = problem_of(options, r1, r2, columns, temperature)
         # New nodes, so that loss(r, r) gets two gradients and not their sum twice.
         inputs = [value.view_as(value) if n else value for value, n in zip((r1, r2), need[:2])]
         inputs.append(temperature.view_as(temperature) if need[2] else temperature)
@@ -310,6 +217,55 @@ def _differentiable_gradients(dloss, r1, r2, columns, temperature, need, options
             wanted = [value for value, n in zip(inputs, need) if n]
             grads = iter(torch.autograd.grad(loss, wanted, dloss, create_graph=True))
     return [next(grads) if n else None for n in need]
+
+
+def run(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(loss, row_lse, col_lse, positive logits, top1) by the registered op, eagerly, or by the
+    formula. The last two are None unless statistics are asked for: they are launches more."""
+    r1, r2, index, temperature, options = call
+    # Asked here as well: a function of its own may be compiled where this one is not.
+    compiling, inside_transform = torch.compiler.is_compiling(), transformed()
+    if compiling or (not inside_transform and dispatched(r1, r2, index, temperature)):
+        if options.backend != reference.NAME and options.negatives != "same":
+            if inside_transform:  # without fullgraph=True the call then runs outside the graph
+                raise NotImplementedError(
+                    "torch.func or forward-mode AD inside a compiled graph: expected "
+                    "backend='reference', got another; or leave the transform out of the graph"
+                )
+            outputs = loss_forward(r1, r2, index, temperature, True, *arguments(options))
+            return _statistics(outputs, temperature, options)
+        if index is not None:
+            index = checked_columns(index, r1.shape[1])
+        return reference.loss(problem_of(options, r1, r2, index), r1, r2, index, temperature)
+    wanted = any(v is not None and v.requires_grad for v in (r1, r2, temperature))
+    differentiable = inside_transform or (wanted and torch.is_grad_enabled())
+    problem = dispatch.choose(problem_of(options, r1, r2, index, differentiable))
+    if problem.backend == reference.NAME:
+        readable("r1 r2 columns temperature", r1, r2, index, temperature)
+        with plain(problem):
+            result = reference.loss(problem, r1, r2, index, temperature)
+        dispatch.note(problem.backend)
+        return result
+    if inside_transform:
+        outputs = TransformedLoss.apply(r1, r2, index, temperature, problem)
+        return _statistics(outputs, temperature, options)
+    loss, row_lse, col_lse, cosines, top1 = Loss.apply(r1, r2, index, temperature, problem)
+    logits = _logits(cosines, temperature, options) if options.return_stats else None
+    return loss, row_lse, col_lse, logits, top1
+
+
+def _statistics(outputs, temperature: Tensor | None, options: Options):
+    """What :func:`run` returns, of (loss, *Saved, top1)."""
+    loss, *saved, top1 = outputs
+    saved = Saved(*saved)
+    logits = _logits(saved.positives, temperature, options) if options.return_stats else None
+    return loss, saved.row_lse, saved.col_lse, logits, top1
+
+
+def _logits(cosines: Tensor, temperature: Tensor | None, options: Options) -> Tensor:
+    if temperature is None:
+        return cosines.detach() / options.temperature
+    return cosines.detach() / temperature.detach().to(cosines)
 
 
 def transformed() -> bool:
@@ -325,12 +281,12 @@ class TransformedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(r1, r2, columns, temperature, options):
-        return _outputs(forward_body(r1, r2, columns, temperature, True, options))
+    def forward(r1, r2, columns, temperature, problem):
+        return _outputs(forward_body(problem, r1, r2, columns, temperature))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.options = inputs
+        *tensors, ctx.problem = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(*tensors, *output[1:-1])
         ctx.save_for_forward(*tensors, *output[1:-1])
@@ -342,13 +298,13 @@ class TransformedLoss(torch.autograd.Function):
             return (None,) * 5
         need = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
         tensors, saved = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
-        grads = iter(TransformedGradient.apply(dloss, *tensors, need, ctx.options, *saved))
+        grads = iter(TransformedGradient.apply(dloss, *tensors, need, ctx.problem, *saved))
         dr1, dr2, dtemperature = (next(grads) if n else None for n in need)
         return dr1, dr2, None, dtemperature, None
 
     @staticmethod
     def jvp(ctx, dr1, dr2, _, dtemperature, *__):
-        if ctx.options.reduction == "none":
+        if ctx.problem.reduction == "none":
             raise NotImplementedError(
                 "forward-mode AD: expected reduction 'mean' or 'sum', got 'none', of which "
                 "backend='reference' has the derivative"
@@ -358,7 +314,7 @@ class TransformedLoss(torch.autograd.Function):
         tensors, saved = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
         like = saved[Saved._fields.index("rnorm1")]
         one = torch.ones((), dtype=like.dtype, device=like.device)
-        grads = TransformedGradient.apply(one, *tensors, need, ctx.options, *saved)
+        grads = TransformedGradient.apply(one, *tensors, need, ctx.problem, *saved)
         tangents = [tangent for tangent in tangents if tangent is not None]
         total = sum((g.to(one.dtype) * t.to(one.dtype)).sum() for g, t in zip(grads, tangents))
         return total, *(None,) * (len(saved) + 1)
@@ -372,15 +328,13 @@ class TransformedGradient(torch.autograd.Function):
     """Those of (r1, r2, temperature) that ``need`` says, a tuple."""
 
     @staticmethod
-    def forward(dloss, r1, r2, columns, temperature, need, options, *saved):
-        grads = backward_body(
-            dloss, Saved(*saved), columns, temperature, r1.shape[1], r1.dtype, need, options
-        )
+    def forward(dloss, r1, r2, columns, temperature, need, problem, *saved):
+        grads = backward_body(problem, dloss, Saved(*saved), columns, temperature, need)
         return tuple(grad for grad in grads if grad is not None)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.need, ctx.options = inputs[:7]
+        *tensors, ctx.need, ctx.problem = inputs[:7]
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
@@ -410,8 +364,7 @@ class TransformedGradient(torch.autograd.Function):
 def _formula_of(ctx):
     """(problem, function, its arguments): the formula's gradients by dloss, r1, r2, temperature."""
     dloss, r1, r2, columns, temperature = ctx.saved_tensors
-    need = ctx.need
-    problem = problem_of(ctx.options, r1, r2, columns, temperature)
+    problem, need = ctx.problem, ctx.need
 
     def gradients(dloss, r1, r2, temperature=None):
         inputs = (r1, r2, temperature)
@@ -453,15 +406,16 @@ def _outputs(found: tuple[Tensor, Saved, Tensor | None]) -> tuple[Tensor, ...]:
     "directclr_fast::loss_forward",
     mutates_args=(),
     schema=(
-        "(Tensor r1, Tensor r2, Tensor? columns, Tensor? temperature, bool keep, "
-        f"{_OPTIONS}) -> ({', '.join(['Tensor'] * (2 + len(Saved._fields)))})"
+        "(Tensor r1, Tensor r2, Tensor? columns, Tensor? learned, bool differentiable, "
+        f"{_SCHEMA}) -> ({', '.join(['Tensor'] * (2 + len(Saved._fields)))})"
     ),
 )
-def loss_forward(r1, r2, columns, temperature, keep, *options):
-    options = Options(*options)
+def loss_forward(r1, r2, columns, temperature, differentiable, *rest):
+    options = Options(*rest[:-1])
     _check_inputs(r1, r2, columns, options)
     r1, r2 = r1.resolve_neg(), r2.resolve_neg()
-    return _outputs(forward_body(r1, r2, columns, temperature, keep, options))
+    problem = dispatch.choose(problem_of(options, r1, r2, columns, differentiable))
+    return _outputs(forward_body(problem, r1, r2, columns, temperature))
 
 
 # Negated views come as they are: PyTorch's own fallback would resolve them while tracing, by a copy
@@ -473,7 +427,7 @@ _library.impl("loss_forward", torch.library.fallthrough_kernel, "Negative")
 def _check_inputs(r1: Tensor, r2: Tensor, columns: Tensor | None, options: Options) -> None:
     """What a graph that holds the op has not checked, or its guards no longer hold."""
     alike = r1.dtype == r2.dtype and r1.device == r2.device and r1.dim() == r2.dim() == 2
-    if not alike or r1.shape[1] != r2.shape[1] or len(r1) + options.row_offset > len(r2):
+    if not alike or r1.shape[1] != r2.shape[1] or len(r1) > len(r2):
         raise ValueError(
             "r2: expected dtype, device and width of r1 and a positive for each of its rows, got "
             f"{tuple(r1.shape)} of {r1.dtype} and {tuple(r2.shape)} of {r2.dtype}"
@@ -498,10 +452,9 @@ def _(columns, width):
 
 
 @loss_forward.register_fake
-def _(r1, r2, columns, temperature, keep, *options):
-    options = Options(*options)
-    problem = problem_of(options, r1, r2, columns, temperature, keep)
-    backend = dispatch.load(dispatch.choose(problem, options.backend)).stages()
+def _(r1, r2, columns, temperature, differentiable, *rest):
+    problem = dispatch.choose(problem_of(Options(*rest[:-1]), r1, r2, columns, differentiable))
+    backend = dispatch.load(problem.backend).stages()
     groups, m, n = problem.groups, problem.rows, problem.candidates
 
     def stat(*shape):
@@ -525,7 +478,7 @@ def _(r1, r2, columns, temperature, keep, *options):
         kept=r1.new_empty((groups, *backend.kept_shape(problem)), dtype=dtype),
     )
     loss = compute(*((m,) if problem.reduction == "none" else ()))
-    top1 = (groups, 1 + problem.symmetric, m) if problem.top1 else (0,)
+    top1 = (groups, 1 + problem.symmetric, m) if problem.return_stats else (0,)
     return loss, *saved, r1.new_empty(top1, dtype=torch.bool)
 
 
@@ -533,8 +486,8 @@ def _(r1, r2, columns, temperature, keep, *options):
     "directclr_fast::loss_backward",
     mutates_args=(),
     schema=(
-        f"(Tensor dloss, {_SAVED}, Tensor? columns, Tensor? temperature, SymInt width, "
-        f"ScalarType dtype, bool need1, bool need2, bool need_temperature, {_OPTIONS}) "
+        f"(Tensor dloss, {_SAVED}, Tensor? columns, Tensor? learned, SymInt width, "
+        f"ScalarType dtype, bool need1, bool need2, bool need_temperature, {_SCHEMA}) "
         "-> (Tensor, Tensor, Tensor)"
     ),
 )
@@ -543,9 +496,11 @@ def loss_backward(dloss, *args):
         _no_second_derivative()
     saved, rest = Saved(*args[: len(Saved._fields)]), args[len(Saved._fields) :]
     columns, temperature, width, dtype, *need = rest[:7]
-    grads = backward_body(
-        dloss, saved, columns, temperature, width, dtype, tuple(need), Options(*rest[7:])
-    )
+    rows, candidates = saved.z1.shape[1], saved.z2.shape[1]
+    options, device = Options(*rest[7:-1]), dloss.device.type
+    problem = Problem.of(options, rows, candidates, width, dtype, device, columns)
+    problem = dispatch.choose(problem)
+    grads = backward_body(problem, dloss, saved, columns, temperature, tuple(need))
     return tuple(dloss.new_empty(0) if grad is None else grad for grad in grads)
 
 
@@ -565,23 +520,23 @@ def _(dloss, *args):
 
 
 def _setup_context(ctx, inputs, output):
-    r1, _, columns, temperature, _, *options = inputs
+    r1, _, columns, temperature, _, *rest = inputs
     ctx.save_for_backward(columns, temperature, *output[1:-1])
-    ctx.width, ctx.dtype, ctx.options = r1.shape[1], r1.dtype, options
+    ctx.width, ctx.dtype, ctx.rest = r1.shape[1], r1.dtype, rest
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dloss, *_):
-    rest = (None,) * (1 + len(Options._fields))
+    nothing = (None,) * (1 + len(ctx.rest))
     if dloss is None:
-        return None, None, None, None, *rest
+        return None, None, None, None, *nothing
     columns, temperature, *saved = ctx.saved_tensors
     need = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
     grads = loss_backward(
-        dloss, *saved, columns, temperature, ctx.width, ctx.dtype, *need, *ctx.options
+        dloss, *saved, columns, temperature, ctx.width, ctx.dtype, *need, *ctx.rest
     )
     dr1, dr2, dtemperature = (grad if n else None for grad, n in zip(grads, need))
-    return dr1, dr2, None, dtemperature, *rest
+    return dr1, dr2, None, dtemperature, *nothing
 
 
 def _makes_a_graph() -> bool:

@@ -1,26 +1,110 @@
-"""What one call of the loss asks: a frozen record every backend reads.
+"""What one call of the loss asks, checked: its options, and the record every backend reads.
 
-A new option is added here once; a backend that cannot do it says so in its ``why_not``.
-Only metadata lives in the record (sizes, dtypes, options), never a tensor's values, so it can be
-built while tracing and costs no device synchronisation.
+An option is a field of :class:`Options`: its default, its check and, by its type, its place in the
+schema of the registered ops stand on one line. :class:`Problem` is those fields and the sizes of
+the tensors. A backend that cannot do what a field says gives its reason in ``why_not``.
+
+The record holds metadata only, never a tensor's values, so it can be built while tracing and costs
+no device synchronisation.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-NEGATIVES = ("cross", "both", "same")
-REDUCTIONS = ("mean", "sum", "none")
-PRECISIONS = ("auto", "fp16", "bf16", "tf32", "fp8", "highest")
+from .address import dispatched, readable, unwrapped
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+NEGATIVES = ("cross", "both", "same")
+PRECISIONS = ("auto", "fp16", "bf16", "tf32", "fp8", "highest")
+PRIORITY = ("cpu", "cuda", "triton", "torch", "reference")  # backends, fastest first
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """Sizes and options of one loss call, in the symbols of docs/design.md section 2.
+def _one_of(*choices: str):
+    def check(name: str, value) -> None:
+        if value not in choices:
+            expected = ", ".join(repr(choice) for choice in choices)
+            raise ValueError(f"{name}: expected one of {expected}, got {value!r}")
+
+    return check
+
+
+def _boolean(name: str, value) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, float | int) and not isinstance(value, bool)
+
+
+def check_positive(name: str, value, hint: str = "") -> None:
+    """Raises ``ValueError`` unless ``value`` is a positive finite number."""
+    if not _is_number(value) or not 0.0 < value < math.inf:
+        raise ValueError(f"{name}: expected a positive finite number, got {value!r}{hint}")
+
+
+def _bytes_or_none(name: str, value) -> None:
+    if value is not None and (not isinstance(value, int) or value < 0):
+        raise ValueError(f"{name}: expected None or a number of bytes >= 0, got {value!r}")
+
+
+def _of_the_tensors(name: str, value) -> None:
+    """Checked in :func:`checked`, beside the tensors that say what is allowed."""
+
+
+def _option(default, check=_of_the_tensors, agreed: bool = True):
+    """``agreed``: processes that share a batch must ask the same."""
+    return dataclasses.field(default=default, metadata={"check": check, "agreed": agreed})
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a call asks besides its tensors, in the words of ``fast_directclr_loss``."""
+
+    dim: int | None = _option(360)  # not read where columns are given
+    temperature: float | None = _option(0.1)  # None: a tensor, whose value the host must not need
+    negatives: str = _option("cross", _one_of(*NEGATIVES))
+    symmetric: bool = _option(True, _boolean)
+    reduction: str = _option("mean", _one_of("mean", "sum", "none"))
+    gather: str = _option("auto", _one_of("auto", "all", "ring"))
+    even_batches: bool = _option(False, _boolean)
+    precision: str = _option("auto", _one_of(*PRECISIONS))
+    backend: str = _option("auto", _one_of("auto", *PRIORITY))
+    workspace_bytes: int | None = _option(None, _bytes_or_none, agreed=False)
+    eps: float = _option(1e-12, check_positive)
+    return_stats: bool = _option(False, _boolean, agreed=False)
+    autocast: bool = _option(False, _boolean)  # not the caller's to say: whether it is on
+
+    def values(self) -> tuple[Any, ...]:
+        """In the order of :data:`SCHEMA`."""
+        return tuple([getattr(self, name) for name in _NAMES])
+
+    def replace(self, **changes):
+        """A copy with these fields; nothing is checked."""
+        made = object.__new__(type(self))
+        made.__dict__.update(self.__dict__, **changes)
+        return made
+
+
+_NAMES = tuple(field.name for field in dataclasses.fields(Options))
+_CHECKS = tuple((field.name, field.metadata["check"]) for field in dataclasses.fields(Options))
+AGREED = tuple(field.name for field in dataclasses.fields(Options) if field.metadata["agreed"])
+# Annotations are strings here; the schema's language is torch.library's.
+SCHEMA = ", ".join(
+    f"{field.type.replace('int | None', 'int?').replace('float | None', 'float?')} {field.name}"
+    for field in dataclasses.fields(Options)
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problem(Options):
+    """Options and sizes of one call, in the symbols of docs/design.md section 2.
 
     ``rows`` M anchors (rows of r1), ``candidates`` N (rows of r2), ``width`` columns of both,
     ``dim`` d columns taken, ``groups`` G column groups whose losses are summed. The positive of
@@ -30,22 +114,40 @@ class Problem:
     rows: int
     candidates: int
     width: int
-    dim: int
     dtype: torch.dtype
     device_type: str
-    temperature: float | None  # None: a 0-dim tensor, whose value the host must not need
     gathered: bool = False  # columns come from an index tensor, not from the slice [:, :dim]
     groups: int = 1
-    negatives: str = "cross"
-    symmetric: bool = True
-    reduction: str = "mean"
     row_offset: int = 0
-    precision: str = "auto"
-    eps: float = 1e-12
-    workspace_bytes: int | None = None
-    mixed: bool = False  # called under autocast
-    keep: bool = False  # a backward pass may follow, so keeping E tiles can pay
-    top1: bool = False  # statistics are wanted: whether each positive is the largest logit
+    differentiable: bool = False  # a backward pass may follow, so keeping E tiles can pay
+
+    @classmethod
+    def of(
+        cls,
+        options: Options,
+        rows: int,
+        candidates: int,
+        width: int,
+        dtype: torch.dtype,
+        device_type: str,
+        columns: Tensor | None,
+        differentiable: bool = True,
+    ) -> Problem:
+        """The record of a call on views of that kind. ``columns`` is (G, d) or None."""
+        given = dict(zip(_NAMES, options.values()))
+        if columns is not None:
+            given["dim"] = columns.shape[1]
+        return cls(
+            **given,
+            rows=rows,
+            candidates=candidates,
+            width=width,
+            dtype=dtype,
+            device_type=device_type,
+            gathered=columns is not None,
+            groups=1 if columns is None else columns.shape[0],
+            differentiable=differentiable,
+        )
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -58,12 +160,185 @@ class Problem:
         of 17 from rounding every weight of its row by 1e-6; fp32 where a device has no fp64."""
         return torch.float32 if self.device_type == "mps" else torch.float64
 
-    def unshifted_is_safe(self, scale: float) -> bool:
+    def bounded(self, scale: float | Tensor) -> bool:
         """Whether exp(scale * s), |s| <= 1, and its sums stay far inside the exponent range.
 
-        Asked of ``scale = 1 / temperature``. The bound leaves room for the reciprocals of the
-        sums times upstream gradients down to 1e-8 before anything turns denormal.
+        Asked of ``scale = 1 / temperature``, which the host must know. The bound leaves room for
+        the reciprocals of the sums times upstream gradients down to 1e-8 before anything turns
+        denormal.
         """
+        if isinstance(scale, Tensor):
+            return False
         limit = 600.0 if self.compute_dtype == torch.float64 else 60.0
         # log(2 N) + scale <= limit, written so that a traced N is compared and not specialised.
         return 2 * max(self.rows, self.candidates) <= math.exp(limit - scale)
+
+
+class Call(NamedTuple):
+    """A checked call: r1 (M, R), r2 (N, R), columns (G, d) int64 or None, a 0-dim temperature or
+    None where it is a number, and the options."""
+
+    r1: Tensor
+    r2: Tensor
+    columns: Tensor | None
+    temperature: Tensor | None
+    options: Options
+
+
+def checked(r1, r2, columns, temperature, options: Options) -> Call:
+    """The call as the ops take it; raises ``TypeError`` or ``ValueError``, one sentence each.
+
+    ``temperature`` is a number or a tensor; that of ``options`` is not read.
+    """
+    r1, r2 = unwrapped("r1", r1), unwrapped("r2", r2)
+    temperature, columns = unwrapped("temperature", temperature), unwrapped("columns", columns)
+    autocast = _check_views(r1, r2)
+    if r1.dtype != r2.dtype:  # under autocast; the conversions bring gradients back
+        wide = torch.promote_types(r1.dtype, r2.dtype)
+        r1, r2 = r1.to(wide), r2.to(wide)
+    index = _check_index(columns, r1)
+    dim = _check_dim(options.dim, r1) if index is None else 0
+    for name, check in _CHECKS:
+        check(name, getattr(options, name))
+    number, tensor = _check_temperature(temperature, r1, options.negatives)
+    if options.negatives != "cross" and r1.shape[0] != r2.shape[0]:
+        raise ValueError(
+            f"r2: expected {r1.shape[0]} rows like r1 with negatives={options.negatives!r}, "
+            f"got {r2.shape[0]}"
+        )
+    return Call(r1, r2, index, tensor, _with(options, dim, number, autocast))
+
+
+def _with(options: Options, dim: int, temperature: float | None, autocast: bool) -> Options:
+    given = dict(zip(_NAMES, options.values()))
+    given.update(dim=dim, temperature=temperature, autocast=autocast, eps=float(options.eps))
+    return Options(**given)
+
+
+# Asked once: torch 2.11 cannot trace the question.
+_AUTOCAST = frozenset(
+    kind
+    for kind in ("cpu", "cuda", "xpu", "mps", "hpu", "xla", "mtia")
+    if torch.amp.is_autocast_available(kind)
+)
+
+
+def _check_views(r1: Tensor, r2: Tensor) -> bool:
+    """Whether autocast is on, so that eager PyTorch would round operands: precision "auto"."""
+    for name, r in (("r1", r1), ("r2", r2)):
+        if not isinstance(r, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(r).__name__}")
+        if r.is_nested or r.layout != torch.strided:
+            kind = "nested" if r.is_nested else str(r.layout)
+            raise TypeError(f"{name}: expected a dense strided tensor, got a {kind} one")
+        if r.dtype not in DTYPES:
+            raise TypeError(
+                f"{name}: expected float16, bfloat16, float32 or float64, got {_name(r.dtype)}"
+            )
+        if r.dim() != 2:
+            raise ValueError(
+                f"{name}: expected 2 dimensions (rows, width), got shape {tuple(r.shape)}"
+            )
+    autocast = r1.device.type in _AUTOCAST and torch.is_autocast_enabled(r1.device.type)
+    if r1.dtype != r2.dtype and not autocast:
+        raise TypeError(f"r2: expected {_name(r1.dtype)} like r1, got {_name(r2.dtype)}")
+    if r1.device != r2.device:
+        raise ValueError(f"r2: expected device {r1.device} like r1, got {r2.device}")
+    if r1.shape[0] == 0 or r1.shape[1] == 0:
+        raise ValueError(f"r1: expected at least one row and column, got shape {tuple(r1.shape)}")
+    if r2.shape[1] != r1.shape[1]:
+        raise ValueError(f"r2: expected width {r1.shape[1]} like r1, got shape {tuple(r2.shape)}")
+    if r2.shape[0] < r1.shape[0]:
+        raise ValueError(
+            f"r2: expected at least {r1.shape[0]} rows, a positive for each row of r1, "
+            f"got {r2.shape[0]}"
+        )
+    return autocast
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_dim(dim, r1: Tensor) -> int:
+    width = r1.shape[1]
+    if dim is None:
+        return width
+    if not isinstance(dim, int) or isinstance(dim, bool):
+        raise TypeError(f"dim: expected an int or None, got {type(dim).__name__}")
+    if not 0 < dim <= width:
+        raise ValueError(f"dim: expected 1 to {width} (the width of r1) or None, got {dim}")
+    return dim
+
+
+def _check_temperature(
+    temperature, r1: Tensor, negatives: str
+) -> tuple[float | None, Tensor | None]:
+    """(number, None) or (None, 0-dim tensor)."""
+    if not isinstance(temperature, Tensor):
+        if not _is_number(temperature):
+            raise TypeError(
+                "temperature: expected a positive number or a tensor of one element, "
+                f"got {type(temperature).__name__}"
+            )
+        if not 0.0 < temperature < math.inf:
+            raise ValueError(f"temperature: expected a positive finite number, got {temperature}")
+        return float(temperature), None
+    if negatives == "same":
+        raise ValueError(
+            "temperature: expected a number with negatives='same', which does not use it, "
+            "got a tensor"
+        )
+    if temperature.numel() != 1 or not temperature.is_floating_point():
+        raise ValueError(
+            "temperature: expected a floating-point tensor of one element, got shape "
+            f"{tuple(temperature.shape)} of {_name(temperature.dtype)}"
+        )
+    if temperature.device != r1.device and temperature.device.type != "cpu":
+        raise ValueError(
+            f"temperature: expected device {r1.device} like r1, or cpu, got {temperature.device}"
+        )
+    # Its gradient comes back through the reshape, in its own shape.
+    return None, temperature if temperature.dim() == 0 else temperature.reshape(())
+
+
+def index_tensor(columns) -> Tensor:
+    """int64 (d,) or (G, d) from a tensor or nested lists of ints; raises what it is not."""
+    try:
+        index = columns if isinstance(columns, Tensor) else torch.tensor(columns, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"columns: expected an int64 tensor or a list of ints: {error}") from None
+    if index.dtype != torch.int64:
+        raise TypeError(f"columns: expected int64, got {_name(index.dtype)}")
+    if index.dim() not in (1, 2) or index.numel() == 0:
+        raise ValueError(
+            f"columns: expected shape (d,) or (G, d), not empty, got {tuple(index.shape)}"
+        )
+    return index
+
+
+def _check_index(columns, r1: Tensor) -> Tensor | None:
+    """(G, d) index on the device of r1, or None."""
+    if columns is None:
+        return None
+    index = index_tensor(columns)
+    # Values are read only where that waits for no device; a compiled call's op reads them.
+    if index.is_cpu and not dispatched(index):
+        readable("columns", index)
+        check_columns(index, r1.shape[1])
+    return index.reshape(-1, index.shape[-1]).contiguous().to(r1.device)
+
+
+def check_columns(index: Tensor, width: int | None) -> None:
+    """Raises ``ValueError`` unless an index on the CPU is in range and names no column twice."""
+    ordered = index.sort(-1).values
+    low, high = int(ordered[..., 0].min()), int(ordered[..., -1].max())
+    if low < 0 or (width is not None and high >= width):
+        last = "the width of r1" if width is None else width - 1
+        bad = low if low < 0 else high
+        raise ValueError(f"columns: expected indices from 0 to {last}, got {bad}")
+    repeated = ordered[..., 1:][ordered[..., 1:] == ordered[..., :-1]]
+    if repeated.numel():
+        raise ValueError(
+            f"columns: expected each column at most once in a group, got {int(repeated[0])} twice"
+        )

@@ -125,7 +125,7 @@ def loss(
         per_row = 0.5 * (per_row + (col_lse[:, own] - positives))
         directions.append(logits2[:, own])
     top1 = None
-    if problem.top1:
+    if problem.return_stats:
         top1 = torch.stack([positives >= logits.amax(-1) for logits in directions], 1)
     return reduce(problem, per_row.sum(0)), row_lse, col_lse, positives, top1
 

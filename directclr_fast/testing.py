@@ -122,7 +122,15 @@ def eager_loss(
 
 def backends(device_type: str = "cpu") -> list[str]:
     """Names of the fast backends that run a plain fp32 call on ``device_type`` here."""
-    problem = Problem(64, 64, 32, 16, torch.float32, device_type, 0.1)
+    problem = Problem(
+        rows=64,
+        candidates=64,
+        width=32,
+        dim=16,
+        dtype=torch.float32,
+        device_type=device_type,
+        temperature=0.1,
+    )
     found = []
     for name in dispatch.PRIORITY:
         module = dispatch.load(name)

@@ -353,17 +353,17 @@ MUTATIONS = [
     ),
     # -------------------------------------------------------------------------- loss, products
     Mutation(
-        "loss: only the temperature wants a gradient", "directclr_fast/loss.py",
-        "or (temperature is not None and temperature.requires_grad)", "",
+        "ops: only the temperature wants a gradient", "directclr_fast/ops.py",
+        "for v in (r1, r2, temperature))", "for v in (r1, r2))",
         "test_loss_api.py -k 'only_the_temperature and torch'",
     ),
     Mutation(
-        "loss: autocast is not told", "directclr_fast/loss.py",
-        "mixed=_mixed(r1)", "mixed=False",
+        "problem: autocast is not told", "directclr_fast/problem.py",
+        "autocast=autocast", "autocast=False",
         "test_triton.py -k autocast",
     ),
     Mutation(
-        "loss: more columns than there are", "directclr_fast/loss.py",
+        "problem: more columns than there are", "directclr_fast/problem.py",
         "if not 0 < dim <= width:", "if not 0 < dim:",
         "test_loss_api.py -k bad_input",
     ),

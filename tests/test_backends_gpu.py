@@ -29,7 +29,15 @@ backend = "triton"  # of the calls below; a name and not a fixture's value, for 
 @pytest.fixture(autouse=True, params=["triton", "cuda"])
 def each_backend(request):
     global backend
-    problem = Problem(64, 64, 32, 16, torch.float16, gpu, 0.1)
+    problem = Problem(
+        rows=64,
+        candidates=64,
+        width=32,
+        dim=16,
+        dtype=torch.float16,
+        device_type=gpu,
+        temperature=0.1,
+    )
     reasons = dispatch.load(request.param).why_not(problem)
     if reasons:
         pytest.skip(reasons[0])

@@ -18,7 +18,7 @@ from test_loss_exact import (
 )
 
 from directclr_fast import dispatch, doctor, fast_directclr_loss, last_backend, ops
-from directclr_fast.problem import Problem
+from directclr_fast.problem import Options, Problem
 from directclr_fast.testing import bound, eager_loss, evaluate, make_views, relative_error
 
 _cpu = pytest.importorskip(
@@ -166,7 +166,7 @@ def test_a_larger_workspace_keeps_more_and_never_more_than_asked():
             device_type="cpu",
             temperature=0.1,
             workspace_bytes=workspace,
-            keep=True,
+            differentiable=True,
         )
         return 4 * backend.kept_shape(asked)[0]
 
@@ -209,7 +209,16 @@ def test_a_step_asks_for_each_stage_once_on_all_threads_of_the_widest_body(monke
     assert asked.calls == [(s, 3) for s in ("products", "finish", "finish")]
     assert _cpu.isa() == (os.environ.get("DIRECTCLR_FAST_ISA") or _cpu.available_isas()[0])
     # The tiles of S are kept whole where they fit, and then are not made anew.
-    problem = Problem(1024, 1024, 48, 40, torch.float32, "cpu", 0.1, keep=True)
+    problem = Problem(
+        rows=1024,
+        candidates=1024,
+        width=48,
+        dim=40,
+        dtype=torch.float32,
+        device_type="cpu",
+        temperature=0.1,
+        differentiable=True,
+    )
     assert 4 * cpu.CpuStages().kept_shape(problem)[0] >= _cpu.workspace_bytes(1024, 1024)
 
 
@@ -239,11 +248,10 @@ class GradientOfRows(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> torch.Tensor:
         r1, r2 = make_views(400, 64, dtype=torch.float32, seed=index)
-        options = ops.Options(0.1, 40, "cross", True, "mean", 0, "auto", "cpu", -1, 1e-12)
-        _, saved, _ = ops.forward_body(r1, r2, None, None, True, options)
+        problem = ops.problem_of(Options(dim=40, backend="cpu"), r1, r2, None)
+        _, saved, _ = ops.forward_body(problem, r1, r2, None, None)
         need = (True, True, False)
-        upstream = torch.ones(())
-        return ops.backward_body(upstream, saved, None, None, 64, r1.dtype, need, options)[0]
+        return ops.backward_body(problem, torch.ones(()), saved, None, None, need)[0]
 
 
 def test_inside_data_loader_workers_forked_after_use():

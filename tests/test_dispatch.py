@@ -38,9 +38,9 @@ def test_every_backend_of_the_table_loads_and_answers():
 
 
 def test_automatic_choice_takes_the_first_that_can():
-    assert dispatch.choose(problem()) == dispatch.PRIORITY[0]
-    assert dispatch.choose(problem(dtype=torch.float64)) == "torch"
-    assert dispatch.choose(problem(negatives="same")) == "reference"
+    assert dispatch.choose(problem()).backend == dispatch.PRIORITY[0]
+    assert dispatch.choose(problem(dtype=torch.float64)).backend == "torch"
+    assert dispatch.choose(problem(negatives="same")).backend == "reference"
 
 
 def test_refusals_carry_the_call_and_every_reason():
@@ -51,11 +51,11 @@ def test_refusals_carry_the_call_and_every_reason():
     assert all(f"{name}: " in text for name in dispatch.PRIORITY)
 
 
-def test_unshifted_exponentials_are_used_only_where_they_fit():
+def test_sums_without_a_maximum_are_used_only_where_they_fit():
     """exp(1/temperature) times N, and the reciprocal, must stay normal fp32 numbers."""
-    assert problem(rows=2**20, candidates=2**20).unshifted_is_safe(1 / 0.1)
-    assert not problem().unshifted_is_safe(1 / 0.01)
-    assert problem(dtype=torch.float64).unshifted_is_safe(1 / 0.01)
+    assert problem(rows=2**20, candidates=2**20).bounded(1 / 0.1)
+    assert not problem().bounded(1 / 0.01)
+    assert problem(dtype=torch.float64).bounded(1 / 0.01)
 
 
 def test_doctor_reports_versions_devices_and_reasons():

@@ -142,7 +142,9 @@ ROUNDED = [
 
 def runnable(case: Case) -> bool:
     """Whether this machine has the backend and the precision."""
-    views = Problem(8, 8, 48, 40, case.dtype, "cpu", 0.1)
+    views = Problem(
+        rows=8, candidates=8, width=48, dim=40, dtype=case.dtype, device_type="cpu", temperature=0.1
+    )
     precision = case.options.get("precision", "auto")
     return not dispatch.load(case.options["backend"]).why_not(replace(views, precision=precision))
 
@@ -594,8 +596,8 @@ def test_a_block_without_positives_leaves_nothing_out(case):
     backend, precision, temperature = case.options.values()
     rows, candidates, dim = 13, 37, 20
     problem = Problem(
-        rows, candidates, 24, dim, torch.float32, "cpu", temperature,
-        row_offset=candidates, precision=precision,
+        rows=rows, candidates=candidates, width=24, dim=dim, dtype=torch.float32,
+        device_type="cpu", temperature=temperature, row_offset=candidates, precision=precision,
     )  # fmt: skip
     stages = dispatch.load(backend).stages()
     r1, r2 = make_views(rows, 24, candidates=candidates)

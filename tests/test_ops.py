@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from directclr_fast import DirectCLRLoss, fast_directclr_loss, ops
+from directclr_fast.problem import Options
 from directclr_fast.testing import backends, evaluate, make_views, relative_error
 
 BACKENDS = backends()
-DEFAULTS = ops.Options(0.1, 20, "cross", True, "mean", 0, "auto", "auto", -1, 1e-12)
+DEFAULTS = Options(dim=20)
 COLUMNS = torch.tensor([[1, 2, 30], [3, 0, 4]])
 
 
@@ -29,38 +30,40 @@ def fresh_compiler():
     [
         (None, {}),
         (None, {"symmetric": False, "workspace_bytes": 0}),
-        (COLUMNS, {"negatives": "both", "reduction": "none", "top1": True}),
+        (COLUMNS, {"negatives": "both", "reduction": "none", "return_stats": True}),
     ],
     ids=["slice", "one-direction", "groups-both"],
 )
 def test_opcheck(backend, tensor_temperature, columns, changes):
     r1, r2 = (r.requires_grad_() for r in make_views(19, 32, dtype=torch.float32))
     t = torch.tensor(0.1, requires_grad=True) if tensor_temperature else None
-    options = DEFAULTS._replace(backend=backend, **changes)
+    options = DEFAULTS.replace(backend=backend, **changes)
     if backend == "cpu":
         # The tail of its kept tiles is never written, and opcheck compares all of an output.
-        options = options._replace(workspace_bytes=0)
-    torch.library.opcheck(ops.loss_forward, (r1, r2, columns, t, True, *options))
+        options = options.replace(workspace_bytes=0)
+    torch.library.opcheck(ops.loss_forward, (r1, r2, columns, t, True, *ops.arguments(options)))
 
 
 def test_opcheck_of_the_backward_op():
     r1, r2 = make_views(19, 32, dtype=torch.float32)
-    options = DEFAULTS._replace(workspace_bytes=0)
-    _, *saved, _ = ops.loss_forward(r1, r2, None, None, True, *options)
+    options = DEFAULTS.replace(workspace_bytes=0)
+    _, *saved, _ = ops.loss_forward(r1, r2, None, None, True, *ops.arguments(options))
     arguments = (torch.ones(()), *saved, None, None, 32, torch.float32, True, True, False)
-    torch.library.opcheck(ops.loss_backward, (*arguments, *options))
+    torch.library.opcheck(ops.loss_backward, (*arguments, *ops.arguments(options)))
 
 
 @pytest.mark.parametrize("candidates", [19, 25])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("top1", [False, True])
-def test_fake_outputs_have_the_real_shapes(candidates, reduction, top1):
+@pytest.mark.parametrize("stats", [False, True])
+def test_fake_outputs_have_the_real_shapes(candidates, reduction, stats):
     r1, r2 = make_views(19, 32, candidates=candidates, dtype=torch.bfloat16)
-    options = DEFAULTS._replace(reduction=reduction, symmetric=reduction == "mean", top1=top1)
-    real = ops.loss_forward(r1, r2, None, None, True, *options)
+    options = DEFAULTS.replace(
+        reduction=reduction, symmetric=reduction == "mean", return_stats=stats
+    )
+    real = ops.loss_forward(r1, r2, None, None, True, *ops.arguments(options))
     with torch._subclasses.FakeTensorMode() as mode:
         fake = ops.loss_forward(
-            mode.from_tensor(r1), mode.from_tensor(r2), None, None, True, *options
+            mode.from_tensor(r1), mode.from_tensor(r2), None, None, True, *ops.arguments(options)
         )
     for a, b in zip(real, fake):
         assert a.shape == b.shape and a.dtype == b.dtype
@@ -163,12 +166,12 @@ def test_compiled_module_checks_its_buffer():  # A21
 def test_columns_changed_after_the_forward_pass_write_nothing_outside(backend):
     r1, r2 = make_views(9, 32, dtype=torch.float32)
     index = torch.tensor([[0, 3, 5]])
-    options = DEFAULTS._replace(backend=backend)
-    _, *saved, _ = ops.loss_forward(r1, r2, index, None, True, *options)
+    options = DEFAULTS.replace(backend=backend)
+    _, *saved, _ = ops.loss_forward(r1, r2, index, None, True, *ops.arguments(options))
     index[0, 1] = 2**30
     arguments = (torch.ones(()), *saved, index, None, 32, torch.float32, True, True, False)
     with pytest.raises((ValueError, IndexError, RuntimeError), match="columns|index"):
-        ops.loss_backward(*arguments, *options)
+        ops.loss_backward(*arguments, *ops.arguments(options))
 
 
 @pytest.mark.parametrize(
@@ -207,9 +210,9 @@ def test_the_op_itself_refuses_views_that_do_not_match():
     r1, short, narrow = torch.randn(9, 32), torch.randn(8, 32), torch.randn(9, 31)
     for r2 in (short, narrow, r1.double()):
         with pytest.raises(ValueError, match="r2: expected dtype, device and width of r1"):
-            ops.loss_forward(r1, r2, None, None, True, *DEFAULTS)
+            ops.loss_forward(r1, r2, None, None, True, *ops.arguments(DEFAULTS))
     with pytest.raises(ValueError, match="dim: expected 1 to 32, got 33"):
-        ops.loss_forward(r1, r1, None, None, True, *DEFAULTS._replace(dim=33))
+        ops.loss_forward(r1, r1, None, None, True, *ops.arguments(DEFAULTS.replace(dim=33)))
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from directclr_fast import fast_directclr_loss, info_nce, ops
+from directclr_fast.problem import Options
 from directclr_fast.testing import backends, make_views
 
 GROUPS = torch.tensor([[0, 2, 1, 5], [1, 2, 3, 7]])
@@ -155,9 +156,11 @@ def test_compiled_equals_eager(backend):
 
 @pytest.mark.parametrize("backend", backends())
 def test_without_statistics_no_maximum_is_looked_for(backend):
-    options = ops.Options(0.1, 20, "cross", True, "mean", 0, "auto", backend, -1, 1e-12)
+    options = Options(dim=20, backend=backend)
     r1, r2 = make_views(30, 24, dtype=torch.float32)
-    assert ops.forward_body(r1, r2, None, None, True, options)[2] is None
-    found = ops.forward_body(r1, r2, None, None, True, options._replace(top1=True))[2]
-    assert found.shape == (1, 2, 30)
-    assert ops.loss_forward(r1, r2, None, None, True, *options)[-1].shape == (0,)
+    problem = ops.problem_of(options, r1, r2, None)
+    assert ops.forward_body(problem, r1, r2, None, None)[2] is None
+    asked = problem.replace(return_stats=True)
+    assert ops.forward_body(asked, r1, r2, None, None)[2].shape == (1, 2, 30)
+    outputs = ops.loss_forward(r1, r2, None, None, True, *ops.arguments(options))
+    assert outputs[-1].shape == (0,)

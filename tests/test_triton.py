@@ -17,7 +17,7 @@ import torch
 
 from directclr_fast import dispatch, fast_directclr_loss, last_backend, ops
 from directclr_fast.backends import triton as backend
-from directclr_fast.problem import Problem
+from directclr_fast.problem import Options, Problem
 from directclr_fast.products import fp32_products
 from directclr_fast.testing import bound, eager_loss, evaluate, make_views, relative_error
 
@@ -273,11 +273,10 @@ def test_the_same_tensor_twice_and_one_side_without_gradient():
 )
 def test_opcheck(columns, changes):
     r1, r2 = (r.requires_grad_() for r in make_views(19, 32, dtype=torch.float32))
-    options = ops.Options(0.1, 20, "cross", True, "mean", 0, "auto", "triton", -1, 1e-12)
-    options = options._replace(**changes)
+    arguments = ops.arguments(Options(dim=20, backend="triton").replace(**changes))
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(
-        ops.loss_forward, (r1, r2, columns, None, True, *options), test_utils=tests
+        ops.loss_forward, (r1, r2, columns, None, True, *arguments), test_utils=tests
     )
 
 
@@ -328,7 +327,7 @@ def test_four_launches_forward_and_five_backward(launches, monkeypatch):
     r1, r2 = (r.requires_grad_() for r in make_views(64, 48, dtype=torch.float32))
     torch.utils.deterministic.fill_uninitialized_memory = False
     # A listener would be shown the registered op, and nothing of what is inside.
-    monkeypatch.setattr("directclr_fast.loss.dispatched", lambda *tensors: False)
+    monkeypatch.setattr("directclr_fast.ops.dispatched", lambda *tensors: False)
     with Computing():
         loss = fast_directclr_loss(r1, r2, 40, backend="triton", precision="fp16")
     assert launches == ["_normalize_kernel", "_sums_kernel", "_combine_kernel", "_total_kernel"]
@@ -349,20 +348,20 @@ def test_four_launches_forward_and_five_backward(launches, monkeypatch):
 def test_automatic_choice_never_takes_interpreted_kernels(monkeypatch):
     monkeypatch.setattr(dispatch, "PRIORITY", ("triton", "torch"))  # nothing faster was built
     assert backend.why_not(problem(device_type="cpu")) == []
-    assert dispatch.choose(problem(device_type="cpu")) == "torch"
+    assert dispatch.choose(problem(device_type="cpu")).backend == "torch"
 
 
 def test_gpu_tensors_take_triton():
-    assert dispatch.choose(problem()) == "triton"
-    assert dispatch.choose(problem(dtype=torch.float64)) == "torch"
+    assert dispatch.choose(problem()).backend == "triton"
+    assert dispatch.choose(problem(dtype=torch.float64)).backend == "torch"
     assert "negatives 'same'" in backend.why_not(problem(negatives="same"))[0]
 
 
 def test_automatic_precision_rounds_only_where_eager_would():
     assert backend.precision(problem()) == "highest"
-    assert backend.precision(problem(mixed=True)) == "fp16"
+    assert backend.precision(problem(autocast=True)) == "fp16"
     assert backend.precision(problem(dtype=torch.bfloat16)) == "fp16"
-    assert backend.precision(problem(precision="tf32", mixed=True)) == "tf32"
+    assert backend.precision(problem(precision="tf32", autocast=True)) == "tf32"
 
 
 def test_autocast_and_the_process_setting_reach_the_backend():
@@ -421,13 +420,14 @@ def test_a_column_outside_the_row_reads_nan_and_is_not_written(monkeypatch):  # 
     r, dr = memory[8:32, 16:48], gradient[8:32, 16:48]
     r.copy_(make_views(24, 32)[0])
     monkeypatch.setattr(backend.TritonStages, "gradient_buffer", lambda *_: dr)
-    options = ops.Options(0.1, 3, "cross", True, "mean", 0, "auto", "triton", -1, 1e-12)
+    options = Options(backend="triton")
     for bad in (32, 40, -1, 2**40):
         index = torch.tensor([[3, bad, 5]])
-        loss, saved, _ = ops.forward_body(r, r, index, None, True, options)
+        problem = ops.problem_of(options, r, r, index)
+        loss, saved, _ = ops.forward_body(problem, r, r, index, None)
         assert loss.isnan()
         need = (True, False, False)
-        ops.backward_body(torch.ones(()), saved, index, None, 32, torch.float32, need, options)
+        ops.backward_body(problem, torch.ones(()), saved, index, None, need)
         assert dr[:, [3, 5]].isnan().all()
         dr.fill_(7.0)
         assert (gradient == 7.0).all()

@@ -101,7 +101,7 @@ class CpuStages:
         # shape is the same for every instruction set, since compiled graphs are cached with it.
         workspace = problem.workspace_bytes
         workspace = DEFAULT_WORKSPACE_BYTES if workspace is None else workspace
-        if not problem.keep or not workspace:
+        if not problem.differentiable or not workspace:
             return (0,)
         whole = (problem.rows + 63) * (problem.candidates + 63)
         return (torch.sym_min(whole, workspace // (4 * problem.groups)),)

@@ -79,7 +79,7 @@ class CudaStages(PackedStages):
         return hopper.tile(layout)
 
     def _bounded_sums(self, problem: Problem, scale) -> bool:
-        return not problem.top1 and super()._bounded_sums(problem, scale)
+        return not problem.return_stats and super()._bounded_sums(problem, scale)
 
     def _programs(self, device: torch.device) -> int:
         return hopper.multiprocessors(device)

@@ -33,7 +33,7 @@ def precision(problem: Problem) -> str:
     """
     if problem.precision != "auto":
         return problem.precision
-    exact = problem.dtype == torch.float32 and not problem.mixed
+    exact = problem.dtype == torch.float32 and not problem.autocast
     if exact and not may_round(problem.device_type):
         return "highest"
     return "fp16"
@@ -93,14 +93,14 @@ class PackedStages:
         """normalize, sums, combine, total: 4 launches while the partial sums fit one strip."""
         layout, offset = self._layout(problem), problem.row_offset
         bounded = self._bounded_sums(problem, scale)
-        tile = self._tile("tops" if problem.top1 else "sums", layout, r1.device, bounded)
+        tile = self._tile("tops" if problem.return_stats else "sums", layout, r1.device, bounded)
         index = None if columns is None else columns[0]
         with self.kernels.device(r1):
             z1, z2, rnorm1, rnorm2, cosines = self.kernels.normalize_views(
                 layout, r1, r2, index, offset, problem.eps
             )
-            tops = Tops.none_yet(problem, z1, len(z2)) if problem.top1 else None
-            peaks = problem.top1 or not bounded
+            tops = Tops.none_yet(problem, z1, len(z2)) if problem.return_stats else None
+            peaks = problem.return_stats or not bounded
             strips = self.kernels.strips(len(z1), len(z2), tile, problem.symmetric, peaks)
             options = {"moving": problem.symmetric, "bounded": bounded, "tops": tops}
             programs = self._programs(r1.device)
@@ -143,9 +143,7 @@ class PackedStages:
         with self.kernels.device(dloss):
             dloss = dloss.contiguous()
             largest = dloss.abs().amax() if per_row else None
-            factors = self.kernels.factors(
-                problem, state, dloss, largest, is_bounded(problem, scale)
-            )
+            factors = self.kernels.factors(problem, state, dloss, largest, problem.bounded(scale))
             dz1, dz2 = self._tile_products(
                 problem, layout, state.z1, state.z2, scale, factors, problem.row_offset, wanted
             )
@@ -252,11 +250,11 @@ class PackedStages:
 
     def _bounded_sums(self, problem: Problem, scale) -> bool:
         """Which form of the sums is taken: kernels may have maxima in one of them only."""
-        return is_bounded(problem, scale)
+        return problem.bounded(scale)
 
     def _log_sums(self, problem, z1, z2, scale, offset, moving, tops, upper=False):
         layout, bounded = self._layout(problem, z1), self._bounded_sums(problem, scale)
-        kernel, plain = "tops" if problem.top1 else "sums", bounded and not upper
+        kernel, plain = "tops" if problem.return_stats else "sums", bounded and not upper
         tile = self._tile(kernel, layout, z1.device, plain)
         with self.kernels.device(z1):
             return self.kernels.log_sums(
@@ -268,7 +266,7 @@ class PackedStages:
         self, problem: Problem, z1: Tensor, z2: Tensor, scale, pair: Pair, kept: Tensor, need
     ) -> tuple[Tensor | None, Tensor | None]:
         layout, offset = self._layout(problem, z1), problem.row_offset
-        factors, unit = _factors(pair, is_bounded(problem, scale))
+        factors, unit = _factors(pair, problem.bounded(scale))
         with self.kernels.device(z1):
             dz1, dz2 = self._tile_products(problem, layout, z1, z2, scale, factors, offset, need)
             if dz1 is not None:
@@ -283,7 +281,7 @@ class PackedStages:
         self, problem: Problem, z: Tensor, scale, w: Tensor, lse: Tensor, dz: Tensor
     ) -> None:
         layout = self._layout(problem, z)
-        factors, unit = _factors(Pair(w, lse, w, lse, w), is_bounded(problem, scale))
+        factors, unit = _factors(Pair(w, lse, w, lse, w), problem.bounded(scale))
         tile = self._tile("weights", layout, z.device, factors.bounded)
         inner = self._tile("products", layout, z.device)
         side = min(self._superblock(problem, layout, tile))
@@ -339,11 +337,6 @@ class PackedStages:
                 add=problem.groups > 1,
             )
         return view.dots.sum(dtype=problem.statistics_dtype)
-
-
-def is_bounded(problem: Problem, scale) -> bool:
-    """Whether exp(a s) and its sums fit fp32 without a maximum; the host must know a."""
-    return not isinstance(scale, Tensor) and problem.unshifted_is_safe(scale)
 
 
 def _factors(pair: Pair, bounded: bool):

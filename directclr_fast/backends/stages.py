@@ -180,7 +180,7 @@ def forward(
         z2, rnorm2 = stages.normalize(problem, r2, index)
         kept = stages.kept_buffer(problem, z1)
         logits = z1.new_empty(problem.rows, dtype=problem.statistics_dtype)
-        tops = Tops.none_yet(problem, z1, problem.candidates) if problem.top1 else None
+        tops = Tops.none_yet(problem, z1, problem.candidates) if problem.return_stats else None
         rest_row, rest_col = stages.sums(problem, z1, z2, scale, kept, logits, tops)
         if problem.negatives == "both":
             top = tops and tops.row

@@ -61,8 +61,8 @@ class TorchStages:
         size = problem.rows * problem.candidates * problem.compute_dtype.itemsize
         size *= problem.groups
         known = problem.temperature is not None
-        if problem.keep and known and size <= workspace:
-            if problem.unshifted_is_safe(1.0 / problem.temperature):
+        if problem.differentiable and known and size <= workspace:
+            if problem.bounded(1.0 / problem.temperature):
                 return (problem.rows, problem.candidates)
         return (0,)
 
@@ -88,14 +88,14 @@ class TorchStages:
         logits: Tensor | None = None,
         tops: Tops | None = None,
     ):
-        unshifted = _unshifted(problem, scale)
-        row = _Accumulator(problem, z1, unshifted)
-        col = _Accumulator(problem, z2, unshifted) if problem.symmetric else None
+        bounded = problem.bounded(scale)
+        row = _Accumulator(problem, z1, bounded)
+        col = _Accumulator(problem, z2, bounded) if problem.symmetric else None
         for rows, columns, s in _blocks(problem, z1, z2, scale, problem.row_offset, kept, logits):
             if tops is not None:
                 _raise(tops.row, rows, s, 1)
                 _raise(tops.col, columns, s, 0)
-            if unshifted:
+            if bounded:
                 s.exp_()
             row.add(rows, s, 1)
             if col is not None:
@@ -105,13 +105,13 @@ class TorchStages:
         return row.log_sum(), None if col is None else col.log_sum()
 
     def self_sums(self, problem: Problem, z: Tensor, scale, top: Tensor | None = None) -> Tensor:
-        unshifted = _unshifted(problem, scale)
-        row = _Accumulator(problem, z, unshifted)
+        bounded = problem.bounded(scale)
+        row = _Accumulator(problem, z, bounded)
         for rows, columns, s in _blocks(problem, z, z, scale, 0, triangle=True):
             _raise(top, rows, s, 1)
             if columns.start >= rows.stop:
                 _raise(top, columns, s, 0)
-            if unshifted:
+            if bounded:
                 s.exp_()
             row.add(rows, s, 1)
             if columns.start >= rows.stop:
@@ -188,15 +188,15 @@ def _raise(top: Tensor | None, where: slice, s: Tensor, dim: int) -> None:
 
 
 class _Accumulator:
-    """Sums of exp by row of z, over blocks that come as exp(s) or, not ``unshifted``, as s."""
+    """Sums of exp by row of z, over blocks that come as exp(s) or, not ``bounded``, as s."""
 
-    def __init__(self, problem: Problem, z: Tensor, unshifted: bool) -> None:
-        self.unshifted = unshifted
-        empty = 0.0 if unshifted else float("-inf")
+    def __init__(self, problem: Problem, z: Tensor, bounded: bool) -> None:
+        self.bounded = bounded
+        empty = 0.0 if bounded else float("-inf")
         self.total = torch.full_like(z[:, 0], empty, dtype=problem.statistics_dtype)
 
     def add(self, where: slice, s: Tensor, dim: int) -> None:
-        if self.unshifted:
+        if self.bounded:
             self.total[where] += s.sum(dim)
         else:
             # As torch.logsumexp, but the maximum joins in fp64: in fp32 a log-sum of 1000 is off by
@@ -206,7 +206,7 @@ class _Accumulator:
             self.total[where] = torch.logaddexp(self.total[where], part)
 
     def log_sum(self) -> Tensor:
-        return self.total.log_() if self.unshifted else self.total
+        return self.total.log_() if self.bounded else self.total
 
 
 class _Weigher:
@@ -217,8 +217,8 @@ class _Weigher:
 
     def __init__(self, problem: Problem, scale, pair: Pair) -> None:
         dtype = problem.compute_dtype
-        self.unshifted = _unshifted(problem, scale)
-        if self.unshifted:
+        self.bounded = problem.bounded(scale)
+        if self.bounded:
             self.of_row = (pair.w * torch.exp(-pair.row_lse)).to(dtype)
             if pair.v is not None:
                 self.of_col = (pair.v * torch.exp(-pair.col_lse)).to(dtype)
@@ -237,7 +237,7 @@ class _Weigher:
     def __call__(self, rows: slice, columns: slice, s: Tensor, exponentiated: bool = False):
         pair = self.pair
         other = None if self.buffer is None else self.buffer[: s.numel()].view(s.shape)
-        if self.unshifted:
+        if self.bounded:
             if exponentiated:
                 # s is a view of the kept E, which a second backward pass may need again.
                 if other is None:
@@ -260,10 +260,6 @@ def _rounded(weight: Tensor, lse: Tensor, dtype: torch.dtype) -> tuple[Tensor, T
     """The same weight exp(x - lse) with lse in ``dtype``: its rounding goes into the weight."""
     reference = lse.to(dtype)
     return (weight * torch.exp(reference - lse)).to(dtype), reference
-
-
-def _unshifted(problem: Problem, scale) -> bool:
-    return not isinstance(scale, Tensor) and problem.unshifted_is_safe(scale)
 
 
 def _slices(size: int, block: int):

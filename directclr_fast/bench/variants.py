@@ -84,7 +84,7 @@ class Case:
             temperature=self.temperature,
             negatives=self.negatives,
             precision=precision,
-            keep=True,
+            differentiable=True,
         )
 
 
