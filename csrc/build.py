@@ -31,7 +31,7 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 
 # Flags by source. Everything but the bodies is compiled for the baseline of the platform.
 COMMON = {
-    "csrc/bindings.cpp": ["-fvisibility=hidden"],
+    "csrc/cpu/bindings.cpp": ["-fvisibility=hidden"],
     "csrc/cpu/isa.cpp": [],
     "csrc/cpu/stages.cpp": [],
     "csrc/cpu/body_portable.cpp": [],

@@ -57,7 +57,7 @@ def wanted() -> bool:
 
 
 def sources() -> list[str]:
-    return ["csrc/bindings_cuda.cpp", "csrc/cuda/products.cpp", "csrc/cuda/rows.cu",
+    return ["csrc/cuda/bindings.cpp", "csrc/cuda/products.cpp", "csrc/cuda/rows.cu",
             "csrc/cuda/product.cu"]  # fmt: skip
 
 
@@ -75,7 +75,7 @@ def compile_commands(objects: Path) -> list[tuple[list[str], Path, Path]]:
     headers = cutlass()
     if headers is None or not (headers / "cutlass" / "cutlass.h").exists():
         raise OSError(f"CUTLASS's headers are missing, install {CUTLASS} or set CUTLASS_PATH")
-    include = [f"-I{HERE / 'cuda'}", f"-I{HERE}", "-isystem", str(headers)]
+    include = [f"-I{HERE / 'cuda'}", "-isystem", str(headers)]
     include += [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     base = [compiler(), *FLAGS, *(f"-Xcompiler={flag}" for flag in HOST_FLAGS), *include]
     found = []
@@ -85,7 +85,7 @@ def compile_commands(objects: Path) -> list[tuple[list[str], Path, Path]]:
         name = f"product_{operand}_{kind}".lower()
         found.append(([*base, *own, "-c", str(source)], source, objects / f"{name}.o"))
     for source in (HERE / "cuda" / "rows.cu", HERE / "cuda" / "products.cpp",
-                   HERE / "bindings_cuda.cpp"):  # fmt: skip
+                   HERE / "cuda" / "bindings.cpp"):  # fmt: skip
         found.append(([*base, "-c", str(source)], source, objects / f"{source.stem}.o"))
     return found
 
@@ -101,13 +101,13 @@ def host_commands(output: Path, fragments: bool) -> list[list[str]]:
 
     base = [compiler(), "-std=c++17", "-O2", "-DNDEBUG", TARGET, "--expt-relaxed-constexpr"]
     base += ["-diag-suppress", "20011,20014", *(f"-Xcompiler={flag}" for flag in HOST_FLAGS[:1])]
-    base += [f"-I{HERE / 'cuda'}", f"-I{HERE}", f"-I{pybind11.get_include()}"]
+    base += [f"-I{HERE / 'cuda'}", f"-I{pybind11.get_include()}"]
     base += [f"-I{sysconfig.get_paths()['include']}"]
     if fragments:
         base += ["-DDIRECTCLR_CHECK_FRAGMENT", "-isystem", str(cutlass())]
     stages, binding = output.with_suffix(".stages.o"), output.with_suffix(".binding.o")
     return [
         [*base, "-c", str(HERE / "cuda" / "stages_host.cu"), "-o", str(stages)],
-        [*base, "-c", str(HERE / "bindings_cuda.cpp"), "-o", str(binding)],
+        [*base, "-c", str(HERE / "cuda" / "bindings.cpp"), "-o", str(binding)],
         [*link_command()[:-1], str(stages), str(binding), "-o", str(output)],
     ]

@@ -12,8 +12,8 @@
 #include <sys/mman.h>
 #endif
 
-#include "../common/threads.h"
 #include "isa.h"
+#include "threads.h"
 
 namespace directclr {
 namespace {

@@ -2,7 +2,7 @@
 // RuntimeError. Nothing is checked here; the Python side owns the tensors and checks them.
 #include <pybind11/pybind11.h>
 
-#include "cuda/stages.h"
+#include "stages.h"
 
 namespace py = pybind11;
 using namespace py::literals;

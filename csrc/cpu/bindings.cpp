@@ -4,9 +4,9 @@
 
 #include <algorithm>
 
-#include "common/threads.h"
-#include "cpu/isa.h"
-#include "cpu/stages.h"
+#include "isa.h"
+#include "stages.h"
+#include "threads.h"
 
 namespace py = pybind11;
 using namespace py::literals;
