@@ -30,7 +30,7 @@ def test_everything_builds_without_spills_and_with_hopper_instructions(tmp_path)
     found = json.loads((tmp_path / "records.json").read_text())
     assert found["wrong"] == []
     names = {record["kernel"] for record in found["kernels"]}
-    for operand, kind in gate.build_cuda.PRODUCTS:
+    for operand, kind in gate.build_cuda.instantiations:
         for stage in ("sums", "weights"):
             assert f"{stage} {operand} {kind}".lower() in names
     assert len(found["kernels"]) == 30

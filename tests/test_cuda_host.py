@@ -23,11 +23,11 @@ from directclr_fast.problem import Problem
 from directclr_fast.testing import eager_loss, evaluate, make_views, relative_error
 
 CSRC = Path(__file__).parents[1] / "csrc"
-_spec = importlib.util.spec_from_file_location("build_cuda", CSRC / "build_cuda.py")
-build_cuda = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(build_cuda)
+_spec = importlib.util.spec_from_file_location("directclr_fast_build", CSRC / "build.py")
+_build = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_build)
 
-if build_cuda.nvcc() is None:
+if _build.CUDA.nvcc() is None:
     pytest.skip("no nvcc", allow_module_level=True)
 
 
@@ -39,7 +39,7 @@ def library(tmp_path_factory) -> Path:
     """The module built for the CPU, and, with CUTLASS's headers, its check of the accumulators."""
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     output = tmp_path_factory.mktemp("cuda_host") / f"_cuda{suffix}"
-    for command in build_cuda.host_commands(output, build_cuda.cutlass() is not None):
+    for command in _build.CUDA.host_commands(output, _build.CUDA.cutlass() is not None):
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0 and "warning" not in done.stderr, done.stderr[-3000:]
     return output
@@ -96,7 +96,7 @@ def runs_of(r1, r2, **options):
 
 
 def test_accumulators_lie_where_cutlass_says(library):
-    if build_cuda.cutlass() is None:
+    if _build.CUDA.cutlass() is None:
         pytest.skip("CUTLASS's headers are not installed")
     assert ctypes.CDLL(str(library)).host_fragment_mismatches() == 0
 

@@ -1,5 +1,5 @@
-// The tile product of one operand type and schedule, compiled once for each line of `PRODUCTS` in
-// csrc/build_cuda.py: DIRECTCLR_OPERAND (Fp16, Bf16, E4m3) and DIRECTCLR_KIND (Cooperative,
+// The tile product of one operand type and schedule, compiled once for each of `instantiations` in
+// csrc/build.py: DIRECTCLR_OPERAND (Fp16, Bf16, E4m3) and DIRECTCLR_KIND (Cooperative,
 // Pingpong). Both stages: most of the compiler's time goes into reading CUTLASS.
 #include "product.cuh"
 #include "products.h"
