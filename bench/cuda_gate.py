@@ -93,9 +93,9 @@ def kernels(name: str, said: str, binary: Path) -> list[dict]:
 
 
 def label(name: str, symbol: str) -> str:
-    if name.startswith("product"):
+    if name.startswith("similarity"):
         stage = "sums" if "SumsEpilogue" in symbol else "weights"
-        return f"{stage} {name.removeprefix('product_').removesuffix('.o').replace('_', ' ')}"
+        return f"{stage} {name.removeprefix('similarity_').removesuffix('.o').replace('_', ' ')}"
     short = re.search(r"\d+([a-z_]+_kernel)", symbol)[1]
     halves = {"Fp16": "fp16", "Bf16": "bf16"}
     kinds = [text for key, text in halves.items() if key in symbol]
@@ -110,7 +110,7 @@ def problems(record: dict, said: str) -> list[str]:
     found = []
     if record["spills"] or record["stack"]:
         found.append(f"spills {record['spills']} bytes, stack {record['stack']} bytes")
-    if record["object"].startswith("product"):
+    if record["object"].startswith("similarity"):
         wanted = "QGMMA" if "e4m3" in record["object"] else "HGMMA"
         if wanted not in record["matrix"]:
             found.append(f"no {wanted}, got {record['matrix']}")

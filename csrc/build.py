@@ -199,7 +199,7 @@ class Cuda(Recipe):
         return None if package is None else Path(package.origin).parent / "source" / "include"
 
     def sources(self) -> list[str]:
-        return ["product.cu", "rows.cu", "products.cpp", "bindings.cpp"]
+        return ["similarity.cu", "rows.cu", "similarity.cpp", "bindings.cpp"]
 
     def compile_commands(self, objects: Path) -> list[Object]:
         headers = self.cutlass()
@@ -208,12 +208,12 @@ class Cuda(Recipe):
             raise OSError(f"CUTLASS's headers are missing, install {package} or set CUTLASS_PATH")
         base = [self.compiler(), *self.flags, "-O3", "-Xptxas=-v", "-Xcompiler=-fvisibility=hidden"]
         base += ["-isystem", str(headers), *_python_headers()]
-        product, *others = (HERE / self.folder / name for name in self.sources())
+        similarity, *others = (HERE / self.folder / name for name in self.sources())
         commands = []
         for operand, kind in self.instantiations:
-            own = [f"-DDIRECTCLR_OPERAND={operand}", f"-DDIRECTCLR_KIND={kind}", "-c", str(product)]
-            target = objects / f"{product.stem}_{operand}_{kind}.o".lower()
-            commands.append(Object([*base, *own], product, target))
+            own = [f"-DDIRECTCLR_OPERAND={operand}", f"-DDIRECTCLR_KIND={kind}"]
+            target = objects / f"{similarity.stem}_{operand}_{kind}.o".lower()
+            commands.append(Object([*base, *own, "-c", str(similarity)], similarity, target))
         for source in others:
             command = [*base, "-c", str(source)]
             commands.append(Object(command, source, objects / f"{source.stem}.o"))

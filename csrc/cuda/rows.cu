@@ -2,7 +2,7 @@
 // candidate where there are only statistics. Every sum has a fixed order.
 #include "rows.h"
 #include "statistics.h"
-#include "views.h"
+#include "typed.h"
 
 namespace directclr {
 namespace {

@@ -2,7 +2,7 @@
 // queued on the stream and wait for nothing.
 #pragma once
 
-#include "launch.h"
+#include "arguments.h"
 
 namespace directclr {
 
@@ -85,7 +85,7 @@ std::string add_positives(const Layout&, float* dz, const void* other, const flo
                           const float* factor, int64_t n, int64_t others, int64_t diagonals,
                           int64_t to_other, int64_t to_diagonal, const Stream&);
 
-// The tile products (product_*.cu). `pingpong` chooses the schedule for short rows.
+// The tile products (similarity.cu). `pingpong` chooses the schedule for short rows.
 std::string sums(const Operands&, const SumsArguments&, bool pingpong, const Stream&);
 std::string weights(const Operands&, const WeightsArguments&, bool pingpong, const Stream&);
 int tile_height(bool pingpong);

@@ -7,10 +7,10 @@
 #include "rows.h"
 #include "statistics.h"
 #include "tile.h"
-#include "views.h"
+#include "typed.h"
 
 #ifdef DIRECTCLR_CHECK_FRAGMENT
-#include "product.cuh"
+#include "similarity.cuh"
 #endif
 
 namespace directclr {
@@ -262,7 +262,7 @@ extern "C" int64_t host_row_offset(int64_t row, int64_t stride) {
 
 #ifdef DIRECTCLR_CHECK_FRAGMENT
 // How many values of all threads' accumulators are not where tile.h takes them to be, by CuTe's
-// own description of the product.
+// own description of the main loop.
 extern "C" int host_fragment_mismatches() {
   int wrong = 0;
   const auto count = [&](auto mma, auto kind) {
@@ -282,10 +282,10 @@ extern "C" int host_fragment_mismatches() {
   };
   using H = cutlass::half_t;
   using E = cutlass::float_e4m3_t;
-  count(typename Product<H, Cooperative, SumsEpilogue<Cooperative>>::Mainloop::TiledMma{},
+  count(typename Similarity<H, Cooperative, SumsEpilogue<Cooperative>>::Mainloop::TiledMma{},
         Cooperative{});
-  count(typename Product<H, Pingpong, SumsEpilogue<Pingpong>>::Mainloop::TiledMma{}, Pingpong{});
-  count(typename Product<E, Cooperative, SumsEpilogue<Cooperative>>::Mainloop::TiledMma{},
+  count(typename Similarity<H, Pingpong, SumsEpilogue<Pingpong>>::Mainloop::TiledMma{}, Pingpong{});
+  count(typename Similarity<E, Cooperative, SumsEpilogue<Cooperative>>::Mainloop::TiledMma{},
         Cooperative{});
   return wrong;
 }

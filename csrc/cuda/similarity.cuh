@@ -15,8 +15,8 @@
 #include "cutlass/gemm/collective/collective_builder.hpp"
 #include "cutlass/gemm/device/gemm_universal_adapter.h"
 #include "cutlass/gemm/kernel/gemm_universal.hpp"
+#include "arguments.h"
 #include "half.h"
-#include "launch.h"
 #include "tile.h"
 
 namespace directclr {
@@ -172,7 +172,7 @@ template <class Element>
 constexpr bool kIsFp8 = std::is_same_v<Element, cutlass::float_e4m3_t>;
 
 template <class Element, class Kind, class OurEpilogue>
-struct Product {
+struct Similarity {
   static constexpr int kAlignment = 16 / sizeof(Element);
   static constexpr int kDepth = 128 / sizeof(Element);  // one row of the swizzled tile
   using Tile = cute::Shape<cute::Int<Kind::kHeight>, cute::Int<kWidth>, cute::Int<kDepth>>;

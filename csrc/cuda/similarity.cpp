@@ -1,5 +1,5 @@
 // Which instantiation a launch takes.
-#include "products.h"
+#include "similarity.h"
 
 namespace directclr {
 namespace {
