@@ -38,7 +38,7 @@ Stream stream_of(const py::tuple& t) {
 }
 
 // (data, dtype, rows, width, row_stride, col_stride)
-View view_of(const py::tuple& t) {
+Input input_of(const py::tuple& t) {
   return {at<void>(t[0].cast<uintptr_t>()), t[1].cast<int>(), t[2].cast<int64_t>(),
           t[3].cast<int64_t>(), t[4].cast<int64_t>(), t[5].cast<int64_t>()};
 }
@@ -50,8 +50,8 @@ Layout layout_of(const py::tuple& t) {
 }
 
 // (operand, a, b, rows, cols, k, pitch)
-Operands operands_of(const py::tuple& t) {
-  return {Operand(t[0].cast<int>()), at<void>(t[1].cast<uintptr_t>()),
+Operands operands_of(const py::tuple& t, bool pingpong) {
+  return {Operand(t[0].cast<int>()), pingpong, at<void>(t[1].cast<uintptr_t>()),
           at<void>(t[2].cast<uintptr_t>()), t[3].cast<int>(), t[4].cast<int>(), t[5].cast<int>(),
           t[6].cast<int64_t>()};
 }
@@ -88,36 +88,34 @@ PYBIND11_MODULE(_cuda, m) {
                         bool both, const py::tuple& stream) {
     const Stream s = stream_of(stream);
     const Layout l = layout_of(layout);
-    const View a = view_of(r1), b = view_of(r2);
-    launch(s, [&] {
-      return normalize(l, a, b, at<int64_t>(index), at<void>(z1), at<void>(z2), at<float>(rnorm1),
-                       at<float>(rnorm2), at<double>(positives_at), offset, eps, both, s);
-    });
+    const NormalizeArguments a{input_of(r1),       input_of(r2),      at<int64_t>(index),
+                               at<void>(z1),       at<void>(z2),      at<float>(rnorm1),
+                               at<float>(rnorm2),  at<double>(positives_at), offset, eps, both};
+    launch(s, [&] { return normalize(l, a, s); });
   });
   m.def("positives", [](const py::tuple& layout, P z1, P z2, P found, I n, I offset,
                         const py::tuple& stream) {
     const Stream s = stream_of(stream);
     const Layout l = layout_of(layout);
-    launch(s, [&] {
-      return positives(l, at<void>(z1), at<void>(z2), at<double>(found), n, offset, s);
-    });
+    const PositivesArguments a{at<void>(z1), at<void>(z2), at<double>(found), n, offset};
+    launch(s, [&] { return positives(l, a, s); });
   });
   m.def("sums", [](const py::tuple& operands, P row_sum, P row_peak, P col_sum, P col_peak,
                    P own, const py::tuple& exponent, int step, bool upper, bool moving, bool bounded,
                    bool pingpong, const py::tuple& stream) {
     const Stream s = stream_of(stream);
-    const Operands o = operands_of(operands);
+    const Operands o = operands_of(operands, pingpong);
     const SumsArguments a{at<float>(row_sum),  at<float>(row_peak), at<float>(col_sum),
                           at<float>(col_peak), at<float>(own),      exponent_of(exponent),
                           step,                upper,               moving,
                           bounded};
-    launch(s, [&] { return sums(o, a, pingpong, s); });
+    launch(s, [&] { return sums(o, a, s); });
   });
   m.def("weights", [](const py::tuple& operands, P out, I pitch, P row, P col, P row_shift,
                       P col_shift, bool symmetric, const py::tuple& exponent, int step,
                       bool bounded, bool pingpong, const py::tuple& stream) {
     const Stream s = stream_of(stream);
-    const Operands o = operands_of(operands);
+    const Operands o = operands_of(operands, pingpong);
     const WeightsArguments a{at<void>(out),
                              pitch,
                              {at<float>(row), at<float>(col), at<float>(row_shift),
@@ -125,15 +123,14 @@ PYBIND11_MODULE(_cuda, m) {
                              exponent_of(exponent),
                              step,
                              bounded};
-    launch(s, [&] { return weights(o, a, pingpong, s); });
+    launch(s, [&] { return weights(o, a, s); });
   });
   m.def("fold", [](P sums_at, P peaks, P into, I n, int lines, I stride, bool first,
                    const py::tuple& stream) {
     const Stream s = stream_of(stream);
-    launch(s, [&] {
-      return fold(at<float>(sums_at), at<float>(peaks), at<double>(into), n, lines, stride, first,
-                  s);
-    });
+    const FoldArguments a{at<float>(sums_at), at<float>(peaks), at<double>(into), n, lines, stride,
+                          first};
+    launch(s, [&] { return fold(a, s); });
   });
   m.def("combine", [](const py::tuple& parts, P rest_row, P rest_col, P positives_at, P scale,
                       double scale_value, P row_lse, P col_lse, P nll_row, P nll_col,
@@ -165,7 +162,7 @@ PYBIND11_MODULE(_cuda, m) {
   });
   m.def("total", [](P parts, P loss, I n, double factor, const py::tuple& stream) {
     const Stream s = stream_of(stream);
-    launch(s, [&] { return total(at<double>(parts), at<float>(loss), n, factor, s); });
+    launch(s, [&] { return total({at<double>(parts), at<float>(loss), n, factor}, s); });
   });
   m.def("factors", [](P upstream, P largest, P row_lse, P col_lse, P nll_row, P nll_col, P row,
                       P col, P row_shift, P col_shift, P diagonal, I rows, I n, I offset,
@@ -188,18 +185,18 @@ PYBIND11_MODULE(_cuda, m) {
     const FinishSide one = side_of(first);
     const bool both = !second.is_none();
     const FinishSide two = both ? side_of(second.cast<py::tuple>()) : FinishSide{};
-    const FinishCommon c{at<int64_t>(index), at<float>(diagonal), diagonals, width, largest_rnorm,
-                         add, factor, at<float>(upstream), at<float>(scale), scale_value};
-    launch(s, [&] { return finish(l, dtype, one, both ? &two : nullptr, c, s); });
+    const FinishArguments c{dtype, at<int64_t>(index), at<float>(diagonal), diagonals, l.d, width,
+                            largest_rnorm, add, factor, at<float>(upstream), at<float>(scale),
+                            scale_value};
+    launch(s, [&] { return finish(l, one, both ? &two : nullptr, c, s); });
   });
   m.def("add_positives", [](const py::tuple& layout, P dz, P other, P diagonal, P factor, I n,
                             I others, I diagonals, I to_other, I to_diagonal,
                             const py::tuple& stream) {
     const Stream s = stream_of(stream);
     const Layout l = layout_of(layout);
-    launch(s, [&] {
-      return add_positives(l, at<float>(dz), at<void>(other), at<float>(diagonal),
-                           at<float>(factor), n, others, diagonals, to_other, to_diagonal, s);
-    });
+    const AddPositivesArguments a{at<float>(dz), at<void>(other), at<float>(diagonal),
+                                  at<float>(factor), n, others, diagonals, to_other, to_diagonal};
+    launch(s, [&] { return add_positives(l, a, s); });
   });
 }

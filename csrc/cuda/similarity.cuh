@@ -112,14 +112,14 @@ struct SumsEpilogue : EpilogueBase<SumsArguments> {
     float* row_sum = params.row_sum + int64_t(n) * place.rows;
     float* row_peak = params.row_peak + int64_t(n) * place.rows;
     if (params.bounded) {
-      sums_of_warp<DeviceWarp, kBlocks, true>(acc, place, warp, Kind::kHeight, a2, params.moving,
+      sums_of_warp<DeviceWarp, kBlocks, true>(acc, place, warp, Kind::kHeight, a2, params.columns,
                                               row_sum, row_peak, nullptr, sums[warp], peaks[warp]);
     } else {
-      sums_of_warp<DeviceWarp, kBlocks, false>(acc, place, warp, Kind::kHeight, a2, params.moving,
+      sums_of_warp<DeviceWarp, kBlocks, false>(acc, place, warp, Kind::kHeight, a2, params.columns,
                                                row_sum, row_peak, params.own, sums[warp],
                                                peaks[warp]);
     }
-    if (!params.moving) return;
+    if (!params.columns) return;
     constexpr int kThreads = kWarps * kLanes;
     cutlass::arch::NamedBarrier::sync(kThreads, uint32_t(group));
     CUTLASS_PRAGMA_UNROLL
