@@ -1,6 +1,10 @@
-// The Python module of the Hopper kernels: addresses, sizes and a stream in, error texts out as
-// RuntimeError. Nothing is checked here; the Python side owns the tensors and checks them.
+// The Python module of the Hopper kernels: the structs of arguments.h made from fields by name
+// (addresses for pointers) and the stages of stages.h over them; error texts come out as
+// RuntimeError. Sizes and addresses are not checked here: the Python side owns the tensors.
 #include <pybind11/pybind11.h>
+
+#include <tuple>
+#include <utility>
 
 #include "stages.h"
 
@@ -11,8 +15,29 @@ namespace directclr {
 namespace {
 
 template <class T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
+void set(T*& field, const py::handle& value) {
+  field = reinterpret_cast<T*>(value.cast<uintptr_t>());
+}
+template <class T>
+void set(T& field, const py::handle& value) {
+  field = value.cast<T>();
+}
+void set(Operand& field, const py::handle& value) { field = Operand(value.cast<int>()); }
+
+// A struct as a class of the module, made from all of its fields by name.
+template <class S, class... M>
+void record(py::module_& m, const char* name, std::pair<const char*, M S::*>... fields) {
+  py::class_<S>(m, name).def(py::init([=](const py::kwargs& given) {
+    const auto value = [&](const char* field) -> py::handle {
+      if (PyObject* found = PyDict_GetItemString(given.ptr(), field)) return found;
+      throw py::type_error(std::string(name) + ": the field " + field + " is missing");
+    };
+    S s{};
+    (set(s.*fields.second, value(fields.first)), ...);
+    if (given.size() == sizeof...(fields)) return s;
+    throw py::type_error(std::string(name) + ": expected " + std::to_string(sizeof...(fields)) +
+                         " fields, got " + std::to_string(given.size()));
+  }));
 }
 
 // The caller has made the stream's device current, in its own copy of the CUDA runtime; ours is told
@@ -32,171 +57,121 @@ void launch(const Stream& stream, F f) {
   }
 }
 
-// (handle, device, multiprocessors)
-Stream stream_of(const py::tuple& t) {
-  return {at<CUstream_st>(t[0].cast<uintptr_t>()), t[1].cast<int>(), t[2].cast<int>()};
-}
-
-// (data, dtype, rows, width, row_stride, col_stride)
-Input input_of(const py::tuple& t) {
-  return {at<void>(t[0].cast<uintptr_t>()), t[1].cast<int>(), t[2].cast<int64_t>(),
-          t[3].cast<int64_t>(), t[4].cast<int64_t>(), t[5].cast<int64_t>()};
-}
-
-// (bf16, fp8, d, pitch, row, fp8_scale)
-Layout layout_of(const py::tuple& t) {
-  return {t[0].cast<bool>(), t[1].cast<bool>(),    t[2].cast<int>(),
-          t[3].cast<int>(),  t[4].cast<int64_t>(), t[5].cast<float>()};
-}
-
-// (operand, a, b, rows, cols, k, pitch)
-Operands operands_of(const py::tuple& t, bool pingpong) {
-  return {Operand(t[0].cast<int>()), pingpong, at<void>(t[1].cast<uintptr_t>()),
-          at<void>(t[2].cast<uintptr_t>()), t[3].cast<int>(), t[4].cast<int>(), t[5].cast<int>(),
-          t[6].cast<int64_t>()};
-}
-
-// (scale address or 0, value, operands)
-Exponent exponent_of(const py::tuple& t) {
-  return {at<float>(t[0].cast<uintptr_t>()), t[1].cast<float>(), t[2].cast<float>()};
-}
-
-// (z, other, rnorm, acc, dr, dr_row_stride, dr_col_stride, dots, rows, to_other, to_diagonal)
-FinishSide side_of(const py::tuple& t) {
-  return {at<void>(t[0].cast<uintptr_t>()), at<void>(t[1].cast<uintptr_t>()),
-          at<float>(t[2].cast<uintptr_t>()), at<float>(t[3].cast<uintptr_t>()),
-          at<void>(t[4].cast<uintptr_t>()), t[5].cast<int64_t>(), t[6].cast<int64_t>(),
-          at<float>(t[7].cast<uintptr_t>()), t[8].cast<int64_t>(), t[9].cast<int64_t>(),
-          t[10].cast<int64_t>()};
+// A stage as a function of its structs, of which the stream is the last.
+template <class... A>
+auto launching(std::string (*stage)(const A&...)) {
+  return [stage](const A&... arguments) {
+    launch(std::get<sizeof...(A) - 1>(std::tie(arguments...)), [&] { return stage(arguments...); });
+  };
 }
 
 }  // namespace
 }  // namespace directclr
 
+// A field of the struct that is S where this stands.
+#define F(field) std::make_pair(#field, &S::field)
+
 PYBIND11_MODULE(_cuda, m) {
   using namespace directclr;
-  using P = uintptr_t;
-  using I = int64_t;
   m.doc() = "Hopper kernels of directclr_fast; the stages are described in docs/design.md";
   m.attr("tile_width") = kTileWidth;
   m.def("tile_height", &tile_height, "pingpong"_a);
   m.def("combine_blocks", &combine_blocks, "n"_a);
   m.def("built_with", [] { return CUDART_VERSION; });
 
-  m.def("normalize", [](const py::tuple& layout, const py::tuple& r1, const py::tuple& r2, P index,
-                        P z1, P z2, P rnorm1, P rnorm2, P positives_at, I offset, double eps,
-                        bool both, const py::tuple& stream) {
-    const Stream s = stream_of(stream);
-    const Layout l = layout_of(layout);
-    const NormalizeArguments a{input_of(r1),       input_of(r2),      at<int64_t>(index),
-                               at<void>(z1),       at<void>(z2),      at<float>(rnorm1),
-                               at<float>(rnorm2),  at<double>(positives_at), offset, eps, both};
-    launch(s, [&] { return normalize(l, a, s); });
-  });
-  m.def("positives", [](const py::tuple& layout, P z1, P z2, P found, I n, I offset,
-                        const py::tuple& stream) {
-    const Stream s = stream_of(stream);
-    const Layout l = layout_of(layout);
-    const PositivesArguments a{at<void>(z1), at<void>(z2), at<double>(found), n, offset};
-    launch(s, [&] { return positives(l, a, s); });
-  });
-  m.def("sums", [](const py::tuple& operands, P row_sum, P row_peak, P col_sum, P col_peak,
-                   P own, const py::tuple& exponent, int step, bool upper, bool moving, bool bounded,
-                   bool pingpong, const py::tuple& stream) {
-    const Stream s = stream_of(stream);
-    const Operands o = operands_of(operands, pingpong);
-    const SumsArguments a{at<float>(row_sum),  at<float>(row_peak), at<float>(col_sum),
-                          at<float>(col_peak), at<float>(own),      exponent_of(exponent),
-                          step,                upper,               moving,
-                          bounded};
-    launch(s, [&] { return sums(o, a, s); });
-  });
-  m.def("weights", [](const py::tuple& operands, P out, I pitch, P row, P col, P row_shift,
-                      P col_shift, bool symmetric, const py::tuple& exponent, int step,
-                      bool bounded, bool pingpong, const py::tuple& stream) {
-    const Stream s = stream_of(stream);
-    const Operands o = operands_of(operands, pingpong);
-    const WeightsArguments a{at<void>(out),
-                             pitch,
-                             {at<float>(row), at<float>(col), at<float>(row_shift),
-                              at<float>(col_shift), symmetric},
-                             exponent_of(exponent),
-                             step,
-                             bounded};
-    launch(s, [&] { return weights(o, a, s); });
-  });
-  m.def("fold", [](P sums_at, P peaks, P into, I n, int lines, I stride, bool first,
-                   const py::tuple& stream) {
-    const Stream s = stream_of(stream);
-    const FoldArguments a{at<float>(sums_at), at<float>(peaks), at<double>(into), n, lines, stride,
-                          first};
-    launch(s, [&] { return fold(a, s); });
-  });
-  m.def("combine", [](const py::tuple& parts, P rest_row, P rest_col, P positives_at, P scale,
-                      double scale_value, P row_lse, P col_lse, P nll_row, P nll_col,
-                      P loss_by_row, P loss_by_block, I rows, I n, I offset, bool symmetric,
-                      const py::tuple& stream) {
-    const Stream s = stream_of(stream);
-    const CombineArguments a{at<float>(parts[0].cast<P>()),
-                             at<float>(parts[1].cast<P>()),
-                             at<float>(parts[2].cast<P>()),
-                             at<float>(parts[3].cast<P>()),
-                             at<double>(rest_row),
-                             at<double>(rest_col),
-                             parts[4].cast<int>(),
-                             parts[5].cast<int>(),
-                             at<double>(positives_at),
-                             at<float>(scale),
-                             scale_value,
-                             at<double>(row_lse),
-                             at<double>(col_lse),
-                             at<double>(nll_row),
-                             at<double>(nll_col),
-                             at<float>(loss_by_row),
-                             at<double>(loss_by_block),
-                             rows,
-                             n,
-                             offset,
-                             symmetric};
-    launch(s, [&] { return combine(a, s); });
-  });
-  m.def("total", [](P parts, P loss, I n, double factor, const py::tuple& stream) {
-    const Stream s = stream_of(stream);
-    launch(s, [&] { return total({at<double>(parts), at<float>(loss), n, factor}, s); });
-  });
-  m.def("factors", [](P upstream, P largest, P row_lse, P col_lse, P nll_row, P nll_col, P row,
-                      P col, P row_shift, P col_shift, P diagonal, I rows, I n, I offset,
-                      float store, bool symmetric, bool bounded, const py::tuple& stream) {
-    const Stream s = stream_of(stream);
-    const FactorsArguments a{at<float>(upstream), at<float>(largest),   at<double>(row_lse),
-                             at<double>(col_lse), at<double>(nll_row),  at<double>(nll_col),
-                             at<float>(row),      at<float>(col),       at<float>(row_shift),
-                             at<float>(col_shift), at<float>(diagonal), rows,
-                             n,                   offset,               store,
-                             symmetric,           bounded};
-    launch(s, [&] { return factors(a, s); });
-  });
-  m.def("finish", [](const py::tuple& layout, int dtype, const py::tuple& first,
-                     const py::object& second, P index, P diagonal, I diagonals, int width,
-                     float largest_rnorm, bool add, float factor, P upstream, P scale,
-                     float scale_value, const py::tuple& stream) {
-    const Stream s = stream_of(stream);
-    const Layout l = layout_of(layout);
-    const FinishSide one = side_of(first);
-    const bool both = !second.is_none();
-    const FinishSide two = both ? side_of(second.cast<py::tuple>()) : FinishSide{};
-    const FinishArguments c{dtype, at<int64_t>(index), at<float>(diagonal), diagonals, l.d, width,
-                            largest_rnorm, add, factor, at<float>(upstream), at<float>(scale),
-                            scale_value};
-    launch(s, [&] { return finish(l, one, both ? &two : nullptr, c, s); });
-  });
-  m.def("add_positives", [](const py::tuple& layout, P dz, P other, P diagonal, P factor, I n,
-                            I others, I diagonals, I to_other, I to_diagonal,
-                            const py::tuple& stream) {
-    const Stream s = stream_of(stream);
-    const Layout l = layout_of(layout);
-    const AddPositivesArguments a{at<float>(dz), at<void>(other), at<float>(diagonal),
-                                  at<float>(factor), n, others, diagonals, to_other, to_diagonal};
-    launch(s, [&] { return add_positives(l, a, s); });
-  });
+  {
+    using S = Stream;
+    record(m, "Stream", F(handle), F(device), F(multiprocessors));
+  }
+  {
+    using S = Input;
+    record(m, "Input", F(data), F(dtype), F(rows), F(width), F(row_stride), F(col_stride));
+  }
+  {
+    using S = Layout;
+    record(m, "Layout", F(bf16), F(fp8), F(d), F(pitch), F(row), F(fp8_scale));
+  }
+  {
+    using S = NormalizeArguments;
+    record(m, "NormalizeArguments", F(r1), F(r2), F(index), F(z1), F(z2), F(rnorm1), F(rnorm2),
+           F(positives), F(offset), F(eps), F(both));
+    m.def("normalize", launching(&normalize), "layout"_a, "arguments"_a, "stream"_a);
+  }
+  {
+    using S = PositivesArguments;
+    record(m, "PositivesArguments", F(z1), F(z2), F(positives), F(n), F(offset));
+    m.def("positives", launching(&positives), "layout"_a, "arguments"_a, "stream"_a);
+  }
+  {
+    using S = Operands;
+    record(m, "Operands", F(type), F(pingpong), F(a), F(b), F(rows), F(cols), F(k), F(pitch));
+  }
+  {
+    using S = Exponent;
+    record(m, "Exponent", F(scale), F(value), F(operands));
+  }
+  {
+    using S = SumsArguments;
+    record(m, "SumsArguments", F(row_sum), F(row_peak), F(col_sum), F(col_peak), F(own),
+           F(exponent), F(step), F(upper), F(columns), F(bounded));
+    m.def("sums", launching(&sums), "operands"_a, "arguments"_a, "stream"_a);
+  }
+  {
+    using S = WeightFactors;
+    record(m, "WeightFactors", F(row), F(col), F(row_shift), F(col_shift), F(symmetric));
+  }
+  {
+    using S = WeightsArguments;
+    record(m, "WeightsArguments", F(out), F(pitch), F(factors), F(exponent), F(step), F(bounded));
+    m.def("weights", launching(&weights), "operands"_a, "arguments"_a, "stream"_a);
+  }
+  {
+    using S = FoldArguments;
+    record(m, "FoldArguments", F(sums), F(peaks), F(into), F(n), F(lines), F(stride), F(first));
+    m.def("fold", launching(&fold), "arguments"_a, "stream"_a);
+  }
+  {
+    using S = CombineArguments;
+    record(m, "CombineArguments", F(row_sum), F(row_peak), F(col_sum), F(col_peak), F(rest_row),
+           F(rest_col), F(row_lines), F(col_lines), F(positives), F(scale), F(scale_value),
+           F(row_lse), F(col_lse), F(nll_row), F(nll_col), F(loss_by_row), F(loss_by_block), F(m),
+           F(n), F(offset), F(symmetric));
+    m.def("combine", launching(&combine), "arguments"_a, "stream"_a);
+  }
+  {
+    using S = TotalArguments;
+    record(m, "TotalArguments", F(parts), F(loss), F(n), F(factor));
+    m.def("total", launching(&total), "arguments"_a, "stream"_a);
+  }
+  {
+    using S = FactorsArguments;
+    record(m, "FactorsArguments", F(upstream), F(largest), F(row_lse), F(col_lse), F(nll_row),
+           F(nll_col), F(row), F(col), F(row_shift), F(col_shift), F(diagonal), F(m), F(n),
+           F(offset), F(store), F(symmetric), F(bounded));
+    m.def("factors", launching(&factors), "arguments"_a, "stream"_a);
+  }
+  {
+    using S = FinishSide;
+    record(m, "FinishSide", F(z), F(other), F(rnorm), F(acc), F(dr), F(dr_row_stride),
+           F(dr_col_stride), F(dots), F(rows), F(to_other), F(to_diagonal));
+  }
+  {
+    using S = FinishArguments;
+    record(m, "FinishArguments", F(dtype), F(index), F(diagonal), F(diagonals), F(d), F(width),
+           F(largest_rnorm), F(add), F(factor), F(upstream), F(scale), F(scale_value));
+    m.def(
+        "finish",
+        [](const Layout& layout, const FinishSide& first, const FinishSide* second,
+           const S& arguments, const Stream& s) {
+          launch(s, [&] { return finish(layout, first, second, arguments, s); });
+        },
+        "layout"_a, "first"_a, "second"_a, "arguments"_a, "stream"_a);
+  }
+  {
+    using S = AddPositivesArguments;
+    record(m, "AddPositivesArguments", F(dz), F(other), F(diagonal), F(factor), F(n), F(others),
+           F(diagonals), F(to_other), F(to_diagonal));
+    m.def("add_positives", launching(&add_positives), "layout"_a, "arguments"_a,
+          "stream"_a);
+  }
 }
