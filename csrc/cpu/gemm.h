@@ -1,7 +1,7 @@
-// Register-tiled products: PW rows x v * VL columns of C = A B, A broadcast, B in panels.
+// Register-tiled products: MR rows x v * VL columns of C = A B, A broadcast, B in panels.
 //
 // B is always packed as [k][v * VL]. A is read where it lies, in one of three ways, none of which
-// needs a transpose: the rows of z (for S), and a panel of G (nb / PW panels of [i][PW], see
+// needs a transpose: the rows of z (for S), and a panel of G (nc / MR panels of [i][MR], see
 // products.h) read along either index. fp32 operands are floats; bf16 operands are pairs of
 // neighbouring k in one 32-bit word, so both precisions share every layout with k counted in words.
 #pragma once
@@ -11,14 +11,14 @@ namespace directclr::DCLR_ISA {
 
 struct Fp32 {
   static constexpr int PACK = 1;  // values of k per 32-bit word
-  static constexpr int KB = PW;   // words of k per step of the micro-kernel's outer loop
+  static constexpr int KB = MR;   // words of k per step of the micro-kernel's outer loop
   DCLR_INLINE void fma(vf& acc, vf a, vf b) { acc += a * b; }
 };
 
 #if defined(__AVX512BF16__)
 struct Bf16 {
   static constexpr int PACK = 2;
-  static constexpr int KB = PW / 2;
+  static constexpr int KB = MR / 2;
   DCLR_INLINE void fma(vf& acc, vf a, vf b) {
     acc = (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)(__m512)a, (__m512bh)(__m512)b);
   }
@@ -45,29 +45,29 @@ struct BlockA {
   DCLR_INLINE void next(BlockA& a) { a.p += a.step; }
 };
 
-// [k][PW]: a panel of G along its rows.
+// [k][MR]: a panel of G along its rows.
 template <int KB>
 struct PanelA {
   static constexpr bool FAR = true;
   const float* p;
-  DCLR_INLINE float at(const PanelA& a, int i, int k) { return a.p[k * PW + i]; }
-  DCLR_INLINE void next(PanelA& a) { a.p += KB * PW; }
+  DCLR_INLINE float at(const PanelA& a, int i, int k) { return a.p[k * MR + i]; }
+  DCLR_INLINE void next(PanelA& a) { a.p += KB * MR; }
 };
 
-// C (PW x v * VL at c, rows ldc apart) = or += A B over `blocks` steps of KB words.
+// C (MR x v * VL at c, rows ldc apart) = or += A B over `blocks` steps of KB words.
 template <class T, int V, class A>
 DCLR_INLINE void micro(A a, const float* b, int64_t blocks, float* c, int64_t ldc, bool add) {
-  vf acc[PW][V];
+  vf acc[MR][V];
   if (A::FAR && add) {
     DCLR_UNROLL
-    for (int i = 0; i < PW; ++i) {
+    for (int i = 0; i < MR; ++i) {
       __builtin_prefetch(c + i * ldc, 1);
       if (V * VL > 16) __builtin_prefetch(c + i * ldc + 16, 1);
       if (V * VL > 32) __builtin_prefetch(c + i * ldc + 32, 1);
     }
   }
   DCLR_UNROLL
-  for (int i = 0; i < PW; ++i) {
+  for (int i = 0; i < MR; ++i) {
     DCLR_UNROLL
     for (int v = 0; v < V; ++v) acc[i][v] = vf{};
   }
@@ -79,7 +79,7 @@ DCLR_INLINE void micro(A a, const float* b, int64_t blocks, float* c, int64_t ld
       for (int v = 0; v < V; ++v) bv[v] = load(b + v * VL);
       b += V * VL;
       DCLR_UNROLL
-      for (int i = 0; i < PW; ++i) {
+      for (int i = 0; i < MR; ++i) {
         const vf ai = splat(A::at(a, i, k));
         DCLR_UNROLL
         for (int v = 0; v < V; ++v) T::fma(acc[i][v], ai, bv[v]);
@@ -89,7 +89,7 @@ DCLR_INLINE void micro(A a, const float* b, int64_t blocks, float* c, int64_t ld
   }
   if (add) {
     DCLR_UNROLL
-    for (int i = 0; i < PW; ++i) {
+    for (int i = 0; i < MR; ++i) {
       DCLR_UNROLL
       for (int v = 0; v < V; ++v) {
         float* p = c + i * ldc + v * VL;
@@ -98,7 +98,7 @@ DCLR_INLINE void micro(A a, const float* b, int64_t blocks, float* c, int64_t ld
     }
   } else {
     DCLR_UNROLL
-    for (int i = 0; i < PW; ++i) {
+    for (int i = 0; i < MR; ++i) {
       DCLR_UNROLL
       for (int v = 0; v < V; ++v) store(c + i * ldc + v * VL, acc[i][v]);
     }
@@ -119,8 +119,8 @@ static __attribute__((noinline)) void micro(int vectors, A a, const float* b, in
 template <class T, class A>
 DCLR_INLINE void micro_rows(int vectors, A a, const float* b, int64_t blocks, float* c, int64_t ldc,
                             int64_t rows) {
-  if (rows >= PW) return micro<T>(vectors, a, b, blocks, c, ldc, true);
-  float tile[PW * NR];
+  if (rows >= MR) return micro<T>(vectors, a, b, blocks, c, ldc, true);
+  float tile[MR * NR];
   const int64_t width = vectors * VL;
   micro<T>(vectors, a, b, blocks, tile, width, false);
   for (int64_t i = 0; i < rows; ++i) {

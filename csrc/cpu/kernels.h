@@ -96,8 +96,8 @@ struct Finish {
 
 struct Kernels {
   const char* name;
-  int64_t panel;  // rows are split between threads at multiples of this
-  int64_t tile;   // columns likewise
+  int64_t mr;  // rows are split between threads at multiples of this
+  int64_t nr;  // columns likewise
   bool has_bf16;
   int64_t (*scratch_bytes)(int64_t m, int64_t n, int64_t pitch);
   int64_t (*keep_panel_floats)(int64_t n);  // size of one kept row panel of S

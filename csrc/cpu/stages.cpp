@@ -156,7 +156,7 @@ Pair make_pair(const SimilarityArgs& s) {
   p.keep_panels = 0;
   if (s.workspace) {
     const Kernels& k = kernels();
-    const int64_t panels = (s.m + k.panel - 1) / k.panel;
+    const int64_t panels = (s.m + k.mr - 1) / k.mr;
     p.keep_panels = std::min(panels, s.workspace_bytes / 4 / k.keep_panel_floats(s.n));
   }
   return p;
@@ -211,7 +211,7 @@ void sums_part(const Sums& args, Schedule& schedule, double* partial, float* top
   const Pair& p = args.pair;
   const int parts = schedule.parts;
   const auto bound = [&](int i) {
-    return p.upper ? triangle_part(p.m, k.panel, i, parts) : part(p.m, k.panel, i, parts);
+    return p.upper ? triangle_part(p.m, k.mr, i, parts) : part(p.m, k.mr, i, parts);
   };
   for (int t; (t = schedule.take()) < parts;) {
     double* cols = partial + 2 * t * p.n;
@@ -258,9 +258,9 @@ void products_part(const Products& args, Schedule& schedule, void* scratch) {
     auto& turn_b = schedule.turns[size_t(p.upper ? b : parts + b)];
     wait_until([&] { return turn_a.load(std::memory_order_acquire) >= round; });
     wait_until([&] { return turn_b.load(std::memory_order_acquire) >= round; });
-    const int64_t unit = p.upper ? k.tile : k.panel;
+    const int64_t unit = p.upper ? k.nr : k.mr;
     const int64_t i0 = part(p.m, unit, a, parts), i1 = part(p.m, unit, a + 1, parts);
-    const int64_t j0 = part(p.n, k.tile, b, parts), j1 = part(p.n, k.tile, b + 1, parts);
+    const int64_t j0 = part(p.n, k.nr, b, parts), j1 = part(p.n, k.nr, b + 1, parts);
     if (i0 < i1 && j0 < j1) k.products(args, i0, i1, j0, j1, scratch);
     turn_a.store(round + 1, std::memory_order_release);
     turn_b.store(round + 1, std::memory_order_release);
@@ -328,7 +328,7 @@ int64_t thread_scratch(int64_t m, int64_t n, int64_t d) {
 
 int64_t workspace_bytes(int64_t m, int64_t n) {
   const Kernels& k = kernels();
-  return (m + k.panel - 1) / k.panel * k.keep_panel_floats(n) * 4;
+  return (m + k.mr - 1) / k.mr * k.keep_panel_floats(n) * 4;
 }
 
 int64_t scratch_bytes(int64_t m, int64_t n, int64_t d, int threads) {
