@@ -60,10 +60,8 @@ static void sums(const Sums& args, int64_t i0, int64_t i1, int64_t j0, int64_t j
   s.col_sum = take(cut, NC);
   s.col_ref = take(cut, NC);
   s.col_top = take(cut, NC);
-#if defined(__AVX512BF16__)
-  if (args.pair.bf16) return sums_with<Bf16>(args, i0, i1, j0, j1, col_sum, col_ref, col_top, s);
-#endif
-  sums_with<Fp32>(args, i0, i1, j0, j1, col_sum, col_ref, col_top, s);
+  const auto run = kHasBf16 && args.pair.bf16 ? sums_with<Bf16> : sums_with<Fp32>;
+  run(args, i0, i1, j0, j1, col_sum, col_ref, col_top, s);
 }
 
 static void products(const Products& args, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
@@ -77,10 +75,8 @@ static void products(const Products& args, int64_t i0, int64_t i1, int64_t j0, i
   s.rows2 = take(cut, e.nc * e.wide);
   s.rows1 = take(cut, e.mc * e.wide);
   s.row_copy = take(cut, MR * e.wide);
-#if defined(__AVX512BF16__)
-  if (args.pair.bf16) return products_of<Bf16>(args, i0, i1, j0, j1, s);
-#endif
-  products_of<Fp32>(args, i0, i1, j0, j1, s);
+  const auto run = kHasBf16 && args.pair.bf16 ? products_of<Bf16> : products_of<Fp32>;
+  run(args, i0, i1, j0, j1, s);
 }
 
 static void exp2_values(const float* x, float scale_hi, float scale_lo, float* y, int64_t n) {
@@ -121,11 +117,7 @@ const Kernels DCLR_JOIN(kernels_, DCLR_ISA) = {
     DCLR_NAME(DCLR_ISA),
     DCLR_ISA::MR,
     DCLR_ISA::NR,
-#if defined(__AVX512BF16__)
-    true,
-#else
-    false,
-#endif
+    DCLR_ISA::kHasBf16,
     DCLR_ISA::scratch_bytes,
     DCLR_ISA::keep_panel_floats,
     DCLR_ISA::normalize,

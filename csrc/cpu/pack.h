@@ -20,31 +20,12 @@ DCLR_INLINE int tile_vectors(int64_t nc, int64_t j) {
   return int(smaller(NV, (nc - j + VL - 1) / VL));
 }
 
-#if defined(__AVX512BF16__)
-// 16 floats to bf16, round to nearest even, in the low halves of 16 words.
-DCLR_INLINE __m512i bf16_words(vf v) {
-  return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)v));
-}
-#endif
-
-// `count` (<= VL) rows of words starting at word k, as VL vectors along k. For bf16 the words are
-// made here from pairs of floats.
+// `count` (<= VL) rows of words starting at word k, as VL vectors along k.
 template <class T>
 DCLR_INLINE void load_rows(vf (&r)[VL], const float* z, int64_t pitch, int64_t k, int64_t count) {
   for (int j = 0; j < VL; ++j) {
     r[j] = vf{};
-    if (j < count) {
-      const float* p = z + j * pitch + k * T::PACK;
-      if constexpr (T::PACK == 1) {
-        r[j] = load(p);
-      } else {
-#if defined(__AVX512BF16__)
-        // The pitch is a multiple of 16, so the second half of the last 32 may not exist.
-        const vf y = k * T::PACK + VL < pitch ? load(p + VL) : vf{};
-        r[j] = (vf)(__m512i)_mm512_cvtne2ps_pbh((__m512)y, (__m512)load(p));
-#endif
-      }
-    }
+    if (j < count) r[j] = T::load_words(z + j * pitch + k * T::PACK, pitch - k * T::PACK);
   }
 }
 
@@ -80,14 +61,7 @@ static void pack_rows(const float* z, int64_t pitch, int64_t d, int64_t rows, in
       for (int v = 0; v < vectors; ++v) {
         const int64_t row = w * T::PACK;
         const float* p = z + row * pitch + c + v * VL;
-        vf x = row < rows ? load(p) : vf{};
-#if defined(__AVX512BF16__)
-        if constexpr (T::PACK == 2) {
-          const vf y = row + 1 < rows ? load(p + pitch) : vf{};
-          x = (vf)_mm512_or_si512(bf16_words(x), _mm512_slli_epi32(bf16_words(y), 16));
-        }
-#endif
-        store(panel + (w * vectors + v) * VL, x);
+        store(panel + (w * vectors + v) * VL, T::pair_rows(p, pitch, rows - row));
       }
     }
   }
@@ -101,17 +75,7 @@ DCLR_INLINE RowsA<T::KB> broadcast_rows(const float* z, int64_t pitch, int64_t c
   for (int64_t i = 0; i < MR; ++i) {
     for (int64_t k = 0; k < pitch; k += VL * T::PACK) {
       vf x = vf{};
-      if (i < count) {
-        const float* p = z + i * pitch + k;
-        if constexpr (T::PACK == 1) {
-          x = load(p);
-        } else {
-#if defined(__AVX512BF16__)
-          const vf y = k + VL < pitch ? load(p + VL) : vf{};
-          x = (vf)(__m512i)_mm512_cvtne2ps_pbh((__m512)y, (__m512)load(p));
-#endif
-        }
-      }
+      if (i < count) x = T::load_words(z + i * pitch + k, pitch - k);
       store(copy + i * pitch + k / T::PACK, x);
     }
   }

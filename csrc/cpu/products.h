@@ -26,7 +26,7 @@ struct ProductsScratch {
 template <class T, int V>
 DCLR_INLINE void weight_tile(const float* tile, vf hi, vf lo, const float* row_weight,
                              const float* row_ref, const float* col_weight, const float* col_ref,
-                             float* g, [[maybe_unused]] float* g2, int64_t panel) {
+                             float* g, float* g2, int64_t panel) {
   vf cw[V], cr[V];
   DCLR_UNROLL
   for (int v = 0; v < V; ++v) {
@@ -37,52 +37,7 @@ DCLR_INLINE void weight_tile(const float* tile, vf hi, vf lo, const float* row_w
     const Power e = power(load(tile + (i * V + v) * VL), hi, lo);
     return ldexp(e.p, e.n - row_ref[i]) * row_weight[i] + ldexp(e.p, e.n - cr[v]) * cw[v];
   };
-  if constexpr (T::PACK == 1) {
-    for (int i = 0; i < MR; ++i) {
-      DCLR_UNROLL
-      for (int v = 0; v < V; ++v) {
-        store_runs(g + i * MR + v * VL / MR * panel, panel, weights(i, v));
-      }
-    }
-  } else {
-#if defined(__AVX512BF16__)
-    // g: [j / MR][i][MR / 2], pairs along j; g2: [j / MR][i / 2][MR], pairs along i.
-    for (int i = 0; i < MR; i += 2) {
-      DCLR_UNROLL
-      for (int v = 0; v < V; ++v) {
-        __m512i words[2];
-        DCLR_UNROLL
-        for (int r = 0; r < 2; ++r) {
-          const __m256i x = (__m256i)_mm512_cvtneps_pbh((__m512)weights(i + r, v));
-          float* to = g + (i + r) * (MR / 2) + v * 2 * panel;
-          _mm_storeu_si128((__m128i*)to, _mm256_castsi256_si128(x));
-          _mm_storeu_si128((__m128i*)(to + panel), _mm256_extracti128_si256(x, 1));
-          words[r] = _mm512_cvtepu16_epi32(x);
-        }
-        store_runs(g2 + i / 2 * MR + v * 2 * panel, panel,
-                   (vf)_mm512_or_si512(words[0], _mm512_slli_epi32(words[1], 16)));
-      }
-    }
-#endif
-  }
-}
-
-// Replaces G_ij after the fact; x is rounded like its neighbours.
-template <class T>
-DCLR_INLINE void put(float* g, [[maybe_unused]] float* g2, int64_t panel, int64_t i, int64_t j,
-                     float x) {
-  if constexpr (T::PACK == 1) {
-    g[j / MR * panel + i * MR + j % MR] = x;
-  } else {
-#if defined(__AVX512BF16__)
-    const __m128i b = (__m128i)_mm_cvtneps_pbh(_mm_set_ss(x));
-    const uint16_t h = uint16_t(_mm_extract_epi16(b, 0));
-    char* to = reinterpret_cast<char*>(g + j / MR * panel + i * (MR / 2));
-    __builtin_memcpy(to + 2 * (j % MR), &h, 2);
-    to = reinterpret_cast<char*>(g2 + j / MR * panel + i / 2 * MR + j % MR);
-    __builtin_memcpy(to + 2 * (i % 2), &h, 2);
-#endif
-  }
+  T::template store_tile<V>(weights, g, g2, panel);
 }
 
 template <class T>
@@ -139,7 +94,7 @@ static void products_of(const Products& args, int64_t i0, int64_t i1, int64_t j0
       if (args.diag) {
         for (int64_t r = 0; r < mc; ++r) {
           const int64_t c = i + r + pair.row_offset - j;
-          if (c >= 0 && c < nc) put<T>(s.g, g2, panel, r, c, args.diag[i + r]);
+          if (c >= 0 && c < nc) T::put(s.g, g2, panel, r, c, args.diag[i + r]);
         }
       }
 
