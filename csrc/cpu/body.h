@@ -32,14 +32,15 @@ static int64_t scratch_bytes(int64_t m, int64_t n, int64_t pitch) {
 
 static int64_t keep_panel_floats(int64_t n) { return round_up(n, NR) * MR; }
 
-struct Cut {
-  char* p;
+// Cuts up a thread's scratch, in whole cache lines.
+struct Arena {
+  char* next;
+  inline __attribute__((always_inline)) float* floats(int64_t count) {
+    float* r = reinterpret_cast<float*>(next);
+    next += round_up(4 * count, 64);
+    return r;
+  }
 };
-DCLR_INLINE float* take(Cut& cut, int64_t floats) {
-  float* r = reinterpret_cast<float*>(cut.p);
-  cut.p += round_up(4 * floats, 64);
-  return r;
-}
 
 template <class T>
 static void sums_with(const Sums& args, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
@@ -51,30 +52,30 @@ static void sums_with(const Sums& args, int64_t i0, int64_t i1, int64_t j0, int6
 
 static void sums(const Sums& args, int64_t i0, int64_t i1, int64_t j0, int64_t j1, double* col_sum,
                  double* col_ref, float* col_top, void* scratch) {
-  Cut cut{static_cast<char*>(scratch)};
+  Arena arena{static_cast<char*>(scratch)};
   const Extent e = extent(args.pair.m, args.pair.n, args.pair.pitch);
   SumsScratch s;
-  s.tiles = take(cut, MC * NC);
-  s.columns = take(cut, e.nc * e.wide);
-  s.row_copy = take(cut, MR * e.wide);
-  s.col_sum = take(cut, NC);
-  s.col_ref = take(cut, NC);
-  s.col_top = take(cut, NC);
+  s.tiles = arena.floats(MC * NC);
+  s.columns = arena.floats(e.nc * e.wide);
+  s.row_copy = arena.floats(MR * e.wide);
+  s.col_sum = arena.floats(NC);
+  s.col_ref = arena.floats(NC);
+  s.col_top = arena.floats(NC);
   const auto run = kHasBf16 && args.pair.bf16 ? sums_with<Bf16> : sums_with<Fp32>;
   run(args, i0, i1, j0, j1, col_sum, col_ref, col_top, s);
 }
 
 static void products(const Products& args, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
                      void* scratch) {
-  Cut cut{static_cast<char*>(scratch)};
+  Arena arena{static_cast<char*>(scratch)};
   const Extent e = extent(args.pair.m, args.pair.n, args.pair.pitch);
   ProductsScratch s;
-  s.tiles = take(cut, MC * NC);
-  s.g = take(cut, MC * NC);
-  s.columns = take(cut, e.nc * e.wide);
-  s.rows2 = take(cut, e.nc * e.wide);
-  s.rows1 = take(cut, e.mc * e.wide);
-  s.row_copy = take(cut, MR * e.wide);
+  s.tiles = arena.floats(MC * NC);
+  s.g = arena.floats(MC * NC);
+  s.columns = arena.floats(e.nc * e.wide);
+  s.rows2 = arena.floats(e.nc * e.wide);
+  s.rows1 = arena.floats(e.mc * e.wide);
+  s.row_copy = arena.floats(MR * e.wide);
   const auto run = kHasBf16 && args.pair.bf16 ? products_of<Bf16> : products_of<Fp32>;
   run(args, i0, i1, j0, j1, s);
 }

@@ -2,7 +2,7 @@
 //
 // B is always packed as [k][v * VL]. A is read where it lies, in one of three ways, none of which
 // needs a transpose: the rows of z (for S), and a panel of G (nc / MR panels of [i][MR], see
-// products.h) read along either index. fp32 operands are floats; bf16 operands are pairs of
+// weights.h) read along either index. fp32 operands are floats; bf16 operands are pairs of
 // neighbouring k in one 32-bit word, so both precisions share every layout with k counted in words.
 #pragma once
 #include "simd.h"
