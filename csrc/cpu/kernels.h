@@ -13,7 +13,7 @@ enum Dtype : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 // d columns of a strided matrix: element (i, k) is data[i * row_stride + c(k) * col_stride] with
 // c(k) = cols ? cols[k] : k. Strides in elements.
 struct Strided {
-  const void* data;
+  void* data;
   int dtype;
   int64_t row_stride;
   int64_t col_stride;
@@ -85,12 +85,10 @@ struct Finish {
   const float* z;
   const float* dz;
   const float* rnorm;
-  int64_t d, pitch, width;  // width: columns of the full gradient, zero-filled where fill is set
-  float rnorm_clamped;      // 1 / eps
-  void* grad;
-  int dtype;
-  int64_t row_stride, col_stride;
-  const int64_t* cols;
+  int64_t d, pitch;
+  float rnorm_clamped;  // 1 / eps
+  Strided grad;         // data null: only the dots are wanted
+  int64_t width;        // columns of the full gradient, zero-filled where `fill` is set
   bool fill;
 };
 
