@@ -26,9 +26,10 @@ from pathlib import Path
 
 CSRC = Path(__file__).parents[1] / "csrc"
 SYSTEM = "linux-vdso libstdc++ libgcc_s libc. libm. ld-linux libpthread libdl librt".split()
-_spec = importlib.util.spec_from_file_location("build_cuda", CSRC / "build_cuda.py")
-build_cuda = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(build_cuda)
+_spec = importlib.util.spec_from_file_location("directclr_fast_build", CSRC / "build.py")
+_build = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_build)
+build_cuda = _build.CUDA
 
 
 def build(folder: Path, jobs: int) -> tuple[dict[str, str], Path]:
@@ -92,9 +93,9 @@ def kernels(name: str, said: str, binary: Path) -> list[dict]:
 
 
 def label(name: str, symbol: str) -> str:
-    if name.startswith("product"):
+    if name.startswith("similarity"):
         stage = "sums" if "SumsEpilogue" in symbol else "weights"
-        return f"{stage} {name.removeprefix('product_').removesuffix('.o').replace('_', ' ')}"
+        return f"{stage} {name.removeprefix('similarity_').removesuffix('.o').replace('_', ' ')}"
     short = re.search(r"\d+([a-z_]+_kernel)", symbol)[1]
     halves = {"Fp16": "fp16", "Bf16": "bf16"}
     kinds = [text for key, text in halves.items() if key in symbol]
@@ -109,7 +110,7 @@ def problems(record: dict, said: str) -> list[str]:
     found = []
     if record["spills"] or record["stack"]:
         found.append(f"spills {record['spills']} bytes, stack {record['stack']} bytes")
-    if record["object"].startswith("product"):
+    if record["object"].startswith("similarity"):
         wanted = "QGMMA" if "e4m3" in record["object"] else "HGMMA"
         if wanted not in record["matrix"]:
             found.append(f"no {wanted}, got {record['matrix']}")
@@ -174,7 +175,7 @@ def main() -> int:
         release = re.search(r"release ([\d.]+)", version)[1]
         text = (
             "# The Hopper kernels, read off their binaries\n\n"
-            f"nvcc {release}, {build_cuda.CUTLASS.replace('==', ' ')}, sm_90a; counts of "
+            f"nvcc {release}, {build_cuda.cutlass_package.replace('==', ' ')}, sm_90a; counts of "
             "instructions in the machine code. Written by `python bench/cuda_gate.py --out "
             "docs/cuda-kernels.md`, no GPU needed. Tile products have 384 threads and, after "
             "`setmaxnreg`, more registers in their consumers than the 168 they start with.\n\n"

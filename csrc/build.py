@@ -1,14 +1,22 @@
-"""Builds `directclr_fast._cpu`, one object per instruction set, chosen at run time, and, where it
-is wanted, `directclr_fast._cuda` (build_cuda.py).
+"""Builds the extensions of directclr_fast, and is the build backend that pyproject.toml names.
 
-Used from setup.py as `ext_modules=extensions(), cmdclass={"build_ext": BuildExt}`. Needs pybind11
-and a C++17 compiler (gcc or clang); ninja, if there is one, makes rebuilds incremental. Without a
-working compiler the package installs all the same, with one warning;
-DIRECTCLR_FAST_REQUIRE_EXT=1 makes that an error.
+    _cpu    csrc/cpu with a C++17 compiler (gcc, clang): an object for each instruction set
+    _cuda   csrc/cuda, the Hopper kernels, with nvcc for sm_90a and CUTLASS's headers
+
+Needs pybind11; ninja, if there is one, makes rebuilds incremental. The package installs without an
+extension that cannot be built, with one warning; DIRECTCLR_FAST_REQUIRE_EXT=1 makes that an error.
+
+``_cuda`` is wanted where nvcc and NVIDIA's driver are, or where DIRECTCLR_FAST_CUDA=1 says so (to
+build a wheel on a machine without a GPU); DIRECTCLR_FAST_CUDA=0 leaves it out. Then the backend
+asks for the package ``nvidia-cutlass`` as well, unless CUTLASS_PATH names the headers.
+
+    python csrc/build.py FOLDER [cpu | cuda]      # by hand; CXXFLAGS and LDFLAGS count for cpu
 """
 
 from __future__ import annotations
 
+import ctypes.util
+import importlib.util
 import os
 import platform
 import shlex
@@ -18,122 +26,232 @@ import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
-from setuptools import Extension
+from setuptools import Extension, build_meta
+from setuptools.build_meta import *  # noqa: F403
 from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-import build_cuda  # noqa: E402
-
-AVX2 = ["-mavx2", "-mfma"]
-AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-
-# Flags by source. Everything but the bodies is compiled for the baseline of the platform.
-COMMON = {
-    "csrc/bindings.cpp": ["-fvisibility=hidden"],
-    "csrc/cpu/isa.cpp": [],
-    "csrc/cpu/stages.cpp": [],
-    "csrc/cpu/body_portable.cpp": [],
-}
-X86 = {
-    "csrc/cpu/body_avx2.cpp": AVX2,
-    "csrc/cpu/body_avx512.cpp": AVX512,
-    "csrc/cpu/body_avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
-}
-# No -ffast-math anywhere: NaN must reach the loss. Products and sums contract to fused ones.
-FLAGS = [
-    "-std=c++17",
-    "-O3",
-    "-fPIC",
-    "-pthread",
-    "-fno-math-errno",
-    "-ffp-contract=fast",
-    "-DNDEBUG",
-]
-WARNINGS = ["-Wall", "-Wextra", "-Wno-ignored-attributes"]
-# gcc 12 takes its own AVX-512 headers' undefined registers for mistakes (gcc bug 105593).
-GCC_WARNINGS = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 
 
-def sources() -> dict[str, list[str]]:
-    """Each source of this platform with its own flags."""
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return {**COMMON, **(X86 if x86 else {})}
+class Object(NamedTuple):
+    """One object file."""
+
+    command: list[str]  # without its output
+    source: Path
+    target: Path
 
 
-def extensions() -> list[Extension]:
-    headers = sorted(str(h.relative_to(HERE.parent)) for h in HERE.glob("*/*.h"))
-    found = [Extension("directclr_fast._cpu", list(sources()), depends=headers)]
-    if build_cuda.wanted():
-        headers += sorted(str(h.relative_to(HERE.parent)) for h in HERE.glob("*/*.cuh"))
-        found.append(Extension("directclr_fast._cuda", build_cuda.sources(), depends=headers))
-    return found
+class Recipe:
+    """How an extension is built from a folder of csrc/. Tools are looked for when they are used."""
+
+    folder: str
+    jobs = 4  # compilers at once, where there are so many cores
+    without: str  # what an installation that could not build it is told
+
+    @property
+    def name(self) -> str:
+        return f"_{self.folder}"
+
+    def sources(self) -> list[str]:
+        """File names in the folder."""
+        raise NotImplementedError
+
+    def compile_commands(self, objects: Path) -> list[Object]:
+        """The object files, the slow ones first."""
+        raise NotImplementedError
+
+    def link_command(self) -> list[str]:
+        """All of it but the objects and the output."""
+        raise NotImplementedError
+
+    def extension(self) -> Extension:
+        folder = HERE / self.folder
+        headers = [path for path in folder.iterdir() if path.suffix in (".h", ".cuh")]
+        return Extension(
+            f"directclr_fast.{self.name}",
+            [_from_root(folder / source) for source in self.sources()],
+            depends=sorted(map(_from_root, headers)),
+        )
+
+    def build(self, output: Path, objects: Path, jobs: int | None = None) -> None:
+        """Compiles and links to ``output``; raises CalledProcessError, ImportError or OSError."""
+        objects.mkdir(parents=True, exist_ok=True)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        jobs = jobs or min(os.cpu_count() or 1, self.jobs)
+        make(self.compile_commands(objects), self.link_command(), output, objects, jobs)
 
 
-def compiler() -> list[str]:
-    named = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"
-    command = shlex.split(named)
-    if shutil.which(command[0]) is None:
-        command = [next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), command[0])]
-    return command
+def _from_root(path: Path) -> str:
+    return str(path.relative_to(HERE.parent))
 
 
-def ninja() -> str | None:
-    try:
-        from ninja import BIN_DIR
-    except ImportError:
-        return shutil.which("ninja")
-    return shutil.which("ninja", path=BIN_DIR) or shutil.which("ninja")
-
-
-def compile_commands(objects: Path, extra: list[str]) -> list[tuple[list[str], Path, Path]]:
-    """(command, source, object) for each source."""
+def _python_headers() -> list[str]:
     import pybind11
 
-    include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-    flags = [*FLAGS, *WARNINGS, *shlex.split(os.environ.get("CXXFLAGS", "")), *extra]
-    is_clang = (
-        "clang" in subprocess.run([*compiler(), "--version"], capture_output=True, text=True).stdout
+    return [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+
+
+# ------------------------------------------------------------------------------- the CPU
+
+
+class Cpu(Recipe):
+    """One binary with a body for each instruction set, of which the processor's best runs."""
+
+    folder = "cpu"
+    without = (
+        "directclr_fast is installed without its compiled CPU kernels ({error}); it works, on the "
+        "slower PyTorch path. A C++17 compiler (gcc 12, clang 14 or later) and pybind11 are "
+        "needed; set DIRECTCLR_FAST_REQUIRE_EXT=1 to make this an error."
     )
-    if not is_clang:
-        flags += GCC_WARNINGS
-    commands = []
-    for source, own in sources().items():
-        path, target = HERE.parent / source, objects / (Path(source).stem + ".o")
-        commands.append(([*compiler(), *include, *flags, *own, "-c", str(path)], path, target))
-    return commands
+    # No -ffast-math anywhere: NaN must reach the loss. Products and sums contract to fused ones.
+    flags = ["-std=c++17", "-O3", "-fPIC", "-pthread", "-fno-math-errno", "-ffp-contract=fast",
+             "-DNDEBUG", "-Wall", "-Wextra", "-Wno-ignored-attributes"]  # fmt: skip
+    # gcc 12 takes its own AVX-512 headers' undefined registers for mistakes (gcc bug 105593).
+    gcc_flags = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+    avx2 = ["-mavx2", "-mfma"]
+    avx512 = [*avx2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+    # Flags by source. Everything but the bodies is compiled for the baseline of the platform.
+    baseline = {"bindings.cpp": ["-fvisibility=hidden"], "isa.cpp": [], "stages.cpp": [],
+                "body_portable.cpp": []}  # fmt: skip
+    x86 = {"body_avx2.cpp": avx2, "body_avx512.cpp": avx512,
+           "body_avx512_bf16.cpp": [*avx512, "-mavx512bf16"]}  # fmt: skip
+
+    def _flags_by_source(self) -> dict[str, list[str]]:
+        is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+        return {**self.baseline, **(self.x86 if is_x86 else {})}
+
+    def sources(self) -> list[str]:
+        return list(self._flags_by_source())
+
+    def compiler(self) -> list[str]:
+        named = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"
+        command = shlex.split(named)
+        if shutil.which(command[0]) is None:
+            command = [next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), command[0])]
+        return command
+
+    def compile_commands(self, objects: Path) -> list[Object]:
+        compiler = self.compiler()
+        version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
+        base = [*compiler, *_python_headers(), *self.flags]
+        base += [] if "clang" in version else self.gcc_flags
+        base += shlex.split(os.environ.get("CXXFLAGS", ""))
+        commands = []
+        for name, own in self._flags_by_source().items():
+            source = HERE / self.folder / name
+            command = [*base, *own, "-c", str(source)]
+            commands.append(Object(command, source, objects / f"{source.stem}.o"))
+        return commands
+
+    def link_command(self) -> list[str]:
+        mac = ["-bundle", "-undefined", "dynamic_lookup"]
+        shared = mac if sys.platform == "darwin" else ["-shared"]
+        return [*self.compiler(), *shared, "-pthread", *shlex.split(os.environ.get("LDFLAGS", ""))]
 
 
-def build(
-    output: Path, objects: Path, extra: list[str] | None = None, jobs: int | None = None
-) -> None:
-    """Compiles and links the module to `output`; raises CalledProcessError or OSError."""
-    objects.mkdir(parents=True, exist_ok=True)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    jobs = jobs or min(os.cpu_count() or 1, 4)
-    extra = extra or []
-    commands = compile_commands(objects, extra)
-    shared = (
-        ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
+# ------------------------------------------------------------------------------- Hopper
+
+
+class Cuda(Recipe):
+    """The CUDA runtime is linked in, so at run time nothing is needed beyond the driver."""
+
+    folder = "cuda"
+    jobs = 8  # each takes some 1.5 GiB
+    without = (
+        "directclr_fast is installed without its Hopper kernels ({error}); GPUs take the Triton "
+        "kernels. nvcc 12.4 or later and CUTLASS are needed; DIRECTCLR_FAST_CUDA=0 leaves them "
+        "out in silence."
     )
-    link = [*compiler(), *shared, "-pthread", *extra, *shlex.split(os.environ.get("LDFLAGS", ""))]
-    make(commands, link, output, objects, jobs)
+    cutlass_package = "nvidia-cutlass==4.2.0.0"
+    target = "-gencode=arch=compute_90a,code=sm_90a"
+    # NDEBUG: a device assert is a function call, at which ptxas would serialise wgmma.
+    flags = ["-std=c++17", "-DNDEBUG", target, "--expt-relaxed-constexpr", "-Xcompiler=-fPIC"]
+    # Operand and schedule of the tile products that ship.
+    instantiations = [("Fp16", "Cooperative"), ("Fp16", "Pingpong"), ("Bf16", "Cooperative"),
+                      ("Bf16", "Pingpong"), ("E4m3", "Cooperative")]  # fmt: skip
+
+    def wanted(self) -> bool:
+        """Whether an installation builds the kernels."""
+        asked = os.environ.get("DIRECTCLR_FAST_CUDA", "")
+        if asked:
+            return asked != "0"
+        return self.nvcc() is not None and ctypes.util.find_library("cuda") is not None
+
+    def nvcc(self) -> str | None:
+        """The compiler: of CUDA_HOME, otherwise the first on the path."""
+        home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+        return (shutil.which("nvcc", path=f"{home}/bin") if home else None) or shutil.which("nvcc")
+
+    def compiler(self) -> str:
+        nvcc = self.nvcc()
+        if nvcc is None:
+            raise OSError("no nvcc on the path and none in CUDA_HOME")
+        return nvcc
+
+    def cutlass(self) -> Path | None:
+        """CUTLASS's include folder."""
+        named = os.environ.get("CUTLASS_PATH")
+        if named:
+            return Path(named) / "include"
+        package = importlib.util.find_spec("cutlass_library")
+        return None if package is None else Path(package.origin).parent / "source" / "include"
+
+    def sources(self) -> list[str]:
+        return ["similarity.cu", "rows.cu", "similarity.cpp", "bindings.cpp"]
+
+    def compile_commands(self, objects: Path) -> list[Object]:
+        headers = self.cutlass()
+        if headers is None or not (headers / "cutlass" / "cutlass.h").exists():
+            package = self.cutlass_package
+            raise OSError(f"CUTLASS's headers are missing, install {package} or set CUTLASS_PATH")
+        base = [self.compiler(), *self.flags, "-O3", "-Xptxas=-v", "-Xcompiler=-fvisibility=hidden"]
+        base += ["-isystem", str(headers), *_python_headers()]
+        similarity, *others = (HERE / self.folder / name for name in self.sources())
+        commands = []
+        for operand, kind in self.instantiations:
+            own = [f"-DDIRECTCLR_OPERAND={operand}", f"-DDIRECTCLR_KIND={kind}"]
+            target = objects / f"{similarity.stem}_{operand}_{kind}.o".lower()
+            commands.append(Object([*base, *own, "-c", str(similarity)], similarity, target))
+        for source in others:
+            command = [*base, "-c", str(source)]
+            commands.append(Object(command, source, objects / f"{source.stem}.o"))
+        return commands
+
+    def link_command(self) -> list[str]:
+        static = ["-cudart", "static", "-Xlinker=--exclude-libs,ALL"]
+        return [self.compiler(), "-shared", self.target, *static]
+
+    def host_commands(self, output: Path, fragments: bool) -> list[list[str]]:
+        """Builds ``_cuda`` with the kernels' functions run on the CPU (cuda/stages_host.cu), for
+        tests; ``fragments`` adds a check against CUTLASS's own description of the accumulators."""
+        base = [self.compiler(), *self.flags, "-O2", "-diag-suppress", "20011,20014"]
+        base += _python_headers()
+        if fragments:
+            base += ["-DDIRECTCLR_CHECK_FRAGMENT", "-isystem", str(self.cutlass())]
+        commands, objects = [], []
+        for name in ("stages_host.cu", "bindings.cpp"):
+            source = HERE / self.folder / name
+            objects.append(str(output.with_suffix(f".{source.stem}.o")))
+            commands.append([*base, "-c", str(source), "-o", objects[-1]])
+        link = self.link_command()[:-1]  # tests call into its C functions
+        return [*commands, [*link, *objects, "-o", str(output)]]
 
 
-def make(
-    commands: list[tuple[list[str], Path, Path]],
-    link: list[str],
-    output: Path,
-    objects: Path,
-    jobs: int,
-) -> None:
+CPU, CUDA = Cpu(), Cuda()
+
+
+# ------------------------------------------------------------------------------- compiling
+
+
+def make(commands: list[Object], link: list[str], output: Path, objects: Path, jobs: int) -> None:
     """Runs the compile commands, only those that are out of date if there is ninja, and links."""
     targets = [str(target) for _, _, target in commands]
     tool = ninja()
     if tool is None:
         with ThreadPoolExecutor(jobs) as pool:
-            run = lambda c: subprocess.run([*c[0], "-o", str(c[2])], check=True)  # noqa: E731
+            run = lambda c: subprocess.run([*c.command, "-o", str(c.target)], check=True)  # noqa: E731
             list(pool.map(run, commands))
         subprocess.run([*link, *targets, "-o", str(output)], check=True)
         return
@@ -157,46 +275,52 @@ def make(
     subprocess.run([tool, "-C", str(objects), "-j", str(jobs)], check=True)
 
 
-def build_hopper(output: Path, objects: Path, jobs: int | None = None) -> None:
-    """Compiles and links `_cuda` to `output`; raises CalledProcessError or OSError."""
-    objects.mkdir(parents=True, exist_ok=True)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    commands = build_cuda.compile_commands(objects)
-    # Each takes some 1.5 GiB.
-    make(commands, build_cuda.link_command(), output, objects, jobs or min(os.cpu_count() or 1, 8))
+def ninja() -> str | None:
+    try:
+        from ninja import BIN_DIR
+    except ImportError:
+        return shutil.which("ninja")
+    return shutil.which("ninja", path=BIN_DIR) or shutil.which("ninja")
+
+
+# ------------------------------------------------------------------------------- setuptools
+
+
+def extensions() -> list[Extension]:
+    """What setup.py installs: ``ext_modules=extensions(), cmdclass={"build_ext": BuildExt}``."""
+    return [recipe.extension() for recipe in (CPU, CUDA) if recipe is CPU or CUDA.wanted()]
 
 
 class BuildExt(build_ext):
-    """Compiles with the flags of each source; a failure is a warning unless required."""
+    """Builds each extension by its recipe; a failure is a warning unless required."""
 
     def build_extension(self, ext: Extension) -> None:
+        recipe = CUDA if ext.name.endswith(CUDA.name) else CPU
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
-        kind = ext.name.rpartition("_")[2]
-        objects = Path(self.build_temp).resolve() / f"directclr_fast_{kind}"
+        objects = Path(self.build_temp).resolve() / f"directclr_fast_{recipe.folder}"
         try:
-            (build_hopper if kind == "cuda" else build)(output, objects, jobs=self.parallel)
+            recipe.build(output, objects, jobs=self.parallel)
         except (OSError, ImportError, subprocess.CalledProcessError) as error:
             if os.environ.get("DIRECTCLR_FAST_REQUIRE_EXT", "0") not in ("", "0"):
                 raise
             ext.optional = True
-            if kind == "cuda":
-                self.warn(
-                    f"directclr_fast is installed without its Hopper kernels ({error}); GPUs take "
-                    "the Triton kernels. nvcc 12.4 or later and CUTLASS are needed; "
-                    "DIRECTCLR_FAST_CUDA=0 leaves them out in silence."
-                )
-                return
-            self.warn(
-                f"directclr_fast is installed without its compiled CPU kernels ({error}); it "
-                "works, on the slower PyTorch path. A C++17 compiler (gcc 12, clang 14 or later) "
-                "and pybind11 are needed; set DIRECTCLR_FAST_REQUIRE_EXT=1 to make this an error."
-            )
+            self.warn(recipe.without.format(error=error))
 
 
-if __name__ == "__main__":  # python csrc/build.py FOLDER [compiler flags]: builds FOLDER/_cpu.*.so
-    folder = Path(sys.argv[1]).resolve()
+def _with_headers(requirements: list[str]) -> list[str]:
+    needed = CUDA.wanted() and CUDA.cutlass() is None
+    return [*requirements, CUDA.cutlass_package] if needed else requirements
+
+
+def get_requires_for_build_wheel(config_settings=None):
+    return _with_headers(build_meta.get_requires_for_build_wheel(config_settings))
+
+
+def get_requires_for_build_editable(config_settings=None):
+    return _with_headers(build_meta.get_requires_for_build_editable(config_settings))
+
+
+if __name__ == "__main__":
+    folder, recipe = Path(sys.argv[1]).resolve(), CUDA if sys.argv[2:] == ["cuda"] else CPU
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    if sys.argv[2:] == ["cuda"]:  # python csrc/build.py FOLDER cuda
-        build_hopper(folder / f"_cuda{suffix}", folder / "objects_cuda")
-    else:
-        build(folder / f"_cpu{suffix}", folder / "objects", sys.argv[2:])
+    recipe.build(folder / f"{recipe.name}{suffix}", folder / f"objects{recipe.name}")

@@ -64,6 +64,16 @@ MUTATIONS = [
         "test_native_kernels.py -k 'added_up_in_chains and portable'",
     ),
     Mutation(
+        "cpu: old weights below the diagonal of a view with itself", "csrc/cpu/weights.h",
+        "__builtin_memset(s.g, 0,", "(void)(",
+        "test_native_kernels.py -k 'test_self_pair and portable'",
+    ),
+    Mutation(
+        "cpu: the other half of a bf16 word's last pair of rows", "csrc/cpu/gemm.h",
+        "rows > 1 ? load(z + pitch) : vf{}", "load(z + pitch)",
+        "test_native_kernels.py -k bf16",
+    ),
+    Mutation(
         "cpu: a running sum keeps its old reference", "csrc/cpu/sums.h",
         "rsum = ldexp(rsum, rref - r)", "rsum = rsum",
         "test_native_kernels.py -k 'test_temperatures and portable'",
@@ -207,6 +217,17 @@ MUTATIONS = [
         "cuda: a column outside the row", "csrc/cuda/rows.h",
         "if (column < 0 || column >= width) return NAN;", "",
         "test_cuda_host.py -k column_outside",
+    ),
+    Mutation(
+        "cuda: a field too many", "csrc/cuda/bindings.cpp",
+        "given.size() == sizeof...(fields)", "given.size() >= sizeof...(fields)",
+        "test_cuda_host.py -k struct_of_arguments",
+    ),
+    Mutation(
+        "cuda: a field too few", "csrc/cuda/bindings.cpp",
+        "throw py::type_error(std::string(name) + \": the field \" + field + \" is missing\");",
+        "return py::int_(0);",
+        "test_cuda_host.py -k struct_of_arguments",
     ),
     # -------------------------------------------------------------------------- address.py
     Mutation(

@@ -30,7 +30,7 @@ def test_everything_builds_without_spills_and_with_hopper_instructions(tmp_path)
     found = json.loads((tmp_path / "records.json").read_text())
     assert found["wrong"] == []
     names = {record["kernel"] for record in found["kernels"]}
-    for operand, kind in gate.build_cuda.PRODUCTS:
+    for operand, kind in gate.build_cuda.instantiations:
         for stage in ("sums", "weights"):
             assert f"{stage} {operand} {kind}".lower() in names
     assert len(found["kernels"]) == 30
@@ -38,14 +38,14 @@ def test_everything_builds_without_spills_and_with_hopper_instructions(tmp_path)
 
 def test_the_gate_sees_what_it_is_for():
     good = {
-        "object": "product_fp16_cooperative.o", "kernel": "sums", "registers": 168, "stack": 0,
+        "object": "similarity_fp16_cooperative.o", "kernel": "sums", "registers": 168, "stack": 0,
         "spills": 0, "matrix": ["HGMMA"], "tma": 2, "multicast": 1,
     }  # fmt: skip
     assert gate.problems(good, "") == []
     assert "spills 8" in gate.problems(good | {"spills": 8}, "")[0]
     assert "stack 16" in gate.problems(good | {"stack": 16}, "")[0]
     assert "no HGMMA" in gate.problems(good | {"matrix": []}, "")[0]
-    assert "no QGMMA" in gate.problems(good | {"object": "product_e4m3_cooperative.o"}, "")[0]
+    assert "no QGMMA" in gate.problems(good | {"object": "similarity_e4m3_cooperative.o"}, "")[0]
     assert "multicast" in gate.problems(good | {"multicast": 0}, "")[0]
     assert "serialises" in gate.problems(good, "ptxas info : (C7510) Potential Loss")[0]
     assert "registers" in gate.problems(good | {"registers": 255}, "")[0]

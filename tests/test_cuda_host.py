@@ -23,11 +23,11 @@ from directclr_fast.problem import Options, Problem
 from directclr_fast.testing import eager_loss, evaluate, make_views, relative_error
 
 CSRC = Path(__file__).parents[1] / "csrc"
-_spec = importlib.util.spec_from_file_location("build_cuda", CSRC / "build_cuda.py")
-build_cuda = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(build_cuda)
+_spec = importlib.util.spec_from_file_location("directclr_fast_build", CSRC / "build.py")
+_build = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_build)
 
-if build_cuda.nvcc() is None:
+if _build.CUDA.nvcc() is None:
     pytest.skip("no nvcc", allow_module_level=True)
 
 
@@ -39,7 +39,7 @@ def library(tmp_path_factory) -> Path:
     """The module built for the CPU, and, with CUTLASS's headers, its check of the accumulators."""
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     output = tmp_path_factory.mktemp("cuda_host") / f"_cuda{suffix}"
-    for command in build_cuda.host_commands(output, build_cuda.cutlass() is not None):
+    for command in _build.CUDA.host_commands(output, _build.CUDA.cutlass() is not None):
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0 and "warning" not in done.stderr, done.stderr[-3000:]
     return output
@@ -58,7 +58,8 @@ def on_the_cpu(module, monkeypatch):
     """Backend "cuda" takes CPU tensors, and the library's product is fp32 here."""
     monkeypatch.setattr(hopper, "_cuda", module)
     monkeypatch.setattr(hopper, "multiprocessors", lambda device: 132)
-    monkeypatch.setattr(hopper, "_stream", lambda tensor: (0, 0, 132))
+    stream = module.Stream(handle=0, device=0, multiprocessors=132)
+    monkeypatch.setattr(hopper, "_stream", lambda tensor: stream)
 
     def product(layout, p, z, dz, rows, inner, *, transposed, add, tile):
         n, k = rows.stop - rows.start, inner.stop - inner.start
@@ -96,7 +97,7 @@ def runs_of(r1, r2, **options):
 
 
 def test_accumulators_lie_where_cutlass_says(library):
-    if build_cuda.cutlass() is None:
+    if _build.CUDA.cutlass() is None:
         pytest.skip("CUTLASS's headers are not installed")
     assert ctypes.CDLL(str(library)).host_fragment_mismatches() == 0
 
@@ -316,7 +317,7 @@ class _Counting:
 
     def __getattr__(self, name):
         found = getattr(self.module, name)
-        if not callable(found) or name in ("combine_blocks", "tile_height", "built_with"):
+        if isinstance(found, type) or name in ("combine_blocks", "tile_height", "built_with"):
             return found
         self.names.append(name)
         return found
@@ -359,10 +360,22 @@ def test_it_is_chosen_only_where_a_measurement_says_so(monkeypatch):
 
 def test_a_failed_launch_is_one_sentence(module):
     """dtype codes are the binding's own; the text names the stage and the device."""
-    view = (0, 7, 4, 1, 1, 1)
+    rows = module.Input(data=0, dtype=7, rows=4, width=1, row_stride=1, col_stride=1)
+    layout = module.Layout(bf16=False, fp8=False, d=8, pitch=64, row=128, fp8_scale=1.0)
+    arguments = module.NormalizeArguments(
+        r1=rows, r2=rows, index=0, z1=0, z2=0, rnorm1=0, rnorm2=0, positives=0, offset=0, eps=1e-12,
+        both=True,
+    )  # fmt: skip
+    stream = module.Stream(handle=0, device=3, multiprocessors=132)
     with pytest.raises(RuntimeError, match=r"^cuda backend: dtype: expected .* \(device 3\)$"):
-        module.normalize((False, False, 8, 64, 128, 1.0), view, view, 0, 0, 0, 0, 0, 0, 0, 1e-12,
-                         True, (0, 3, 132))  # fmt: skip
+        module.normalize(layout, arguments, stream)
+
+
+def test_a_struct_of_arguments_wants_each_of_its_fields_once(module):
+    with pytest.raises(TypeError, match="^Exponent: the field operands is missing$"):
+        module.Exponent(scale=0, value=1.0)
+    with pytest.raises(TypeError, match="^Exponent: expected 3 fields, got 4$"):
+        module.Exponent(scale=0, value=1.0, operands=1.0, other=0)
 
 
 def test_without_the_extension_the_reason_is_said(monkeypatch):

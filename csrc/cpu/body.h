@@ -19,27 +19,28 @@ namespace directclr::DCLR_ISA {
 
 // Scratch of one thread: sizes follow the problem where it is smaller than a block.
 struct Extent {
-  int64_t nb, mb, wide;
+  int64_t nc, mc, wide;
 };
 DCLR_INLINE Extent extent(int64_t m, int64_t n, int64_t pitch) {
-  return {smaller(NB, round_up(n, NR)), smaller(MB, round_up(m, PW)), round_up(pitch, NR) + VL};
+  return {smaller(NC, round_up(n, NR)), smaller(MC, round_up(m, MR)), round_up(pitch, NR) + VL};
 }
 
 static int64_t scratch_bytes(int64_t m, int64_t n, int64_t pitch) {
   const Extent e = extent(m, n, pitch);
-  return 4 * (2 * MB * NB + (2 * e.nb + e.mb + PW) * e.wide + 3 * NB) + 8 * 64;
+  return 4 * (2 * MC * NC + (2 * e.nc + e.mc + MR) * e.wide + 3 * NC) + 8 * 64;
 }
 
-static int64_t keep_panel_floats(int64_t n) { return round_up(n, NR) * PW; }
+static int64_t keep_panel_floats(int64_t n) { return round_up(n, NR) * MR; }
 
-struct Cut {
-  char* p;
+// Cuts up a thread's scratch, in whole cache lines.
+struct Arena {
+  char* next;
+  inline __attribute__((always_inline)) float* floats(int64_t count) {
+    float* r = reinterpret_cast<float*>(next);
+    next += round_up(4 * count, 64);
+    return r;
+  }
 };
-DCLR_INLINE float* take(Cut& cut, int64_t floats) {
-  float* r = reinterpret_cast<float*>(cut.p);
-  cut.p += round_up(4 * floats, 64);
-  return r;
-}
 
 template <class T>
 static void sums_with(const Sums& args, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
@@ -51,36 +52,32 @@ static void sums_with(const Sums& args, int64_t i0, int64_t i1, int64_t j0, int6
 
 static void sums(const Sums& args, int64_t i0, int64_t i1, int64_t j0, int64_t j1, double* col_sum,
                  double* col_ref, float* col_top, void* scratch) {
-  Cut cut{static_cast<char*>(scratch)};
+  Arena arena{static_cast<char*>(scratch)};
   const Extent e = extent(args.pair.m, args.pair.n, args.pair.pitch);
   SumsScratch s;
-  s.tiles = take(cut, MB * NB);
-  s.columns = take(cut, e.nb * e.wide);
-  s.row_copy = take(cut, PW * e.wide);
-  s.col_sum = take(cut, NB);
-  s.col_ref = take(cut, NB);
-  s.col_top = take(cut, NB);
-#if defined(__AVX512BF16__)
-  if (args.pair.bf16) return sums_with<Bf16>(args, i0, i1, j0, j1, col_sum, col_ref, col_top, s);
-#endif
-  sums_with<Fp32>(args, i0, i1, j0, j1, col_sum, col_ref, col_top, s);
+  s.tiles = arena.floats(MC * NC);
+  s.columns = arena.floats(e.nc * e.wide);
+  s.row_copy = arena.floats(MR * e.wide);
+  s.col_sum = arena.floats(NC);
+  s.col_ref = arena.floats(NC);
+  s.col_top = arena.floats(NC);
+  const auto run = kHasBf16 && args.pair.bf16 ? sums_with<Bf16> : sums_with<Fp32>;
+  run(args, i0, i1, j0, j1, col_sum, col_ref, col_top, s);
 }
 
 static void products(const Products& args, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
                      void* scratch) {
-  Cut cut{static_cast<char*>(scratch)};
+  Arena arena{static_cast<char*>(scratch)};
   const Extent e = extent(args.pair.m, args.pair.n, args.pair.pitch);
   ProductsScratch s;
-  s.tiles = take(cut, MB * NB);
-  s.g = take(cut, MB * NB);
-  s.columns = take(cut, e.nb * e.wide);
-  s.rows2 = take(cut, e.nb * e.wide);
-  s.rows1 = take(cut, e.mb * e.wide);
-  s.row_copy = take(cut, PW * e.wide);
-#if defined(__AVX512BF16__)
-  if (args.pair.bf16) return products_of<Bf16>(args, i0, i1, j0, j1, s);
-#endif
-  products_of<Fp32>(args, i0, i1, j0, j1, s);
+  s.tiles = arena.floats(MC * NC);
+  s.g = arena.floats(MC * NC);
+  s.columns = arena.floats(e.nc * e.wide);
+  s.rows2 = arena.floats(e.nc * e.wide);
+  s.rows1 = arena.floats(e.mc * e.wide);
+  s.row_copy = arena.floats(MR * e.wide);
+  const auto run = kHasBf16 && args.pair.bf16 ? products_of<Bf16> : products_of<Fp32>;
+  run(args, i0, i1, j0, j1, s);
 }
 
 static void exp2_values(const float* x, float scale_hi, float scale_lo, float* y, int64_t n) {
@@ -95,7 +92,7 @@ static void exp2_values(const float* x, float scale_hi, float scale_lo, float* y
 
 // As many independent multiply-adds as hide the latency, on registers only.
 static double fma_loop(int64_t iterations) {
-  constexpr int CHAINS = PW * NV;
+  constexpr int CHAINS = MR * NV;
   vf a[CHAINS], b = splat(0.999f), c = splat(0.001f);
   for (int i = 0; i < CHAINS; ++i) a[i] = splat(float(i));
   for (int64_t n = 0; n < iterations; ++n) {
@@ -119,13 +116,9 @@ static double fma_loop(int64_t iterations) {
 namespace directclr {
 const Kernels DCLR_JOIN(kernels_, DCLR_ISA) = {
     DCLR_NAME(DCLR_ISA),
-    DCLR_ISA::PW,
+    DCLR_ISA::MR,
     DCLR_ISA::NR,
-#if defined(__AVX512BF16__)
-    true,
-#else
-    false,
-#endif
+    DCLR_ISA::kHasBf16,
     DCLR_ISA::scratch_bytes,
     DCLR_ISA::keep_panel_floats,
     DCLR_ISA::normalize,

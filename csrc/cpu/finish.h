@@ -7,13 +7,13 @@ namespace directclr::DCLR_ISA {
 
 template <class Element, class Convert>
 DCLR_INLINE void write_row(const Finish& args, int64_t i, const float* dx, Convert convert) {
-  Element* row = static_cast<Element*>(args.grad) + i * args.row_stride;
-  const int64_t step = args.col_stride;
-  if (args.cols) {
+  Element* row = static_cast<Element*>(args.grad.data) + i * args.grad.row_stride;
+  const int64_t step = args.grad.col_stride;
+  if (args.grad.cols) {
     if (args.fill) {
       for (int64_t k = 0; k < args.width; ++k) row[k * step] = 0;
     }
-    for (int64_t k = 0; k < args.d; ++k) row[args.cols[k] * step] = convert(dx[k]);
+    for (int64_t k = 0; k < args.d; ++k) row[args.grad.cols[k] * step] = convert(dx[k]);
   } else {
     if (step == 1) {
       for (int64_t k = 0; k < args.d; ++k) row[k] = convert(dx[k]);
@@ -35,14 +35,14 @@ static void finish(const Finish& args, int64_t begin, int64_t end, double* dots,
     const float r = args.rnorm[i];
     const double along = dot(z, dz, args.pitch);
     dots[i] = along;
-    if (!args.grad) continue;  // only the temperature asks
+    if (!args.grad.data) continue;  // only the temperature asks
     const float t = r >= args.rnorm_clamped ? 0.0f : float(along);
     for (int64_t k = 0; k < args.pitch; k += VL) {
       store(copy + k, (load(dz + k) - load(z + k) * t) * r);
     }
-    if (args.dtype == kFloat32) {
+    if (args.grad.dtype == kFloat32) {
       write_row<float>(args, i, copy, [](float v) { return v; });
-    } else if (args.dtype == kFloat16) {
+    } else if (args.grad.dtype == kFloat16) {
       write_row<uint16_t>(args, i, copy, [](float v) { return to_fp16(v); });
     } else {
       write_row<uint16_t>(args, i, copy, [](float v) { return to_bf16(v); });

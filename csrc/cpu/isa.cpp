@@ -21,7 +21,7 @@ const Kernels* chosen() {
 }  // namespace
 
 std::vector<const Kernels*> available_kernels() {
-  std::vector<const Kernels*> found;
+  std::vector<const Kernels*> bodies;
 #if defined(__x86_64__)
   // These tests include whether the operating system saves the wide registers.
   __builtin_cpu_init();
@@ -29,12 +29,12 @@ std::vector<const Kernels*> available_kernels() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&kernels_avx512_bf16);
-  if (avx512) found.push_back(&kernels_avx512);
-  if (avx2) found.push_back(&kernels_avx2);
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) bodies.push_back(&kernels_avx512_bf16);
+  if (avx512) bodies.push_back(&kernels_avx512);
+  if (avx2) bodies.push_back(&kernels_avx2);
 #endif
-  found.push_back(&kernels_portable);
-  return found;
+  bodies.push_back(&kernels_portable);
+  return bodies;
 }
 
 const Kernels& kernels() {

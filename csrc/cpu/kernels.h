@@ -13,7 +13,7 @@ enum Dtype : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 // d columns of a strided matrix: element (i, k) is data[i * row_stride + c(k) * col_stride] with
 // c(k) = cols ? cols[k] : k. Strides in elements.
 struct Strided {
-  const void* data;
+  void* data;
   int dtype;
   int64_t row_stride;
   int64_t col_stride;
@@ -85,19 +85,17 @@ struct Finish {
   const float* z;
   const float* dz;
   const float* rnorm;
-  int64_t d, pitch, width;  // width: columns of the full gradient, zero-filled where fill is set
-  float rnorm_clamped;      // 1 / eps
-  void* grad;
-  int dtype;
-  int64_t row_stride, col_stride;
-  const int64_t* cols;
+  int64_t d, pitch;
+  float rnorm_clamped;  // 1 / eps
+  Strided grad;         // data null: only the dots are wanted
+  int64_t width;        // columns of the full gradient, zero-filled where `fill` is set
   bool fill;
 };
 
 struct Kernels {
   const char* name;
-  int64_t panel;  // rows are split between threads at multiples of this
-  int64_t tile;   // columns likewise
+  int64_t mr;  // rows are split between threads at multiples of this
+  int64_t nr;  // columns likewise
   bool has_bf16;
   int64_t (*scratch_bytes)(int64_t m, int64_t n, int64_t pitch);
   int64_t (*keep_panel_floats)(int64_t n);  // size of one kept row panel of S

@@ -1,7 +1,7 @@
 // Stage `normalize`: z = x / max(|x|, eps) and the exact positives. Norms and dots accumulate in
 // fp64, so rows of 1e19 or of denormals neither overflow nor vanish.
 #pragma once
-#include "../common/half.h"
+#include "half.h"
 #include "pack.h"
 
 namespace directclr::DCLR_ISA {

@@ -1,10 +1,7 @@
 // One vector type per instruction set, from the compiler's vector extensions: a * b + c contracts
 // to a fused multiply-add where there is one. Included once per body, in that body's own namespace.
-//
-//   VL      floats per vector
-//   PW      rows of a register tile, and columns of a panel of G (VL or VL / 2)
-//   NV      vectors across a register tile: PW * NV accumulators + NV + 1 must fit the registers
 #pragma once
+#include "blocking.h"
 
 #define DCLR_INLINE static inline __attribute__((always_inline))
 #if defined(__clang__)
@@ -14,16 +11,6 @@
 #endif
 
 namespace directclr::DCLR_ISA {
-
-#if defined(__AVX512F__)
-constexpr int VL = 16, PW = 8, NV = 3;
-#elif defined(__AVX2__)
-constexpr int VL = 8, PW = 4, NV = 3;
-#else
-constexpr int VL = 4, PW = 4, NV = 2;
-#endif
-constexpr int NR = NV * VL;
-static_assert(PW == VL || 2 * PW == VL, "a vector spans one or two panels of G");
 
 typedef float vf __attribute__((vector_size(4 * VL)));
 typedef int32_t vi __attribute__((vector_size(4 * VL)));
@@ -90,9 +77,9 @@ DCLR_INLINE vd widen(vf v) {
 }
 DCLR_INLINE double sum_lanes(vf v) { return sum_lanes(widen(v)); }
 
-// The stores of a panel of G: one vector is VL / PW runs of PW columns, `stride` floats apart.
+// The stores of a panel of G: one vector is VL / MR runs of MR columns, `stride` floats apart.
 DCLR_INLINE void store_runs(float* p, int64_t stride, vf v) {
-  if constexpr (PW == VL) {
+  if constexpr (MR == VL) {
     store(p, v);
   } else {
     const hf* half = reinterpret_cast<const hf*>(&v);

@@ -1,6 +1,6 @@
 // Blocks of S = z1 z2', tile by tile: the walk that `sums` and `products` share.
 //
-// For a block of MB rows and NB columns whose packed columns lie in L2, each panel of PW rows stays
+// For a block of MC rows and NC columns whose packed columns lie in L2, each panel of MR rows stays
 // in L1 while the columns stream past it. Long rows (more than KC words) are taken in several
 // passes over the block, which keeps the packed columns of one pass in L2; the partial tiles then
 // wait in `block`. When a tile is complete its left-out entries are marked and the epilogue runs on
@@ -11,7 +11,7 @@
 
 namespace directclr::DCLR_ISA {
 
-constexpr int64_t kTile = PW * NR;
+constexpr int64_t kTile = MR * NR;
 
 // Words of k that are added up one after another before they join the tile. The error of a sum is
 // made where it is large, so c chains err about 1 / c as much as one. Where they are cut depends on d
@@ -19,9 +19,9 @@ constexpr int64_t kTile = PW * NR;
 template <class T>
 constexpr int64_t kChain = T::PACK == 1 ? 192 : KC;
 
-// Which kept panel holds rows [i, i + PW), or -1: `keep_panels` of all, evenly spread.
+// Which kept panel holds rows [i, i + MR), or -1: `keep_panels` of all, evenly spread.
 DCLR_INLINE int64_t kept_slot(const Pair& pair, int64_t i) {
-  const int64_t panels = (pair.m + PW - 1) / PW, ip = i / PW;
+  const int64_t panels = (pair.m + MR - 1) / MR, ip = i / MR;
   const int64_t slot = ip * pair.keep_panels / panels;
   return (ip + 1) * pair.keep_panels / panels > slot ? slot : -1;
 }
@@ -34,10 +34,10 @@ DCLR_INLINE bool below_diagonal(const Pair& pair, int64_t i, int64_t j_end) {
 DCLR_INLINE void mark_left_out(const Pair& pair, int64_t i0, int64_t rows, int64_t j0, int64_t cols,
                                int width, float* tile) {
   const int64_t first = i0 + pair.row_offset - j0;  // column of the tile that row 0 leaves out
-  const bool diagonal = first < width && first + PW > 0;
-  const bool below = pair.upper && first + PW > 1;
-  if (!diagonal && !below && rows >= PW && cols >= width) return;
-  for (int64_t i = 0; (pair.logits || pair.own) && i < smaller(PW, rows); ++i) {
+  const bool diagonal = first < width && first + MR > 0;
+  const bool below = pair.upper && first + MR > 1;
+  if (!diagonal && !below && rows >= MR && cols >= width) return;
+  for (int64_t i = 0; (pair.logits || pair.own) && i < smaller(MR, rows); ++i) {
     const int64_t positive = first + i;
     if (positive >= 0 && positive < smaller(width, cols)) {
       const float s = tile[i * width + positive];
@@ -46,7 +46,7 @@ DCLR_INLINE void mark_left_out(const Pair& pair, int64_t i0, int64_t rows, int64
     }
   }
   const float left_out = kLeftOut / pair.scale_hi;
-  for (int64_t i = 0; i < PW; ++i) {
+  for (int64_t i = 0; i < MR; ++i) {
     const int64_t positive = first + i;
     for (int64_t j = 0; j < width; ++j) {
       if (i >= rows || j >= cols || j == positive || (pair.upper && j < positive)) {
@@ -60,21 +60,21 @@ DCLR_INLINE void mark_left_out(const Pair& pair, int64_t i0, int64_t rows, int64
 // from beyond L2 once per block of columns.
 DCLR_INLINE void prefetch_panel(const Pair& pair, int64_t row, int64_t k0, int64_t k1, int64_t t,
                                 int64_t parts) {
-  if (row + PW > pair.m) return;
+  if (row + MR > pair.m) return;
   const int64_t lines = (k1 - k0 + 15) / 16;
   const float* p = pair.z1 + row * pair.pitch + k0;
   for (int64_t line = lines * t / parts; line < lines * (t + 1) / parts; ++line) {
-    for (int i = 0; i < PW; ++i) __builtin_prefetch(p + i * pair.pitch + line * 16, 0, 2);
+    for (int i = 0; i < MR; ++i) __builtin_prefetch(p + i * pair.pitch + line * 16, 0, 2);
   }
 }
 
 struct Block {
-  int64_t i0, mb, j0, nb;
+  int64_t i0, mc, j0, nc;
 };
 
 // Calls tile_done(i, j, vectors, tile) for every tile of the block (i, j relative to it; tile:
-// PW x vectors * VL) and row_done(i) after the last tile of a panel. `columns` is the block's
-// packed z2, `tiles` room for MB x NB floats, `row_copy` for PW * pitch.
+// MR x vectors * VL) and row_done(i) after the last tile of a panel. `columns` is the block's
+// packed z2, `tiles` room for MC x NC floats, `row_copy` for MR * pitch.
 template <class T, class TileDone, class RowDone>
 DCLR_INLINE void for_each_tile(const Pair& pair, const Block& b, const float* columns, float* tiles,
                                float* row_copy, bool reuse_kept, TileDone tile_done,
@@ -88,7 +88,7 @@ DCLR_INLINE void for_each_tile(const Pair& pair, const Block& b, const float* co
     const bool last = k0 + kc >= words;
     const int64_t k_end = smaller(k0 + kc, words), chains = (k_end - k0 + kChain<T> - 1) / kChain<T>;
     const int64_t chain = round_up((k_end - k0 + chains - 1) / chains, T::KB);
-    for (int64_t i = 0; i < b.mb; i += PW) {
+    for (int64_t i = 0; i < b.mc; i += MR) {
       const int64_t row = b.i0 + i, rows = pair.m - row;
       const int64_t slot = pair.keep_panels ? kept_slot(pair, row) : -1;
       float* kept = slot < 0 ? nullptr : pair.keep + (slot * row_tiles + b.j0 / NR) * kTile;
@@ -96,20 +96,20 @@ DCLR_INLINE void for_each_tile(const Pair& pair, const Block& b, const float* co
       if (reuse && !last) continue;
       RowsA<T::KB> a{};
       if (!reuse) a = broadcast_rows<T>(pair.z1 + row * pair.pitch, pair.pitch, rows, row_copy);
-      for (int64_t j = 0; j < b.nb; j += NR) {
-        const int vectors = tile_vectors(b.nb, j), width = vectors * VL;
-        if (below_diagonal(pair, row, b.j0 + smaller(j + NR, b.nb))) continue;
-        float* tile = passes > 1 ? tiles + i * NB + j * PW : tiles;
-        if (kept) tile = kept + j * PW;
+      for (int64_t j = 0; j < b.nc; j += NR) {
+        const int vectors = tile_vectors(b.nc, j), width = vectors * VL;
+        if (below_diagonal(pair, row, b.j0 + smaller(j + NR, b.nc))) continue;
+        float* tile = passes > 1 ? tiles + i * NC + j * MR : tiles;
+        if (kept) tile = kept + j * MR;
         if (!reuse) {
-          prefetch_panel(pair, row + PW, k0 * T::PACK, k_end * T::PACK, j / NR,
-                         (b.nb + NR - 1) / NR);
+          prefetch_panel(pair, row + MR, k0 * T::PACK, k_end * T::PACK, j / NR,
+                         (b.nc + NR - 1) / NR);
           for (int64_t k = k0; k < k_end; k += chain) {
             const RowsA<T::KB> from{a.p + k, a.ld};
             const int64_t steps = (smaller(chain, k_end - k) + T::KB - 1) / T::KB;
             micro<T>(vectors, from, columns + j * ld + k * width, steps, tile, width, k > 0);
           }
-          if (last) mark_left_out(pair, row, rows, b.j0 + j, b.nb - j, width, tile);
+          if (last) mark_left_out(pair, row, rows, b.j0 + j, b.nc - j, width, tile);
         }
         if (last) tile_done(i, j, vectors, tile);
       }

@@ -12,8 +12,8 @@
 #include <sys/mman.h>
 #endif
 
-#include "../common/threads.h"
 #include "isa.h"
+#include "threads.h"
 
 namespace directclr {
 namespace {
@@ -156,13 +156,13 @@ Pair make_pair(const SimilarityArgs& s) {
   p.keep_panels = 0;
   if (s.workspace) {
     const Kernels& k = kernels();
-    const int64_t panels = (s.m + k.panel - 1) / k.panel;
+    const int64_t panels = (s.m + k.mr - 1) / k.mr;
     p.keep_panels = std::min(panels, s.workspace_bytes / 4 / k.keep_panel_floats(s.n));
   }
   return p;
 }
 
-bool is_bounded(const SimilarityArgs& s) {
+bool bounded(const SimilarityArgs& s) {
   return s.scale * kLog2e + std::log2(double(std::max(s.m, s.n))) < 125.0;
 }
 
@@ -198,12 +198,6 @@ void raise_columns(const float* partial, int64_t n, int parts, int t, int team, 
 
 int64_t row_scratch_floats(int64_t d) { return pitch(d) + 64; }
 
-// One thread's part of normalising a view.
-void normalize_part(const View& v, int64_t d, double eps, int t, int parts, float* scratch) {
-  const Normalize args{v.x, d, pitch(d), eps, v.z, v.rnorm};
-  kernels().normalize(args, part(v.rows, 16, t, parts), part(v.rows, 16, t + 1, parts), scratch);
-}
-
 // One thread's share of the rows of S. The column sums of part t go to partial[t]: sums, then refs;
 // its columns' largest to tops[t].
 void sums_part(const Sums& args, Schedule& schedule, double* partial, float* tops, void* scratch) {
@@ -211,7 +205,7 @@ void sums_part(const Sums& args, Schedule& schedule, double* partial, float* top
   const Pair& p = args.pair;
   const int parts = schedule.parts;
   const auto bound = [&](int i) {
-    return p.upper ? triangle_part(p.m, k.panel, i, parts) : part(p.m, k.panel, i, parts);
+    return p.upper ? triangle_part(p.m, k.mr, i, parts) : part(p.m, k.mr, i, parts);
   };
   for (int t; (t = schedule.take()) < parts;) {
     double* cols = partial + 2 * t * p.n;
@@ -258,9 +252,9 @@ void products_part(const Products& args, Schedule& schedule, void* scratch) {
     auto& turn_b = schedule.turns[size_t(p.upper ? b : parts + b)];
     wait_until([&] { return turn_a.load(std::memory_order_acquire) >= round; });
     wait_until([&] { return turn_b.load(std::memory_order_acquire) >= round; });
-    const int64_t unit = p.upper ? k.tile : k.panel;
+    const int64_t unit = p.upper ? k.nr : k.mr;
     const int64_t i0 = part(p.m, unit, a, parts), i1 = part(p.m, unit, a + 1, parts);
-    const int64_t j0 = part(p.n, k.tile, b, parts), j1 = part(p.n, k.tile, b + 1, parts);
+    const int64_t j0 = part(p.n, k.nr, b, parts), j1 = part(p.n, k.nr, b + 1, parts);
     if (i0 < i1 && j0 < j1) k.products(args, i0, i1, j0, j1, scratch);
     turn_a.store(round + 1, std::memory_order_release);
     turn_b.store(round + 1, std::memory_order_release);
@@ -287,32 +281,6 @@ void products_part(const Products& args, Schedule& schedule, void* scratch) {
   }
 }
 
-struct FinishPart {
-  const float* z;
-  const float* dz;
-  const float* rnorm;
-  int64_t rows, d;
-  double eps;
-  Gradient grad;
-};
-
-void finish_part(const FinishPart& f, double* dots, int t, int parts, float* scratch) {
-  const Finish args{f.z,
-                    f.dz,
-                    f.rnorm,
-                    f.d,
-                    pitch(f.d),
-                    f.grad.width,
-                    float(1.0 / f.eps),
-                    f.grad.data,
-                    f.grad.dtype,
-                    f.grad.row_stride,
-                    f.grad.col_stride,
-                    f.grad.cols,
-                    f.grad.fill};
-  kernels().finish(args, part(f.rows, 16, t, parts), part(f.rows, 16, t + 1, parts), dots, scratch);
-}
-
 double total(const double* x, int64_t n) {
   double s = 0.0;
   for (int64_t i = 0; i < n; ++i) s += x[i];
@@ -328,7 +296,7 @@ int64_t thread_scratch(int64_t m, int64_t n, int64_t d) {
 
 int64_t workspace_bytes(int64_t m, int64_t n) {
   const Kernels& k = kernels();
-  return (m + k.panel - 1) / k.panel * k.keep_panel_floats(n) * 4;
+  return (m + k.mr - 1) / k.mr * k.keep_panel_floats(n) * 4;
 }
 
 int64_t scratch_bytes(int64_t m, int64_t n, int64_t d, int threads) {
@@ -339,22 +307,21 @@ int64_t scratch_bytes(int64_t m, int64_t n, int64_t d, int threads) {
   return std::max(fwd, bwd);
 }
 
-std::string normalize(const View& view, int64_t d, double eps, int threads) {
-  threads = team_size(threads, kElementWork * double(view.rows) * double(d));
-  Buffer<float> scratch(threads * row_scratch_floats(d));
+std::string normalize(const Normalize& args, int64_t rows, int threads) {
+  threads = team_size(threads, kElementWork * double(rows) * double(args.d));
+  Buffer<float> scratch(threads * row_scratch_floats(args.d));
   if (!scratch) return kNoMemory;
   run(threads, [&](int t, Team& team) {
-    normalize_part(view, d, eps, t, team.size(), scratch.get() + t * row_scratch_floats(d));
+    kernels().normalize(args, part(rows, 16, t, team.size()), part(rows, 16, t + 1, team.size()),
+                        scratch.get() + t * row_scratch_floats(args.d));
   });
   return "";
 }
 
-std::string positives(const float* z1, const float* z2, int64_t m, int64_t d, int64_t row_offset,
-                      double* pos, int threads) {
-  const Positives args{z1, z2, d, pitch(d), row_offset, pos};
-  threads = team_size(threads, kElementWork * double(m) * double(d));
+std::string positives(const Positives& args, int64_t rows, int threads) {
+  threads = team_size(threads, kElementWork * double(rows) * double(args.d));
   run(threads, [&](int t, Team& team) {
-    kernels().positives(args, part(m, 16, t, team.size()), part(m, 16, t + 1, team.size()));
+    kernels().positives(args, part(rows, 16, t, team.size()), part(rows, 16, t + 1, team.size()));
   });
   return "";
 }
@@ -362,7 +329,7 @@ std::string positives(const float* z1, const float* z2, int64_t m, int64_t d, in
 std::string sums(const SimilarityArgs& s, Accumulator rows, Accumulator cols, double* logits,
                  const Tops& tops, int threads) {
   threads = team_size(threads, double(s.m) * double(s.n) * double(s.d));
-  Sums args{make_pair(s), is_bounded(s), rows.sum, rows.ref, tops.row};
+  Sums args{make_pair(s), bounded(s), rows.sum, rows.ref, tops.row};
   args.pair.logits = logits;
   args.pair.own = tops.own;
   const int64_t bytes = thread_scratch(s.m, s.n, s.d);
@@ -406,15 +373,14 @@ std::string products(const SimilarityArgs& s, const WeightArgs& w, float* dz1, f
   return "";
 }
 
-std::string finish(const float* z, const float* dz, const float* rnorm, int64_t rows, int64_t d,
-                   double eps, const Gradient& grad, double* dots, int threads) {
-  threads = team_size(threads, kElementWork * double(rows) * double(d));
-  Buffer<float> scratch(threads * row_scratch_floats(d));
+std::string finish(const Finish& args, int64_t rows, double* dots, int threads) {
+  threads = team_size(threads, kElementWork * double(rows) * double(args.d));
+  Buffer<float> scratch(threads * row_scratch_floats(args.d));
   Buffer<double> row_dots(rows);
   if (!scratch || !row_dots) return kNoMemory;
-  const FinishPart f{z, dz, rnorm, rows, d, eps, grad};
   run(threads, [&](int t, Team& team) {
-    finish_part(f, row_dots.get(), t, team.size(), scratch.get() + t * row_scratch_floats(d));
+    kernels().finish(args, part(rows, 16, t, team.size()), part(rows, 16, t + 1, team.size()),
+                     row_dots.get(), scratch.get() + t * row_scratch_floats(args.d));
   });
   *dots = total(row_dots.get(), rows);
   return "";

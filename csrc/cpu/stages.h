@@ -17,13 +17,6 @@ inline int64_t pitch(int64_t d) {
   return p % 512 == 0 ? p + 16 : p;
 }
 
-struct View {
-  Strided x;
-  int64_t rows;
-  float* z;
-  float* rnorm;
-};
-
 // What the sums of one row of similarities come to: sum * 2^ref of exp(a s), positives left out.
 struct Accumulator {
   double* sum;
@@ -47,17 +40,8 @@ struct SimilarityArgs {
   int64_t workspace_bytes;
 };
 
-struct Gradient {
-  void* data;
-  int dtype;
-  int64_t row_stride, col_stride, width;
-  const int64_t* cols;
-  bool fill;
-};
-
-std::string normalize(const View& view, int64_t d, double eps, int threads);
-std::string positives(const float* z1, const float* z2, int64_t m, int64_t d, int64_t row_offset,
-                      double* pos, int threads);
+std::string normalize(const Normalize& args, int64_t rows, int threads);
+std::string positives(const Positives& args, int64_t rows, int threads);
 // Adds to the accumulators, and writes the positives' a s_i to `logits` (m) where that is not null:
 // in the rounding of the tiles, so that a candidate equal to the positive has its bits. For `upper`
 // rows and cols may be the same arrays.
@@ -76,9 +60,8 @@ struct WeightArgs {
 // dz1 += G z2, dz2 += G' z1; for `upper` both name the one dz of the one view.
 std::string products(const SimilarityArgs& s, const WeightArgs& w, float* dz1, float* dz2,
                      int threads);
-// The gradient of the rows; *dots = sum of z . dz.
-std::string finish(const float* z, const float* dz, const float* rnorm, int64_t rows, int64_t d,
-                   double eps, const Gradient& grad, double* dots, int threads);
+// *dots = sum of z . dz.
+std::string finish(const Finish& args, int64_t rows, double* dots, int threads);
 
 // Bytes of `workspace` that keep every tile of S.
 int64_t workspace_bytes(int64_t m, int64_t n);

@@ -6,7 +6,7 @@
 // largest exponent it has met; moving a sum to another reference multiplies by a power of two and
 // is exact, so the true maximum costs a few instructions and no second pass.
 //
-// Rows: PW vectors, folded into fp64 after each panel of a block. Columns: fp32 over the MB rows of
+// Rows: MR vectors, folded into fp64 after each panel of a block. Columns: fp32 over the MC rows of
 // a block, then fp64 in the calling thread's own array.
 //
 // TOP, for statistics: the largest s of each row and column, in a pass of its own over the tile.
@@ -29,7 +29,7 @@ DCLR_INLINE void sum_tile(const float* tile, vf hi, vf lo, vf* row_sum, vf* row_
     csum[v] = load(col_sum + v * VL);
     if (!BOUNDED) cref[v] = load(col_ref + v * VL);
   }
-  for (int i = 0; i < PW; ++i) {
+  for (int i = 0; i < MR; ++i) {
     vf rsum = row_sum[i], rref = row_ref[i];
     DCLR_UNROLL
     for (int v = 0; v < V; ++v) {
@@ -75,7 +75,7 @@ DCLR_INLINE void top_tile(int vectors, const float* tile, vf* row_top, float* co
   for (int v = 0; v < vectors; ++v) {
     vf top = load(col_top + v * VL);
     DCLR_UNROLL
-    for (int i = 0; i < PW; ++i) {
+    for (int i = 0; i < MR; ++i) {
       const vf s = load(tile + (i * vectors + v) * VL);
       row_top[i] = s > row_top[i] ? s : row_top[i];
       top = s > top ? s : top;
@@ -98,12 +98,12 @@ DCLR_INLINE void fold_row(vf sum, vf ref, double& to_sum, double& to_ref) {
 }
 
 struct SumsScratch {
-  float* columns;   // NB x pitch
-  float* tiles;     // MB x NB
-  float* row_copy;  // PW x pitch
-  float* col_sum;   // NB
-  float* col_ref;   // NB
-  float* col_top;   // NB
+  float* columns;   // NC x pitch
+  float* tiles;     // MC x NC
+  float* row_copy;  // MR x pitch
+  float* col_sum;   // NC
+  float* col_ref;   // NC
+  float* col_top;   // NC
 };
 
 template <class T, bool BOUNDED, bool TOP>
@@ -112,27 +112,27 @@ static void sums_of(const Sums& args, int64_t i0, int64_t i1, int64_t j0, int64_
   const Pair& pair = args.pair;
   const vf hi = splat(pair.scale_hi), lo = splat(pair.scale_lo);
   const int64_t ld = round_up((pair.d + T::PACK - 1) / T::PACK, VL);
-  const int64_t j_step = even_block(j1 - j0, NB, NR), i_step = even_block(i1 - i0, MB, PW);
+  const int64_t j_step = even_block(j1 - j0, NC, NR), i_step = even_block(i1 - i0, MC, MR);
   for (int64_t j = j0; j < j1; j += j_step) {
-    const int64_t nb = smaller(j_step, j1 - j);
-    if (below_diagonal(pair, i0, j + nb)) continue;
-    pack_columns<T>(pair.z2 + j * pair.pitch, pair.pitch, nb, ld, s.columns);
+    const int64_t nc = smaller(j_step, j1 - j);
+    if (below_diagonal(pair, i0, j + nc)) continue;
+    pack_columns<T>(pair.z2 + j * pair.pitch, pair.pitch, nc, ld, s.columns);
     for (int64_t i = i0; i < i1; i += i_step) {
-      const int64_t mb = smaller(i_step, i1 - i);
-      if (below_diagonal(pair, i, j + nb)) continue;
-      for (int64_t c = 0; c < NB; ++c) {
+      const int64_t mc = smaller(i_step, i1 - i);
+      if (below_diagonal(pair, i, j + nc)) continue;
+      for (int64_t c = 0; c < NC; ++c) {
         s.col_sum[c] = 0;
         s.col_ref[c] = kNoReference;
         if (TOP) s.col_top[c] = kNoTop;
       }
-      vf row_sum[PW], row_ref[PW], row_top[PW];
-      for (int r = 0; r < PW; ++r) {
+      vf row_sum[MR], row_ref[MR], row_top[MR];
+      for (int r = 0; r < MR; ++r) {
         row_sum[r] = vf{};
         row_ref[r] = splat(kNoReference);
         if (TOP) row_top[r] = splat(kNoTop);
       }
       for_each_tile<T>(
-          pair, Block{i, mb, j, nb}, s.columns, s.tiles, s.row_copy, false,
+          pair, Block{i, mc, j, nc}, s.columns, s.tiles, s.row_copy, false,
           [&](int64_t, int64_t tj, int vectors, const float* tile)
               __attribute__((always_inline)) {
                 sum_tile<BOUNDED>(vectors, tile, hi, lo, row_sum, row_ref, s.col_sum + tj,
@@ -140,7 +140,7 @@ static void sums_of(const Sums& args, int64_t i0, int64_t i1, int64_t j0, int64_
                 if (TOP) top_tile(vectors, tile, row_top, s.col_top + tj);
               },
           [&](int64_t ti) __attribute__((always_inline)) {
-            for (int r = 0; r < PW; ++r) {
+            for (int r = 0; r < MR; ++r) {
               if (i + ti + r < pair.m) {
                 fold_row<BOUNDED>(row_sum[r], row_ref[r], args.row_sum[i + ti + r],
                                   args.row_ref[i + ti + r]);
@@ -151,7 +151,7 @@ static void sums_of(const Sums& args, int64_t i0, int64_t i1, int64_t j0, int64_
               if (TOP) row_top[r] = splat(kNoTop);
             }
           });
-      for (int64_t c = 0; c < nb; ++c) {
+      for (int64_t c = 0; c < nc; ++c) {
         if (BOUNDED || met(s.col_ref[c], s.col_sum[c])) {
           merge(col_sum[j + c], col_ref[j + c], double(s.col_sum[c]),
                 BOUNDED ? 0.0 : double(s.col_ref[c]));

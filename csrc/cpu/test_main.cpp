@@ -66,10 +66,10 @@ void run_case(const Case& c) {
   const Strided s1{x1.data(), kFloat32, width, 1, nullptr};
   const Strided s2{x2.data(), kFloat32, width, 1, nullptr};
   const int team = -c.threads;
-  normalize({s1, m, z1.data(), rnorm1.data()}, d, 1e-12, team);
-  normalize({s2, n, z2.data(), rnorm2.data()}, d, 1e-12, team);
+  normalize({s1, d, p, 1e-12, z1.data(), rnorm1.data()}, m, team);
+  normalize({s2, d, p, 1e-12, z2.data(), rnorm2.data()}, n, team);
   if (c.bf16) {
-    positives(z1.data(), z2.data(), m, d, c.offset, logits.data(), team);
+    positives({z1.data(), z2.data(), d, p, c.offset, logits.data()}, m, team);
     for (double& l : logits) l *= a;
   }
   const SimilarityArgs pair{z1.data(), z2.data(), m,      n,    d,    c.offset,
@@ -120,11 +120,11 @@ void run_case(const Case& c) {
   const WeightArgs weights{awr.data(), awc.data(), row_lse.data(), col_lse.data(),
                            diagonal.data()};
   expect(products(pair, weights, dz1.data(), dz2.data(), team).empty(), "products", isa, m, n, d);
-  const Gradient o1{g1.data(), kFloat32, width, 1, width, nullptr, true};
-  const Gradient o2{g2.data(), kFloat32, width, 1, width, nullptr, true};
+  const Strided o1{g1.data(), kFloat32, width, 1, nullptr};
+  const Strided o2{g2.data(), kFloat32, width, 1, nullptr};
   double dots[2];
-  finish(z1.data(), dz1.data(), rnorm1.data(), m, d, 1e-12, o1, &dots[0], team);
-  finish(z2.data(), dz2.data(), rnorm2.data(), n, d, 1e-12, o2, &dots[1], team);
+  finish({z1.data(), dz1.data(), rnorm1.data(), d, p, 1e12f, o1, width, true}, m, &dots[0], team);
+  finish({z2.data(), dz2.data(), rnorm2.data(), d, p, 1e12f, o2, width, true}, n, &dots[1], team);
 
   const auto unit = [&](const Floats& x, int64_t rows) {
     std::vector<double> z(rows * d);

@@ -1,8 +1,9 @@
 // The O(N d) and O(N) stages as kernels: one warp a row where there are columns, one thread a
 // candidate where there are only statistics. Every sum has a fixed order.
 #include "rows.h"
+#include "stages.h"
 #include "statistics.h"
-#include "views.h"
+#include "typed.h"
 
 namespace directclr {
 namespace {
@@ -70,13 +71,9 @@ __global__ void __launch_bounds__(kThreads)
 
 // ------------------------------------------------------------------------------- statistics
 
-__global__ void __launch_bounds__(kThreads)
-    fold_kernel(const float* sums, const float* peaks, double* into, int64_t n, int lines,
-                int64_t stride, bool first) {
+__global__ void __launch_bounds__(kThreads) fold_kernel(FoldArguments a) {
   const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (at >= n) return;
-  const double found = log_of_parts(sums, peaks, at, lines, stride);
-  into[at] = first ? found : add_logs(found, into[at]);
+  if (at < a.n) fold_one(a, at);
 }
 
 __global__ void __launch_bounds__(kCombine) combine_kernel(CombineArguments a) {
@@ -92,10 +89,9 @@ __global__ void __launch_bounds__(kCombine) combine_kernel(CombineArguments a) {
   a.loss_by_block[blockIdx.x] = total;
 }
 
-__global__ void __launch_bounds__(kThreads)
-    total_kernel(const double* parts, float* loss, int64_t n, double factor) {
+__global__ void __launch_bounds__(kThreads) total_kernel(TotalArguments a) {
   double sum = 0.0;
-  for (int64_t at = threadIdx.x; at < n; at += kThreads) sum += parts[at];
+  for (int64_t at = threadIdx.x; at < a.n; at += kThreads) sum += a.parts[at];
   __shared__ double of_warps[kThreads / kLanes];
   sum = sum_over_warp(sum);
   if (threadIdx.x % kLanes == 0) of_warps[threadIdx.x / kLanes] = sum;
@@ -103,7 +99,7 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x != 0) return;
   double total = 0.0;
   for (double w : of_warps) total += w;
-  *loss = float(total / factor);
+  *a.loss = float(total / a.factor);
 }
 
 __global__ void __launch_bounds__(kThreads) factors_kernel(FactorsArguments a) {
@@ -113,69 +109,63 @@ __global__ void __launch_bounds__(kThreads) factors_kernel(FactorsArguments a) {
 // ------------------------------------------------------------------------------- finish
 
 template <class T, class Half>
-__device__ void finish_row(const FinishView<T, Half>& v, const FinishShape& s, float factor) {
+__device__ void finish_row(const Side<T, Half>& v, const FinishArguments& a, float factor) {
   const int64_t i = row_of_warp();
   const int lane = threadIdx.x % kLanes;
   if (i >= v.rows) return;
-  const float diagonal = diagonal_of(v, s, i);
+  const float diagonal = diagonal_of(v, a, i);
   const float dot = sum_over_warp(dot_part(v, i, diagonal, factor, lane));
   if (v.dots && lane == 0) v.dots[i] = dot;
-  if (v.dr) write_gradient(v, s, i, diagonal, factor, dot, lane);
+  if (v.dr) write_gradient(v, a, i, diagonal, factor, dot, lane);
 }
 
 template <class T, class Half>
 __global__ void __launch_bounds__(kThreads)
-    finish_kernel(FinishView<T, Half> first, FinishView<T, Half> second, FinishShape s,
-                  float factor, const float* upstream, const float* scale, float scale_value) {
-  if (s.diagonal) factor *= *upstream * (scale ? *scale : scale_value);
-  finish_row(blockIdx.y == 0 ? first : second, s, factor);
+    finish_kernel(Side<T, Half> first, Side<T, Half> second, FinishArguments a) {
+  float factor = a.factor;
+  if (a.diagonal) factor *= *a.upstream * (a.scale ? *a.scale : a.scale_value);
+  finish_row(blockIdx.y == 0 ? first : second, a, factor);
 }
 
 template <class Half>
 __global__ void __launch_bounds__(kThreads)
-    add_positives_kernel(float* dz, Packed<Half> other, const float* diagonal, const float* factor,
-                         int64_t n, int64_t others, int64_t diagonals, int64_t to_other,
-                         int64_t to_diagonal) {
+    add_positives_kernel(Packed<Half> other, AddPositivesArguments a) {
   const int64_t i = row_of_warp();
-  if (i >= n) return;
-  const int64_t at = i + to_diagonal, from = i + to_other;
-  const bool there = at >= 0 && at < diagonals && from >= 0 && from < others;
-  add_positive(dz, other, i, to_other, there ? diagonal[at] : 0.0f, *factor,
+  if (i >= a.n) return;
+  const int64_t at = i + a.to_diagonal, from = i + a.to_other;
+  const bool there = at >= 0 && at < a.diagonals && from >= 0 && from < a.others;
+  add_positive(a.dz, other, i, a.to_other, there ? a.diagonal[at] : 0.0f, *a.factor,
                int(threadIdx.x % kLanes));
 }
 
 }  // namespace
 
-std::string normalize(const Layout& layout, const View& r1, const View& r2, const int64_t* index,
-                      void* z1, void* z2, float* rnorm1, float* rnorm2, double* positives,
-                      int64_t offset, double eps, bool both, const Stream& stream) {
-  return by_types(r1.dtype, layout, [&](auto t, auto half) {
+std::string normalize(const Layout& layout, const NormalizeArguments& a, const Stream& stream) {
+  return by_types(a.r1.dtype, layout, [&](auto t, auto half) {
     using T = decltype(t);
     using Half = decltype(half);
     // Anchors are rows of view 2 as well, moved by `offset`.
-    const int64_t rows = both ? r2.rows : r1.rows;
+    const int64_t rows = a.both ? a.r2.rows : a.r1.rows;
     normalize_kernel<T, Half><<<blocks(rows, kRowsOfBlock), kThreads, 0, stream.handle>>>(
-        columns<T>(r1, index, layout.d), columns<T>(r2, index, layout.d), packed<Half>(layout, z1),
-        packed<Half>(layout, z2), rnorm1, rnorm2, positives, r1.rows, r2.rows, offset, eps, both);
+        columns<T>(a.r1, a.index, layout.d), columns<T>(a.r2, a.index, layout.d),
+        packed<Half>(layout, a.z1), packed<Half>(layout, a.z2), a.rnorm1, a.rnorm2, a.positives,
+        a.r1.rows, a.r2.rows, a.offset, a.eps, a.both);
     return launched("normalize", rows);
   });
 }
 
-std::string positives(const Layout& layout, const void* z1, const void* z2, double* found,
-                      int64_t n, int64_t offset, const Stream& stream) {
+std::string positives(const Layout& layout, const PositivesArguments& a, const Stream& stream) {
   return by_half(layout, [&](auto half) {
     using Half = decltype(half);
-    positives_kernel<Half><<<blocks(n, kRowsOfBlock), kThreads, 0, stream.handle>>>(
-        packed<Half>(layout, z1), packed<Half>(layout, z2), found, n, offset);
-    return launched("positives", n);
+    positives_kernel<Half><<<blocks(a.n, kRowsOfBlock), kThreads, 0, stream.handle>>>(
+        packed<Half>(layout, a.z1), packed<Half>(layout, a.z2), a.positives, a.n, a.offset);
+    return launched("positives", a.n);
   });
 }
 
-std::string fold(const float* sums, const float* peaks, double* into, int64_t n, int lines,
-                 int64_t stride, bool first, const Stream& stream) {
-  fold_kernel<<<blocks(n, kThreads), kThreads, 0, stream.handle>>>(sums, peaks, into, n, lines,
-                                                                   stride, first);
-  return launched("fold", n);
+std::string fold(const FoldArguments& a, const Stream& stream) {
+  fold_kernel<<<blocks(a.n, kThreads), kThreads, 0, stream.handle>>>(a);
+  return launched("fold", a.n);
 }
 
 int64_t combine_blocks(int64_t n) { return blocks(n, kCombine); }
@@ -185,10 +175,9 @@ std::string combine(const CombineArguments& a, const Stream& stream) {
   return launched("combine", a.n);
 }
 
-std::string total(const double* parts, float* loss, int64_t n, double factor,
-                  const Stream& stream) {
-  total_kernel<<<1, kThreads, 0, stream.handle>>>(parts, loss, n, factor);
-  return launched("total", n);
+std::string total(const TotalArguments& a, const Stream& stream) {
+  total_kernel<<<1, kThreads, 0, stream.handle>>>(a);
+  return launched("total", a.n);
 }
 
 std::string factors(const FactorsArguments& a, const Stream& stream) {
@@ -196,33 +185,27 @@ std::string factors(const FactorsArguments& a, const Stream& stream) {
   return launched("factors", a.n);
 }
 
-std::string finish(const Layout& layout, int dtype, const FinishSide& first,
-                   const FinishSide* second, const FinishCommon& c, const Stream& stream) {
-  return by_types(dtype, layout, [&](auto t, auto half) {
+std::string finish(const Layout& layout, const FinishSide& first, const FinishSide* second,
+                   const FinishArguments& a, const Stream& stream) {
+  return by_types(a.dtype, layout, [&](auto t, auto half) {
     using T = decltype(t);
     using Half = decltype(half);
     const FinishSide& other = second ? *second : first;
     const int64_t rows = first.rows > other.rows ? first.rows : other.rows;
     const dim3 grid(blocks(rows, kRowsOfBlock), second ? 2 : 1);
-    const FinishShape shape{c.index, c.diagonal, c.diagonals, layout.d,
-                            c.width, c.largest_rnorm, c.add};
     finish_kernel<T, Half><<<grid, kThreads, 0, stream.handle>>>(
-        finish_view<T, Half>(layout, first), finish_view<T, Half>(layout, other), shape, c.factor,
-        c.upstream, c.scale, c.scale_value);
+        side<T, Half>(layout, first), side<T, Half>(layout, other), a);
     return launched("finish", rows);
   });
 }
 
-std::string add_positives(const Layout& layout, float* dz, const void* other,
-                          const float* diagonal, const float* factor, int64_t n, int64_t others,
-                          int64_t diagonals, int64_t to_other, int64_t to_diagonal,
+std::string add_positives(const Layout& layout, const AddPositivesArguments& a,
                           const Stream& stream) {
   return by_half(layout, [&](auto half) {
     using Half = decltype(half);
-    add_positives_kernel<Half><<<blocks(n, kRowsOfBlock), kThreads, 0, stream.handle>>>(
-        dz, packed<Half>(layout, other), diagonal, factor, n, others, diagonals, to_other,
-        to_diagonal);
-    return launched("add_positives", n);
+    add_positives_kernel<Half><<<blocks(a.n, kRowsOfBlock), kThreads, 0, stream.handle>>>(
+        packed<Half>(layout, a.other), a);
+    return launched("add_positives", a.n);
   });
 }
 

@@ -9,6 +9,7 @@
 
 #include <cmath>
 
+#include "arguments.h"
 #include "half.h"
 
 namespace directclr {
@@ -170,32 +171,23 @@ DIRECTCLR_HD double cosine_part(const Packed<Half>& z1, const Packed<Half>& z2, 
 
 // --------------------------------------------------------------------------------- finish
 
-// One view's side: dz_i = factor (acc_i + diagonal z'_p(i)), dx = (dz - z (z . dz)) / |x|.
+// A FinishSide, typed: dz_i = factor (acc_i + diagonal z'_p(i)), dx = (dz - z (z . dz)) / |x|.
 template <class T, class Half>
-struct FinishView {
+struct Side {
   Packed<Half> z, other;
   const float* rnorm;
-  const float* acc;  // (rows, pitch)
-  T* dr;             // null: only the dots are wanted
+  const float* acc;
+  T* dr;
   int64_t dr_row_stride, dr_col_stride;
   bool dr_aligned;
-  float* dots;  // may be null
+  float* dots;
   int64_t rows;
-  int64_t to_other, to_diagonal;  // from a row to the other view's row, to its diagonal's entry
-};
-
-struct FinishShape {
-  const int64_t* index;
-  const float* diagonal;  // null: acc is the gradient already
-  int64_t diagonals;
-  int d, width;
-  float largest_rnorm;  // rows from here on were divided by a constant
-  bool add;             // to what dr holds
+  int64_t to_other, to_diagonal;
 };
 
 // Unit row and dz of columns c .. c + 8.
 template <class T, class Half>
-DIRECTCLR_HD void gradient_chunk(const FinishView<T, Half>& v, int64_t i, float diagonal, int c,
+DIRECTCLR_HD void gradient_chunk(const Side<T, Half>& v, int64_t i, float diagonal, int c,
                                  float factor, float (&unit)[kChunk], float (&dz)[kChunk]) {
   v.z.load(i, c, unit);
   read8(v.acc + i * v.z.pitch + c, dz);
@@ -210,14 +202,14 @@ DIRECTCLR_HD void gradient_chunk(const FinishView<T, Half>& v, int64_t i, float 
 }
 
 template <class T, class Half>
-DIRECTCLR_HD float diagonal_of(const FinishView<T, Half>& v, const FinishShape& s, int64_t i) {
+DIRECTCLR_HD float diagonal_of(const Side<T, Half>& v, const FinishArguments& s, int64_t i) {
   const int64_t at = i + v.to_diagonal;
   return s.diagonal && at >= 0 && at < s.diagonals ? s.diagonal[at] : 0.0f;
 }
 
 // A lane's part of z_i . dz_i.
 template <class T, class Half>
-DIRECTCLR_HD float dot_part(const FinishView<T, Half>& v, int64_t i, float diagonal, float factor,
+DIRECTCLR_HD float dot_part(const Side<T, Half>& v, int64_t i, float diagonal, float factor,
                             int lane) {
   float dot = 0.0f;
   for (int c = lane * kChunk; c < v.z.pitch; c += kLanes * kChunk) {
@@ -231,7 +223,7 @@ DIRECTCLR_HD float dot_part(const FinishView<T, Half>& v, int64_t i, float diago
 
 // A lane's part of the row of dr, zeros of a slice included.
 template <class T, class Half>
-DIRECTCLR_HD void write_gradient(const FinishView<T, Half>& v, const FinishShape& s, int64_t i,
+DIRECTCLR_HD void write_gradient(const Side<T, Half>& v, const FinishArguments& s, int64_t i,
                                  float diagonal, float factor, float dot, int lane) {
   const float inverse = v.rnorm[i];
   if (inverse >= s.largest_rnorm) dot = 0.0f;

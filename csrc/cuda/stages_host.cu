@@ -5,12 +5,13 @@
 #include <vector>
 
 #include "rows.h"
+#include "stages.h"
 #include "statistics.h"
 #include "tile.h"
-#include "views.h"
+#include "typed.h"
 
 #ifdef DIRECTCLR_CHECK_FRAGMENT
-#include "product.cuh"
+#include "similarity.cuh"
 #endif
 
 namespace directclr {
@@ -79,12 +80,12 @@ void sums_as(const Operands& s, const SumsArguments& a, int height) {
       s, height, a.step, a.upper,
       [&](const Place& p, int, int n, int w, Values& acc) {
         sums_of_warp<HostWarp, kBlocksOfTile, kBounded>(
-            acc, p, w, height, a2, a.moving, a.row_sum + int64_t(n) * s.rows,
+            acc, p, w, height, a2, a.columns, a.row_sum + int64_t(n) * s.rows,
             a.row_peak + int64_t(n) * s.rows, a.own, &sums[size_t(w * kTileWidth)],
             &peaks[size_t(w * kTileWidth)]);
       },
       [&](const Place& p, int m, int) {
-        for (int c = 0; a.moving && c < kTileWidth && p.col + c < p.cols; ++c) {
+        for (int c = 0; a.columns && c < kTileWidth && p.col + c < p.cols; ++c) {
           const int64_t at = int64_t(m) * s.cols + p.col + c;
           sum_of_column<kBounded>(&sums[size_t(c)], &peaks[size_t(c)], warps, kTileWidth,
                                   a.col_sum + at, a.col_peak + at);
@@ -102,7 +103,7 @@ double by_lanes(double (&lanes)[kLanes]) {  // the order of sum_over_warp
 }
 
 template <class T, class Half>
-void finish_rows(const FinishView<T, Half>& v, const FinishShape& s, float factor) {
+void finish_rows(const Side<T, Half>& v, const FinishArguments& s, float factor) {
   for (int64_t i = 0; i < v.rows; ++i) {
     const float diagonal = diagonal_of(v, s, i);
     double lanes[kLanes];
@@ -115,59 +116,56 @@ void finish_rows(const FinishView<T, Half>& v, const FinishShape& s, float facto
 
 }  // namespace
 
-std::string normalize(const Layout& layout, const View& r1, const View& r2, const int64_t* index,
-                      void* z1, void* z2, float* rnorm1, float* rnorm2, double* positives,
-                      int64_t offset, double eps, bool both, const Stream&) {
-  return by_types(r1.dtype, layout, [&](auto t, auto half) {
+std::string normalize(const Layout& layout, const NormalizeArguments& a, const Stream&) {
+  return by_types(a.r1.dtype, layout, [&](auto t, auto half) {
     using T = decltype(t);
     using Half = decltype(half);
-    const auto x1 = columns<T>(r1, index, layout.d), x2 = columns<T>(r2, index, layout.d);
-    const auto p1 = packed<Half>(layout, z1), p2 = packed<Half>(layout, z2);
-    for (int64_t j = 0; j < (both ? r2.rows : r1.rows); ++j) {
-      const int64_t i = both ? j - offset : j;
-      const bool has1 = i >= 0 && i < r1.rows;
+    const auto x1 = columns<T>(a.r1, a.index, layout.d), x2 = columns<T>(a.r2, a.index, layout.d);
+    const auto p1 = packed<Half>(layout, a.z1), p2 = packed<Half>(layout, a.z2);
+    for (int64_t j = 0; j < (a.both ? a.r2.rows : a.r1.rows); ++j) {
+      const int64_t i = a.both ? j - a.offset : j;
+      const bool has1 = i >= 0 && i < a.r1.rows;
       double lanes[3][kLanes], sums[3];
       for (int l = 0; l < kLanes; ++l) {
         double part[3];
-        row_sums(x1, x2, i, j, has1, both, l, part);
+        row_sums(x1, x2, i, j, has1, a.both, l, part);
         for (int k = 0; k < 3; ++k) lanes[k][l] = part[k];
       }
       for (int k = 0; k < 3; ++k) sums[k] = by_lanes(lanes[k]);
-      const double inverse1 = inverse_norm(sums[0], eps), inverse2 = inverse_norm(sums[1], eps);
+      const double inverse1 = inverse_norm(sums[0], a.eps), inverse2 = inverse_norm(sums[1], a.eps);
       for (int l = 0; l < kLanes; ++l) {
         if (has1) write_unit_row(x1, p1, i, inverse1, l);
-        if (both) write_unit_row(x2, p2, j, inverse2, l);
+        if (a.both) write_unit_row(x2, p2, j, inverse2, l);
       }
-      if (has1) rnorm1[i] = float(inverse1);
-      if (both) rnorm2[j] = float(inverse2);
-      if (has1 && both) positives[i] = sums[2] * inverse1 * inverse2;
+      if (has1) a.rnorm1[i] = float(inverse1);
+      if (a.both) a.rnorm2[j] = float(inverse2);
+      if (has1 && a.both) a.positives[i] = sums[2] * inverse1 * inverse2;
     }
     return std::string();
   });
 }
 
-std::string positives(const Layout& layout, const void* z1, const void* z2, double* found,
-                      int64_t n, int64_t offset, const Stream&) {
+std::string positives(const Layout& layout, const PositivesArguments& a, const Stream&) {
   return by_half(layout, [&](auto half) {
     using Half = decltype(half);
-    const auto p1 = packed<Half>(layout, z1), p2 = packed<Half>(layout, z2);
-    for (int64_t i = 0; i < n; ++i) {
+    const auto p1 = packed<Half>(layout, a.z1), p2 = packed<Half>(layout, a.z2);
+    for (int64_t i = 0; i < a.n; ++i) {
       double lanes[kLanes];
-      for (int l = 0; l < kLanes; ++l) lanes[l] = cosine_part(p1, p2, i, i + offset, l);
-      found[i] = by_lanes(lanes);
+      for (int l = 0; l < kLanes; ++l) lanes[l] = cosine_part(p1, p2, i, i + a.offset, l);
+      a.positives[i] = by_lanes(lanes);
     }
     return std::string();
   });
 }
 
-std::string sums(const Operands& s, const SumsArguments& a, bool pingpong, const Stream&) {
-  a.bounded ? sums_as<true>(s, a, tile_height(pingpong))
-            : sums_as<false>(s, a, tile_height(pingpong));
+std::string sums(const Operands& s, const SumsArguments& a, const Stream&) {
+  const int height = tile_height(s.pingpong);
+  a.bounded ? sums_as<true>(s, a, height) : sums_as<false>(s, a, height);
   return {};
 }
 
-std::string weights(const Operands& s, const WeightsArguments& a, bool pingpong, const Stream&) {
-  const int height = tile_height(pingpong);
+std::string weights(const Operands& s, const WeightsArguments& a, const Stream&) {
+  const int height = tile_height(s.pingpong);
   const float a2 = exponent_scale_of(a.exponent);
   const auto run = [&](auto half, auto bounded) {
     by_tiles(
@@ -187,12 +185,8 @@ std::string weights(const Operands& s, const WeightsArguments& a, bool pingpong,
 
 int tile_height(bool pingpong) { return pingpong ? 64 : 128; }
 
-std::string fold(const float* sums, const float* peaks, double* into, int64_t n, int lines,
-                 int64_t stride, bool first, const Stream&) {
-  for (int64_t at = 0; at < n; ++at) {
-    const double found = log_of_parts(sums, peaks, at, lines, stride);
-    into[at] = first ? found : add_logs(found, into[at]);
-  }
+std::string fold(const FoldArguments& a, const Stream&) {
+  for (int64_t at = 0; at < a.n; ++at) fold_one(a, at);
   return {};
 }
 
@@ -206,10 +200,10 @@ std::string combine(const CombineArguments& a, const Stream&) {
   return {};
 }
 
-std::string total(const double* parts, float* loss, int64_t n, double factor, const Stream&) {
+std::string total(const TotalArguments& a, const Stream&) {
   double sum = 0.0;
-  for (int64_t at = 0; at < n; ++at) sum += parts[at];
-  *loss = float(sum / factor);
+  for (int64_t at = 0; at < a.n; ++at) sum += a.parts[at];
+  *a.loss = float(sum / a.factor);
   return {};
 }
 
@@ -218,32 +212,28 @@ std::string factors(const FactorsArguments& a, const Stream&) {
   return {};
 }
 
-std::string finish(const Layout& layout, int dtype, const FinishSide& first,
-                   const FinishSide* second, const FinishCommon& c, const Stream&) {
-  return by_types(dtype, layout, [&](auto t, auto half) {
+std::string finish(const Layout& layout, const FinishSide& first, const FinishSide* second,
+                   const FinishArguments& a, const Stream&) {
+  return by_types(a.dtype, layout, [&](auto t, auto half) {
     using T = decltype(t);
     using Half = decltype(half);
-    const FinishShape shape{c.index, c.diagonal, c.diagonals, layout.d,
-                            c.width, c.largest_rnorm, c.add};
-    float factor = c.factor;
-    if (c.diagonal) factor *= *c.upstream * (c.scale ? *c.scale : c.scale_value);
-    finish_rows(finish_view<T, Half>(layout, first), shape, factor);
-    if (second) finish_rows(finish_view<T, Half>(layout, *second), shape, factor);
+    float factor = a.factor;
+    if (a.diagonal) factor *= *a.upstream * (a.scale ? *a.scale : a.scale_value);
+    finish_rows(side<T, Half>(layout, first), a, factor);
+    if (second) finish_rows(side<T, Half>(layout, *second), a, factor);
     return std::string();
   });
 }
 
-std::string add_positives(const Layout& layout, float* dz, const void* other,
-                          const float* diagonal, const float* factor, int64_t n, int64_t others,
-                          int64_t diagonals, int64_t to_other, int64_t to_diagonal, const Stream&) {
+std::string add_positives(const Layout& layout, const AddPositivesArguments& a, const Stream&) {
   return by_half(layout, [&](auto half) {
     using Half = decltype(half);
-    const auto z = packed<Half>(layout, other);
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t at = i + to_diagonal, from = i + to_other;
-      const bool there = at >= 0 && at < diagonals && from >= 0 && from < others;
+    const auto z = packed<Half>(layout, a.other);
+    for (int64_t i = 0; i < a.n; ++i) {
+      const int64_t at = i + a.to_diagonal, from = i + a.to_other;
+      const bool there = at >= 0 && at < a.diagonals && from >= 0 && from < a.others;
       for (int l = 0; l < kLanes; ++l) {
-        add_positive(dz, z, i, to_other, there ? diagonal[at] : 0.0f, *factor, l);
+        add_positive(a.dz, z, i, a.to_other, there ? a.diagonal[at] : 0.0f, *a.factor, l);
       }
     }
     return std::string();
@@ -262,7 +252,7 @@ extern "C" int64_t host_row_offset(int64_t row, int64_t stride) {
 
 #ifdef DIRECTCLR_CHECK_FRAGMENT
 // How many values of all threads' accumulators are not where tile.h takes them to be, by CuTe's
-// own description of the product.
+// own description of the main loop.
 extern "C" int host_fragment_mismatches() {
   int wrong = 0;
   const auto count = [&](auto mma, auto kind) {
@@ -282,10 +272,10 @@ extern "C" int host_fragment_mismatches() {
   };
   using H = cutlass::half_t;
   using E = cutlass::float_e4m3_t;
-  count(typename Product<H, Cooperative, SumsEpilogue<Cooperative>>::Mainloop::TiledMma{},
+  count(typename Similarity<H, Cooperative, SumsEpilogue<Cooperative>>::Mainloop::TiledMma{},
         Cooperative{});
-  count(typename Product<H, Pingpong, SumsEpilogue<Pingpong>>::Mainloop::TiledMma{}, Pingpong{});
-  count(typename Product<E, Cooperative, SumsEpilogue<Cooperative>>::Mainloop::TiledMma{},
+  count(typename Similarity<H, Pingpong, SumsEpilogue<Pingpong>>::Mainloop::TiledMma{}, Pingpong{});
+  count(typename Similarity<E, Cooperative, SumsEpilogue<Cooperative>>::Mainloop::TiledMma{},
         Cooperative{});
   return wrong;
 }

@@ -3,7 +3,8 @@
 
 #include <cmath>
 
-#include "stages.h"
+#include "arguments.h"
+#include "warp.h"
 
 namespace directclr {
 
@@ -26,6 +27,11 @@ DIRECTCLR_HD double log_of_parts(const float* sums, const float* peaks, int64_t 
 DIRECTCLR_HD double add_logs(double a, double b) {
   const double high = fmax(a, b), base = high == -INFINITY ? 0.0 : high;
   return log(exp(a - base) + exp(b - base)) + base;
+}
+
+DIRECTCLR_HD void fold_one(const FoldArguments& a, int64_t at) {
+  const double log_sum = log_of_parts(a.sums, a.peaks, at, a.lines, a.stride);
+  a.into[at] = a.first ? log_sum : add_logs(log_sum, a.into[at]);
 }
 
 // log(1 + exp(x)); a NaN stays one.

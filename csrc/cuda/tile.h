@@ -5,6 +5,7 @@
 // 4 j + 2 h + c of a lane is row lane / 4 + 8 h, column 8 j + 2 (lane % 4) + c.
 #pragma once
 
+#include "arguments.h"
 #include "warp.h"
 
 namespace directclr {
@@ -95,7 +96,7 @@ DIRECTCLR_HD void halve(Acc& acc) {
 // operands' scale. Without kBounded every sum carries the maximum it is relative to, and `own_logit`,
 // where not null, receives the logits of the positives met, by the launch's row.
 template <class W, int kBlocks, bool kBounded, class Acc>
-DIRECTCLR_HD void sums_of_warp(Acc& acc, const Place& p, int warp, int height, float a2, bool moving,
+DIRECTCLR_HD void sums_of_warp(Acc& acc, const Place& p, int warp, int height, float a2, bool columns,
                                float* row_sum, float* row_peak, float* own_logit, float* by_warp,
                                float* peaks) {
   using Float = typename W::Float;
@@ -152,7 +153,7 @@ DIRECTCLR_HD void sums_of_warp(Acc& acc, const Place& p, int warp, int height, f
     W::store(row_sum, at, row.mass, leads && at < p.rows);
     if (!kBounded) W::store(row_peak, at, row.peak, leads && at < p.rows);
   }
-  if (!moving) return;
+  if (!columns) return;
   // In place: the two rows of a lane first, then the eight lanes of a column, which exchange halves
   // in three rounds: 7/4 kBlocks shuffles in place of 6 kBlocks.
   if (kBounded) {
@@ -216,14 +217,6 @@ DIRECTCLR_HD void sum_of_column(const float* by_warp, const float* peaks, int wa
 }
 
 // --------------------------------------------------------------------------------- weights
-
-// What a tile of weights is made with; pointers to the launch's first row and column. The factors
-// are those of docs/design.md section 2 times the power of two that the stored weights carry.
-struct WeightFactors {
-  const float *row, *col;              // w_i exp(-row_i), v_j exp(-col_j); without kBounded w_i, v_j
-  const float *row_shift, *col_shift;  // without kBounded: row_i, col_j in base 2
-  bool symmetric;                      // whether col counts
-};
 
 // Lane q of each quad gives word b of block q to lane b: x[b] of lane q becomes x[q] of lane b.
 template <class W>

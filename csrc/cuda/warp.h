@@ -89,29 +89,30 @@ struct Lanes {
   }
 };
 
-#define DIRECTCLR_LANEWISE(R, op)                                      \
+// `op` of two values of each lane, or of each lane's and one for all.
+#define DIRECTCLR_LANE_OPERATOR(Result, op)                            \
   template <class T>                                                   \
-  Lanes<R> operator op(const Lanes<T>& a, const Lanes<T>& b) {         \
-    Lanes<R> y;                                                        \
+  Lanes<Result> operator op(const Lanes<T>& a, const Lanes<T>& b) {    \
+    Lanes<Result> y;                                                   \
     for (int i = 0; i < kLanes; ++i) y.v[i] = a.v[i] op b.v[i];        \
     return y;                                                          \
   }                                                                    \
   template <class T, class S>                                          \
-  Lanes<R> operator op(const Lanes<T>& a, S b) {                       \
+  Lanes<Result> operator op(const Lanes<T>& a, S b) {                  \
     return a op Lanes<T>(T(b));                                        \
   }
-DIRECTCLR_LANEWISE(T, +)
-DIRECTCLR_LANEWISE(T, -)
-DIRECTCLR_LANEWISE(T, *)
-DIRECTCLR_LANEWISE(T, /)
-DIRECTCLR_LANEWISE(T, &)
-DIRECTCLR_LANEWISE(T, %)
-DIRECTCLR_LANEWISE(bool, <)
-DIRECTCLR_LANEWISE(bool, >)
-DIRECTCLR_LANEWISE(bool, ==)
-DIRECTCLR_LANEWISE(bool, !=)
-DIRECTCLR_LANEWISE(bool, &&)
-#undef DIRECTCLR_LANEWISE
+DIRECTCLR_LANE_OPERATOR(T, +)
+DIRECTCLR_LANE_OPERATOR(T, -)
+DIRECTCLR_LANE_OPERATOR(T, *)
+DIRECTCLR_LANE_OPERATOR(T, /)
+DIRECTCLR_LANE_OPERATOR(T, &)
+DIRECTCLR_LANE_OPERATOR(T, %)
+DIRECTCLR_LANE_OPERATOR(bool, <)
+DIRECTCLR_LANE_OPERATOR(bool, >)
+DIRECTCLR_LANE_OPERATOR(bool, ==)
+DIRECTCLR_LANE_OPERATOR(bool, !=)
+DIRECTCLR_LANE_OPERATOR(bool, &&)
+#undef DIRECTCLR_LANE_OPERATOR
 
 struct HostWarp {
   using Float = Lanes<float>;

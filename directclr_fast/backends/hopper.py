@@ -29,6 +29,7 @@ PINGPONG_PITCH = 256  # by design, not yet by measurement: short products leave 
 
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 _OPERANDS = {"fp16": 0, "bf16": 1, "fp8": 2}
+_PARTIALS = ("row_sum", "row_peak", "col_sum", "col_peak", "row_lines", "col_lines")
 
 
 def pingpong(layout: Layout) -> bool:
@@ -52,10 +53,10 @@ def device(tensor: Tensor):
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def _stream(tensor: Tensor) -> tuple[int, int, int]:
+def _stream(tensor: Tensor):
     where = tensor.device
     handle = torch.cuda.current_stream(where).cuda_stream
-    return handle, where.index, multiprocessors(where)
+    return _cuda.Stream(handle=handle, device=where.index, multiprocessors=multiprocessors(where))
 
 
 class _On:
@@ -80,26 +81,35 @@ class _On:
         """(address, value) of 1/temperature, of which one counts."""
         return (self.f32(scale, 1), 0.0) if isinstance(scale, Tensor) else (0, scale)
 
-    def operands(self, layout: Layout, a: Tensor, b: Tensor) -> tuple:
+    def operands(self, layout: Layout, a: Tensor, b: Tensor):
         starts = []
         for z in (a, b):
             self.rows(layout, z)  # a row's operand is a part of it
             starts.append(start("z", layout.operand(z), self.device))
-        stride = layout.operand(a).stride(0)
-        return _OPERANDS[layout.precision], *starts, len(a), len(b), layout.pitch, stride
+        return _cuda.Operands(
+            type=_OPERANDS[layout.precision], pingpong=pingpong(layout), a=starts[0], b=starts[1],
+            rows=len(a), cols=len(b), k=layout.pitch, pitch=layout.operand(a).stride(0),
+        )  # fmt: skip
 
-    def exponent(self, layout: Layout, scale) -> tuple:
-        return *self.scale(scale), layout.fp8_scale**-2 if layout.precision == "fp8" else 1.0
-
-
-def _layout(layout: Layout) -> tuple:
-    fp8 = layout.precision == "fp8"
-    half = layout.dtype == torch.bfloat16
-    return half, fp8, layout.dim, layout.pitch, layout.row, layout.fp8_scale
+    def exponent(self, layout: Layout, scale):
+        at, value = self.scale(scale)
+        operands = layout.fp8_scale**-2 if layout.precision == "fp8" else 1.0
+        return _cuda.Exponent(scale=at, value=value, operands=operands)
 
 
-def _view(r: Tensor) -> tuple:
-    return start("r", r, r.device), _DTYPES[r.dtype], *r.shape, *r.stride()
+def _layout(layout: Layout):
+    return _cuda.Layout(
+        bf16=layout.dtype == torch.bfloat16, fp8=layout.precision == "fp8", d=layout.dim,
+        pitch=layout.pitch, row=layout.row, fp8_scale=layout.fp8_scale,
+    )  # fmt: skip
+
+
+def _input(r: Tensor):
+    (rows, width), (row_stride, col_stride) = r.shape, r.stride()
+    return _cuda.Input(
+        data=start("r", r, r.device), dtype=_DTYPES[r.dtype], rows=rows, width=width,
+        row_stride=row_stride, col_stride=col_stride,
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------- normalize
@@ -112,12 +122,12 @@ def _unit_rows(layout: Layout, r: Tensor) -> tuple[Tensor, Tensor]:
 
 def normalize(layout: Layout, r: Tensor, index: Tensor | None, eps: float):
     """z (rows, layout.row) and reciprocal norms (rows,) of one view."""
-    (z, rnorm), on, view = _unit_rows(layout, r), _On(r), _view(r)
-    z_at, rnorm_at = on.rows(layout, z), on.f32(rnorm, len(r))
-    _cuda.normalize(
-        _layout(layout), view, view, on.index(layout, index), z_at, z_at, rnorm_at, rnorm_at, 0,
-        0, eps, False, _stream(r),
+    (z, rnorm), on, rows = _unit_rows(layout, r), _On(r), _input(r)
+    arguments = _cuda.NormalizeArguments(
+        r1=rows, r2=rows, index=on.index(layout, index), z1=on.rows(layout, z), z2=0,
+        rnorm1=on.f32(rnorm, len(r)), rnorm2=0, positives=0, offset=0, eps=eps, both=False,
     )  # fmt: skip
+    _cuda.normalize(_layout(layout), arguments, _stream(r))
     return z, rnorm
 
 
@@ -127,21 +137,23 @@ def normalize_views(
     """(z1, z2, rnorm1, rnorm2, positives) in one launch; positives fp64 (rows of r1,)."""
     (z1, rnorm1), (z2, rnorm2) = _unit_rows(layout, r1), _unit_rows(layout, r2)
     found, on = torch.empty(len(r1), dtype=torch.float64, device=r1.device), _On(r1)
-    _cuda.normalize(
-        _layout(layout), _view(r1), _view(r2), on.index(layout, index), on.rows(layout, z1),
-        on.rows(layout, z2), on.f32(rnorm1, len(r1)), on.f32(rnorm2, len(r2)),
-        on.f64(found, len(r1)), offset, eps, True, _stream(r1),
+    arguments = _cuda.NormalizeArguments(
+        r1=_input(r1), r2=_input(r2), index=on.index(layout, index), z1=on.rows(layout, z1),
+        z2=on.rows(layout, z2), rnorm1=on.f32(rnorm1, len(r1)), rnorm2=on.f32(rnorm2, len(r2)),
+        positives=on.f64(found, len(r1)), offset=offset, eps=eps, both=True,
     )  # fmt: skip
+    _cuda.normalize(_layout(layout), arguments, _stream(r1))
     return z1, z2, rnorm1, rnorm2, found
 
 
 def positives(layout: Layout, z1: Tensor, z2: Tensor, offset: int) -> Tensor:
     """s_ip(i) in fp64, (rows of z1,), from packed rows; p(i) = i + offset lies in z2."""
     found, on = torch.empty(len(z1), dtype=torch.float64, device=z1.device), _On(z1)
-    _cuda.positives(
-        _layout(layout), on.rows(layout, z1), on.rows(layout, z2), on.f64(found, len(z1)), len(z1),
-        offset, _stream(z1),
+    arguments = _cuda.PositivesArguments(
+        z1=on.rows(layout, z1), z2=on.rows(layout, z2), positives=on.f64(found, len(z1)),
+        n=len(z1), offset=offset,
     )  # fmt: skip
+    _cuda.positives(_layout(layout), arguments, _stream(z1))
     return found
 
 
@@ -185,12 +197,13 @@ def partial_sums(
     parts, on = Partials(rows, len(z2), tile, moving, not bounded, z1.device), _On(z1)
     own = None if tops is None or tops.own is None else tops.own[strip]
     by_row, by_column = parts.row_lines * rows, parts.column_lines * len(z2)
-    _cuda.sums(
-        on.operands(layout, z1[strip], z2), on.f32(parts.row_sum, by_row),
-        on.f32(parts.row_peak, by_row), on.f32(parts.column_sum, by_column),
-        on.f32(parts.column_peak, by_column), on.f32(own, rows), on.exponent(layout, scale),
-        0 if upper else strip.start + offset, upper, moving, bounded, pingpong(layout), _stream(z1),
+    arguments = _cuda.SumsArguments(
+        row_sum=on.f32(parts.row_sum, by_row), row_peak=on.f32(parts.row_peak, by_row),
+        col_sum=on.f32(parts.column_sum, by_column), col_peak=on.f32(parts.column_peak, by_column),
+        own=on.f32(own, rows), exponent=on.exponent(layout, scale),
+        step=0 if upper else strip.start + offset, upper=upper, columns=moving, bounded=bounded,
     )  # fmt: skip
+    _cuda.sums(on.operands(layout, z1[strip], z2), arguments, _stream(z1))
     if tops is not None:
         column = tops.col[strip.start :] if upper else tops.col
         for top, peaks in ((tops.row[strip], parts.row_peak), (column, parts.column_peak)):
@@ -221,10 +234,11 @@ def log_sums(
 def _fold(sums: Tensor, peaks: Tensor | None, into: Tensor, first: bool) -> None:
     """``into`` (n,) fp64 log-sums: set (``first``) or increased by lines of partials."""
     (lines, n), on = sums.shape, _On(sums)
-    _cuda.fold(
-        on.f32(sums, lines * n), on.f32(peaks, lines * n), on.f64(into, n), n, lines, n, first,
-        _stream(sums),
+    arguments = _cuda.FoldArguments(
+        sums=on.f32(sums, lines * n), peaks=on.f32(peaks, lines * n), into=on.f64(into, n), n=n,
+        lines=lines, stride=n, first=first,
     )  # fmt: skip
+    _cuda.fold(arguments, _stream(sums))
 
 
 def combine(problem, positives, scale, *, bounded, parts: Partials | None, rest=(None, None)):
@@ -243,26 +257,34 @@ def combine(problem, positives, scale, *, bounded, parts: Partials | None, rest=
     per_row, blocks = problem.reduction == "none", _cuda.combine_blocks(n)
     by_row = positives.new_empty(m, dtype=torch.float32) if per_row else None
     by_block = None if per_row else statistic(blocks)
-    on, where = _On(positives), (0,) * 6
+    on, partials = _On(positives), dict.fromkeys(_PARTIALS, 0)
     if parts is not None:
         by_line, by_column = parts.row_lines * m, parts.column_lines * n
-        where = (
-            on.f32(parts.row_sum, by_line), on.f32(parts.row_peak, by_line),
-            on.f32(parts.column_sum, by_column), on.f32(parts.column_peak, by_column),
-            parts.row_lines, parts.column_lines,
-        )  # fmt: skip
+        partials = {
+            "row_sum": on.f32(parts.row_sum, by_line), "row_peak": on.f32(parts.row_peak, by_line),
+            "col_sum": on.f32(parts.column_sum, by_column),
+            "col_peak": on.f32(parts.column_peak, by_column),
+            "row_lines": parts.row_lines, "col_lines": parts.column_lines,
+        }  # fmt: skip
     sides = n if problem.symmetric else 0, m if problem.symmetric else 0
-    _cuda.combine(
-        where, on.f64(rest[0], m), on.f64(rest[1], n), on.f64(positives, m), *on.scale(scale),
-        on.f64(row_lse, m), on.f64(col_lse, sides[0]), on.f64(nll_row, m),
-        on.f64(nll_col, sides[1]), on.f32(by_row, m), on.f64(by_block, blocks), m, n,
-        problem.row_offset, problem.symmetric, _stream(positives),
+    scale_at, scale_value = on.scale(scale)
+    arguments = _cuda.CombineArguments(
+        **partials, rest_row=on.f64(rest[0], m), rest_col=on.f64(rest[1], n),
+        positives=on.f64(positives, m), scale=scale_at, scale_value=scale_value,
+        row_lse=on.f64(row_lse, m), col_lse=on.f64(col_lse, sides[0]), nll_row=on.f64(nll_row, m),
+        nll_col=on.f64(nll_col, sides[1]), loss_by_row=on.f32(by_row, m),
+        loss_by_block=on.f64(by_block, blocks), m=m, n=n, offset=problem.row_offset,
+        symmetric=problem.symmetric,
     )  # fmt: skip
+    _cuda.combine(arguments, _stream(positives))
     if per_row:
         return by_row, row_lse, col_lse, nll_row, nll_col
     loss = positives.new_empty((), dtype=torch.float32)
     factor = float(m) if problem.reduction == "mean" else 1.0
-    _cuda.total(on.f64(by_block, blocks), on.f32(loss, 1), blocks, factor, _stream(positives))
+    arguments = _cuda.TotalArguments(
+        parts=on.f64(by_block, blocks), loss=on.f32(loss, 1), n=blocks, factor=factor
+    )
+    _cuda.total(arguments, _stream(positives))
     return loss, row_lse, col_lse, nll_row, nll_col
 
 
@@ -276,13 +298,16 @@ def factors(problem, saved, upstream: Tensor, largest: Tensor | None, bounded: b
     columns, own = (n, m) if problem.symmetric else (0, 0)
     col = n if problem.symmetric else m  # where there is none, the row's stands for it
     col_shift = m if bounded else col
-    _cuda.factors(
-        on.f32(upstream, 1 if largest is None else m), on.f32(largest, 1), on.f64(saved.row_lse, m),
-        on.f64(saved.col_lse, columns), on.f64(saved.nll_row, m), on.f64(saved.nll_col, own),
-        on.f32(found.row, m), on.f32(found.col, col), on.f32(found.row_shift, m),
-        on.f32(found.col_shift, col_shift), on.f32(found.diagonal, m), m, n, problem.row_offset,
-        STORE, problem.symmetric, bounded, _stream(upstream),
+    arguments = _cuda.FactorsArguments(
+        upstream=on.f32(upstream, 1 if largest is None else m), largest=on.f32(largest, 1),
+        row_lse=on.f64(saved.row_lse, m), col_lse=on.f64(saved.col_lse, columns),
+        nll_row=on.f64(saved.nll_row, m), nll_col=on.f64(saved.nll_col, own),
+        row=on.f32(found.row, m), col=on.f32(found.col, col),
+        row_shift=on.f32(found.row_shift, m), col_shift=on.f32(found.col_shift, col_shift),
+        diagonal=on.f32(found.diagonal, m), m=m, n=n, offset=problem.row_offset, store=STORE,
+        symmetric=problem.symmetric, bounded=bounded,
     )  # fmt: skip
+    _cuda.factors(arguments, _stream(upstream))
     return found
 
 
@@ -299,15 +324,18 @@ def weights(
     if found.symmetric:
         col, col_shift = found.col[columns], found.col_shift[columns]
     on = _On(z1)
-    _cuda.weights(
-        on.operands(layout, z1[rows], z2[columns]),
-        address(block, layout.dtype, height * pitch, z1.device), pitch,
-        on.f32(found.row[rows], height), on.f32(col, len(col)),
-        on.f32(found.row_shift[rows], height),
-        on.f32(col_shift, len(col_shift if found.bounded else col)), found.symmetric,
-        on.exponent(layout, scale),
-        rows.start + offset - columns.start, found.bounded, pingpong(layout), _stream(z1),
+    factors = _cuda.WeightFactors(
+        row=on.f32(found.row[rows], height), col=on.f32(col, len(col)),
+        row_shift=on.f32(found.row_shift[rows], height),
+        col_shift=on.f32(col_shift, len(col_shift if found.bounded else col)),
+        symmetric=found.symmetric,
     )  # fmt: skip
+    arguments = _cuda.WeightsArguments(
+        out=address(block, layout.dtype, height * pitch, z1.device), pitch=pitch, factors=factors,
+        exponent=on.exponent(layout, scale), step=rows.start + offset - columns.start,
+        bounded=found.bounded,
+    )  # fmt: skip
+    _cuda.weights(on.operands(layout, z1[rows], z2[columns]), arguments, _stream(z1))
     return block
 
 
@@ -341,24 +369,30 @@ def finish(
     """
     sides, on = [], _On(views[0][0].z)
     for (view, number), partner in zip(views, (other, views[0][0].z), strict=False):
-        steps = (offset, 0) if number == 1 else (-offset, -offset)
-        strides = (0, 0) if view.dr is None else view.dr.stride()
+        to_other, to_diagonal = (offset, 0) if number == 1 else (-offset, -offset)
+        row_stride, col_stride = (0, 0) if view.dr is None else view.dr.stride()
         n, dr = len(view.z), view.dr
-        sides.append(
-            (on.rows(layout, view.z), on.rows(layout, partner), on.f32(view.rnorm, n),
-             on.f32(view.acc, n * layout.pitch), 0 if dr is None else start("dr", dr, on.device),
-             *strides, on.f32(view.dots, n), n, *steps)
+        side = _cuda.FinishSide(
+            z=on.rows(layout, view.z), other=on.rows(layout, partner), rnorm=on.f32(view.rnorm, n),
+            acc=on.f32(view.acc, n * layout.pitch),
+            dr=0 if dr is None else start("dr", dr, on.device), dr_row_stride=row_stride,
+            dr_col_stride=col_stride, dots=on.f32(view.dots, n), rows=n, to_other=to_other,
+            to_diagonal=to_diagonal,
         )  # fmt: skip
+        sides.append(side)
     outputs = [view.dr for view, _ in views if view.dr is not None]
     dtype = _DTYPES[outputs[0].dtype if outputs else torch.float32]
     diagonals = 0 if diagonal is None else len(diagonal)
     # An eps below fp32's reach has no largest reciprocal there.
     largest = min(1.0 / eps, float("inf")) if eps > 0 else float("inf")
-    _cuda.finish(
-        _layout(layout), dtype, sides[0], sides[1] if len(sides) > 1 else None,
-        on.index(layout, index), on.f32(diagonal, diagonals), diagonals, width, largest, add,
-        factor, on.f32(upstream, 1), *on.scale(scale), _stream(views[0][0].z),
+    scale_at, scale_value = on.scale(scale)
+    arguments = _cuda.FinishArguments(
+        dtype=dtype, index=on.index(layout, index), diagonal=on.f32(diagonal, diagonals),
+        diagonals=diagonals, d=layout.dim, width=width, largest_rnorm=largest, add=add,
+        factor=factor, upstream=on.f32(upstream, 1), scale=scale_at, scale_value=scale_value,
     )  # fmt: skip
+    first, second = sides if len(sides) > 1 else (sides[0], None)
+    _cuda.finish(_layout(layout), first, second, arguments, _stream(views[0][0].z))
 
 
 def add_positives(
@@ -366,8 +400,9 @@ def add_positives(
 ) -> None:
     """dz_i = factor dz_i + diagonal_{i + shift} z'_{i + step}, where that entry exists; fp32."""
     on = _On(dz)
-    _cuda.add_positives(
-        _layout(layout), on.f32(dz, len(dz) * layout.pitch), on.rows(layout, other),
-        on.f32(diagonal, len(diagonal)), on.f32(factor, 1), len(dz), len(other),
-        len(diagonal), step, shift, _stream(dz),
+    arguments = _cuda.AddPositivesArguments(
+        dz=on.f32(dz, len(dz) * layout.pitch), other=on.rows(layout, other),
+        diagonal=on.f32(diagonal, len(diagonal)), factor=on.f32(factor, 1), n=len(dz),
+        others=len(other), diagonals=len(diagonal), to_other=step, to_diagonal=shift,
     )  # fmt: skip
+    _cuda.add_positives(_layout(layout), arguments, _stream(dz))

@@ -1,8 +1,10 @@
 // From the binding's addresses and dtype codes to the typed rows of rows.h.
 #pragma once
 
+#include <string>
+
+#include "arguments.h"
 #include "rows.h"
-#include "stages.h"
 
 namespace directclr {
 
@@ -13,9 +15,9 @@ inline bool divides(const void* data, int64_t row_stride, int64_t col_stride) {
 }
 
 template <class T>
-Columns<const T> columns(const View& v, const int64_t* index, int d) {
-  const bool aligned = !index && divides<T>(v.data, v.row_stride, v.col_stride);
-  return {static_cast<const T*>(v.data), v.row_stride, v.col_stride, index, d, v.width,
+Columns<const T> columns(const Input& r, const int64_t* index, int d) {
+  const bool aligned = !index && divides<T>(r.data, r.row_stride, r.col_stride);
+  return {static_cast<const T*>(r.data), r.row_stride, r.col_stride, index, d, r.width,
           aligned};
 }
 
@@ -45,7 +47,7 @@ std::string by_half(const Layout& layout, F f) {
 }
 
 template <class T, class Half>
-FinishView<T, Half> finish_view(const Layout& l, const FinishSide& s) {
+Side<T, Half> side(const Layout& l, const FinishSide& s) {
   return {packed<Half>(l, s.z),
           packed<Half>(l, s.other),
           s.rnorm,

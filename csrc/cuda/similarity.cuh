@@ -15,8 +15,8 @@
 #include "cutlass/gemm/collective/collective_builder.hpp"
 #include "cutlass/gemm/device/gemm_universal_adapter.h"
 #include "cutlass/gemm/kernel/gemm_universal.hpp"
+#include "arguments.h"
 #include "half.h"
-#include "launch.h"
 #include "tile.h"
 
 namespace directclr {
@@ -112,14 +112,14 @@ struct SumsEpilogue : EpilogueBase<SumsArguments> {
     float* row_sum = params.row_sum + int64_t(n) * place.rows;
     float* row_peak = params.row_peak + int64_t(n) * place.rows;
     if (params.bounded) {
-      sums_of_warp<DeviceWarp, kBlocks, true>(acc, place, warp, Kind::kHeight, a2, params.moving,
+      sums_of_warp<DeviceWarp, kBlocks, true>(acc, place, warp, Kind::kHeight, a2, params.columns,
                                               row_sum, row_peak, nullptr, sums[warp], peaks[warp]);
     } else {
-      sums_of_warp<DeviceWarp, kBlocks, false>(acc, place, warp, Kind::kHeight, a2, params.moving,
+      sums_of_warp<DeviceWarp, kBlocks, false>(acc, place, warp, Kind::kHeight, a2, params.columns,
                                                row_sum, row_peak, params.own, sums[warp],
                                                peaks[warp]);
     }
-    if (!params.moving) return;
+    if (!params.columns) return;
     constexpr int kThreads = kWarps * kLanes;
     cutlass::arch::NamedBarrier::sync(kThreads, uint32_t(group));
     CUTLASS_PRAGMA_UNROLL
@@ -172,7 +172,7 @@ template <class Element>
 constexpr bool kIsFp8 = std::is_same_v<Element, cutlass::float_e4m3_t>;
 
 template <class Element, class Kind, class OurEpilogue>
-struct Product {
+struct Similarity {
   static constexpr int kAlignment = 16 / sizeof(Element);
   static constexpr int kDepth = 128 / sizeof(Element);  // one row of the swizzled tile
   using Tile = cute::Shape<cute::Int<Kind::kHeight>, cute::Int<kWidth>, cute::Int<kDepth>>;

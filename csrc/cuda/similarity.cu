@@ -1,8 +1,9 @@
-// The tile product of one operand type and schedule, compiled once for each line of `PRODUCTS` in
-// csrc/build_cuda.py: DIRECTCLR_OPERAND (Fp16, Bf16, E4m3) and DIRECTCLR_KIND (Cooperative,
+// The tile product of one operand type and schedule, compiled once for each of `instantiations` in
+// csrc/build.py: DIRECTCLR_OPERAND (Fp16, Bf16, E4m3) and DIRECTCLR_KIND (Cooperative,
 // Pingpong). Both stages: most of the compiler's time goes into reading CUTLASS.
-#include "product.cuh"
-#include "products.h"
+#include "similarity.cuh"
+
+#include "similarity.h"
 
 namespace directclr {
 namespace {
@@ -32,12 +33,12 @@ constexpr Operand kOperand = Operand::DIRECTCLR_JOIN(k, DIRECTCLR_OPERAND);
 template <>
 std::string sums_as<kOperand, kPingpong>(const Operands& s, const SumsArguments& a,
                                              const Stream& stream) {
-  return Product<Of::Element, Kind, SumsEpilogue<Kind>>::run(s, a, stream);
+  return Similarity<Of::Element, Kind, SumsEpilogue<Kind>>::run(s, a, stream);
 }
 
 template <>
 std::string weights_as<kOperand, kPingpong>(const Operands& s, const WeightsArguments& a,
                                                 const Stream& stream) {
-  return Product<Of::Element, Kind, WeightsEpilogue<Kind, Of::Half>>::run(s, a, stream);
+  return Similarity<Of::Element, Kind, WeightsEpilogue<Kind, Of::Half>>::run(s, a, stream);
 }
 }  // namespace directclr

@@ -69,7 +69,7 @@ struct OpenMP {
 
 // Looked up at the first call with more than one thread, by then torch has loaded what it loads.
 inline const OpenMP& openmp() {
-  static const OpenMP found = [] {
+  static const OpenMP of_process = [] {
     OpenMP omp;
 #if defined(__unix__)
     omp.process = long(getpid());
@@ -83,7 +83,7 @@ inline const OpenMP& openmp() {
 #endif
     return omp;
   }();
-  return found;
+  return of_process;
 }
 
 inline bool openmp_is_usable() {

@@ -4,9 +4,9 @@
 
 #include <algorithm>
 
-#include "common/threads.h"
-#include "cpu/isa.h"
-#include "cpu/stages.h"
+#include "isa.h"
+#include "stages.h"
+#include "threads.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -23,23 +23,10 @@ void check(const std::string& error) {
   if (!error.empty()) throw std::runtime_error(error);
 }
 
-Strided strided(uintptr_t data, int dtype, int64_t row_stride, int64_t col_stride, uintptr_t cols) {
-  return {at<void>(data), dtype, row_stride, col_stride, at<int64_t>(cols)};
-}
-
 // (data, dtype, row_stride, col_stride, cols)
 Strided strided(const py::tuple& t) {
-  return strided(t[0].cast<uintptr_t>(), t[1].cast<int>(), t[2].cast<int64_t>(),
-                 t[3].cast<int64_t>(), t[4].cast<uintptr_t>());
-}
-
-// (data, dtype, row_stride, col_stride, cols, width, fill)
-Gradient gradient(const py::object& o) {
-  if (o.is_none()) return {};
-  const py::tuple t = o;
-  const Strided s = strided(t);
-  return {const_cast<void*>(s.data), s.dtype, s.row_stride, s.col_stride, t[5].cast<int64_t>(),
-          s.cols, t[6].cast<bool>()};
+  return {at<void>(t[0].cast<uintptr_t>()), t[1].cast<int>(), t[2].cast<int64_t>(),
+          t[3].cast<int64_t>(), at<int64_t>(t[4].cast<uintptr_t>())};
 }
 
 double fma_peak(int threads, int64_t iterations) {
@@ -107,17 +94,18 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "normalize",
       [](const py::tuple& x, I rows, I d, double eps, P z, P rnorm, int threads) {
-        const View view{strided(x), rows, at<float>(z), at<float>(rnorm)};
+        const Normalize args{strided(x), d, pitch(d), eps, at<float>(z), at<float>(rnorm)};
         py::gil_scoped_release release;
-        check(normalize(view, d, eps, threads));
+        check(normalize(args, rows, threads));
       },
       "x"_a, "rows"_a, "d"_a, "eps"_a, "z"_a, "rnorm"_a, "threads"_a);
   m.def(
       "positives",
       [](P z1, P z2, I rows, I d, I row_offset, P pos, int threads) {
+        const Positives args{at<float>(z1), at<float>(z2), d, pitch(d), row_offset,
+                             at<double>(pos)};
         py::gil_scoped_release release;
-        check(positives(at<float>(z1), at<float>(z2), rows, d, row_offset, at<double>(pos),
-                        threads));
+        check(positives(args, rows, threads));
       },
       "z1"_a, "z2"_a, "m"_a, "d"_a, "row_offset"_a, "pos"_a, "threads"_a);
   m.def(
@@ -153,12 +141,18 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "finish",
       [](P z, P dz, P rnorm, I rows, I d, double eps, const py::object& grad, int threads) {
-        const Gradient g = gradient(grad);
+        Finish args{at<float>(z), at<float>(dz), at<float>(rnorm), d, pitch(d), float(1.0 / eps),
+                    {}, 0, false};
+        if (!grad.is_none()) {  // (data, dtype, row_stride, col_stride, cols, width, fill)
+          const py::tuple t = grad;
+          args.grad = strided(t);
+          args.width = t[5].cast<int64_t>();
+          args.fill = t[6].cast<bool>();
+        }
         double dots = 0.0;
         {
           py::gil_scoped_release release;
-          check(finish(at<float>(z), at<float>(dz), at<float>(rnorm), rows, d, eps, g, &dots,
-                       threads));
+          check(finish(args, rows, &dots, threads));
         }
         return dots;
       },

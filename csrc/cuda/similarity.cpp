@@ -1,5 +1,5 @@
 // Which instantiation a launch takes.
-#include "products.h"
+#include "similarity.h"
 
 namespace directclr {
 namespace {
@@ -24,8 +24,8 @@ std::string named(const char* stage, const Operands& s, const std::string& probl
 
 int tile_height(bool pingpong) { return pingpong ? 64 : 128; }
 
-std::string sums(const Operands& s, const SumsArguments& a, bool pingpong, const Stream& stream) {
-  return named("sums", s, by_operand(s.type, pingpong, [&](auto operand, bool ping) {
+std::string sums(const Operands& s, const SumsArguments& a, const Stream& stream) {
+  return named("sums", s, by_operand(s.type, s.pingpong, [&](auto operand, bool ping) {
                  constexpr Operand kOperand = decltype(operand)::value;
                  if constexpr (kOperand != Operand::kE4m3) {
                    if (ping) return sums_as<kOperand, true>(s, a, stream);
@@ -34,9 +34,8 @@ std::string sums(const Operands& s, const SumsArguments& a, bool pingpong, const
                }));
 }
 
-std::string weights(const Operands& s, const WeightsArguments& a, bool pingpong,
-                    const Stream& stream) {
-  return named("weights", s, by_operand(s.type, pingpong, [&](auto operand, bool ping) {
+std::string weights(const Operands& s, const WeightsArguments& a, const Stream& stream) {
+  return named("weights", s, by_operand(s.type, s.pingpong, [&](auto operand, bool ping) {
                  constexpr Operand kOperand = decltype(operand)::value;
                  if constexpr (kOperand != Operand::kE4m3) {
                    if (ping) return weights_as<kOperand, true>(s, a, stream);
