@@ -38,9 +38,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from directclr_fast.backends import stages as driver
-from directclr_fast.backends.triton import TritonStages
+from directclr_fast import driver
+from directclr_fast.backends.triton import Triton
 from directclr_fast.problem import Problem
+from directclr_fast.world import ALONE
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "bench/results/triton_gate.json"
@@ -168,7 +169,7 @@ def recorded(arch: str) -> list[Launch]:
     common.launch.recorder = record
     try:
         for options in cases(arch):
-            _call(TritonStages(arch), **options)
+            _call(Triton(arch), **options)
     finally:
         common.launch.recorder = None
     return list(found)
@@ -195,7 +196,7 @@ def cases(arch: str) -> list[dict]:
         precisions.append("fp8")
     found = [{"precision": precision} for precision in precisions]
     found += [{"precision": precision, "temperature": None} for precision in precisions]
-    found += [{**options, "top1": True} for options in found]
+    found += [{**options, "return_stats": True} for options in found]
     fp16 = [
         {"dim": 128, "width": 128},
         {"dim": 2048},
@@ -207,14 +208,14 @@ def cases(arch: str) -> list[dict]:
         {"gathered": True},
         {"gathered": True, "groups": 2},
         {"negatives": "both"},
-        {"negatives": "both", "top1": True},
-        {"symmetric": False, "top1": True},
+        {"negatives": "both", "return_stats": True},
+        {"symmetric": False, "return_stats": True},
         {"rows": 70_001, "candidates": 70_001, "temperature": None},
     ]
     return found + [{"precision": "fp16", **options} for options in fp16]
 
 
-def _call(backend: TritonStages, **changes) -> None:
+def _call(backend: Triton, **changes) -> None:
     given = {
         "rows": 4096,
         "candidates": 4096,
@@ -223,7 +224,7 @@ def _call(backend: TritonStages, **changes) -> None:
         "dtype": torch.float32,
         "device_type": "cuda",
         "temperature": 0.1,
-        "keep": True,
+        "differentiable": True,
     }
     problem = Problem(**(given | changes))
     # No row is ever read: one row of memory, seen N times.
@@ -236,8 +237,9 @@ def _call(backend: TritonStages, **changes) -> None:
         columns = torch.arange(problem.dim).repeat(problem.groups, 1)
     scale = torch.tensor(10.0) if problem.temperature is None else 1 / problem.temperature
     need = (True, True, problem.temperature is None)
-    loss, saved, _ = driver.forward(backend, problem, r1, r2, columns, scale)
-    driver.backward(backend, problem, torch.ones_like(loss), saved, columns, scale, need)
+    loss, states, _ = driver.forward(backend, problem, ALONE, r1, r2, columns, scale)
+    upstream = torch.ones_like(loss)
+    driver.backward(backend, problem, ALONE, upstream, states, columns, scale, need)
 
 
 def compiled(work: tuple[Launch, str]) -> dict:

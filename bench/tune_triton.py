@@ -21,7 +21,7 @@ from directclr_fast.kernels import configs, normalize, products, sums, weights
 from directclr_fast.kernels.common import Layout
 from directclr_fast.kernels.configs import Tile
 
-from directclr_fast.backends.triton import TritonStages
+from directclr_fast.backends.triton import Triton
 from directclr_fast.bench.timing import interleaved
 from directclr_fast.machine import machine
 
@@ -55,7 +55,7 @@ def runner(kernel: str, layout: Layout, rows: int, tile: Tile):
     z2, _ = normalize.normalize(layout, torch.randn_like(r), None, 1e-12)
     operations = 2 * rows * rows * layout.dim
     if kernel == "sums":
-        programs = TritonStages()._programs(device)
+        programs = Triton()._programs(device)
         strip = sums.strips(rows, rows, tile, True, False)[0]
         operations = operations * (strip.stop - strip.start) // rows
         return (

@@ -10,7 +10,7 @@ torch      the five stages in blocked PyTorch, O(N d) memory    always available
 reference  the formula, materialises the N x N matrix           options nothing faster has
 ========== ==================================================== ===============================
 
-A backend is a module with ``NAME``, ``why_not(problem) -> list[str]`` and the stages. Automatic
+A backend is a :class:`backends.base.Backend`, the ``BACKEND`` of its module. Automatic
 choice walks :data:`PRIORITY` and takes the first without a reason against it; a backend named by
 the caller either runs or fails with its reasons.
 """
@@ -18,8 +18,8 @@ the caller either runs or fails with its reasons.
 from __future__ import annotations
 
 import importlib
-from types import ModuleType
 
+from .backends.base import Backend
 from .problem import PRIORITY, Problem
 
 _MODULES = {
@@ -27,15 +27,16 @@ _MODULES = {
     "cuda": ".backends.cuda",
     "triton": ".backends.triton",
     "torch": ".backends.torch_blocked",
-    "reference": ".reference",
+    "reference": ".backends.reference",
 }
 
 _last: str | None = None
 
 
-def load(name: str) -> ModuleType:
-    """The backend module called ``name`` (a key of the table above)."""
-    return importlib.import_module(_MODULES[name], __package__)
+def load(name: str) -> Backend:
+    """The backend called ``name`` (a key of the table above); its module is imported when first
+    asked for."""
+    return importlib.import_module(_MODULES[name], __package__).BACKEND
 
 
 def choose(problem: Problem) -> Problem:
@@ -46,21 +47,15 @@ def choose(problem: Problem) -> Problem:
     asked = problem.backend
     reasons = []
     for name in PRIORITY if asked == "auto" else (asked,):
-        module = load(name)
-        against = module.why_not(problem)
+        backend = load(name)
+        against = backend.why_not(problem)
         if not against and asked == "auto":
-            against = [reason] if (reason := only_by_name(module, problem)) else []
+            against = [reason] if (reason := backend.why_not_unasked(problem)) else []
         if not against:
             return problem.replace(backend=name)
         reasons += [f"{name}: {reason}" for reason in against]
     which = "no backend can run" if asked == "auto" else f"backend {asked!r} cannot run"
     raise NotImplementedError(f"{which} this call ({describe(problem)}): " + "; ".join(reasons))
-
-
-def only_by_name(module: ModuleType, problem: Problem) -> str | None:
-    """Why ``module``, which can run ``problem``, is no choice for a user; None where it is one."""
-    asked = getattr(module, "only_by_name", None)
-    return None if asked is None else asked(problem)
 
 
 def describe(problem: Problem) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import platform
 
@@ -42,13 +43,12 @@ def report() -> dict:
     kinds = sorted({entry["device"].partition(":")[0] for entry in devices})
     backends = {}
     for name in dispatch.PRIORITY:
-        module = dispatch.load(name)
+        backend = dispatch.load(name)
         backends[name] = {
-            "what": (module.__doc__ or "").strip().splitlines()[0],
-            "why_not": {kind: module.why_not(_problem(kind)) for kind in kinds},
+            "what": inspect.getmodule(type(backend)).__doc__.splitlines()[0],
+            "why_not": {kind: backend.why_not(_problem(kind)) for kind in kinds},
+            "details": backend.details(),
         }
-        if hasattr(module, "details"):
-            backends[name]["details"] = module.details()
     return {
         "directclr_fast": __version__,
         "python": platform.python_version(),

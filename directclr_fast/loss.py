@@ -133,16 +133,16 @@ def fast_directclr_loss(
     )  # fmt: skip
     if distributed.size(group) > 1:
         check = partial(checked, r1, r2, columns, temperature, options)
-        loss, *stats = distributed.loss(group, even_batches, check)
+        loss, statistics = distributed.loss(group, even_batches, check)
     else:
-        loss, *stats = ops.run(checked(r1, r2, columns, temperature, options))
-    if not return_stats:
+        loss, statistics = ops.run(checked(r1, r2, columns, temperature, options))
+    if statistics is None:
         return loss
-    *stats, top1 = stats
-    stats = [*(value.detach().to(loss.dtype) for value in stats), *top1.unbind(1)]
+    *values, top1 = statistics
+    values = [*(value.detach().to(loss.dtype) for value in values), *top1.unbind(1)]
     if columns is None or index_tensor(columns).dim() == 1:
-        stats = [value[0] for value in stats]
-    row_lse, col_lse, positives, *top1 = stats
+        values = [value[0] for value in values]
+    row_lse, col_lse, positives, *top1 = values
     if not symmetric:
         return loss, LossStats(row_lse, None, positives, *top1, None)
     return loss, LossStats(row_lse, col_lse, positives, *top1)

@@ -8,23 +8,23 @@ spares them the dispatcher and adds double backward. Backends are bodies under b
 from __future__ import annotations
 
 import contextlib
+from itertools import chain
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import dispatch, reference
+from . import dispatch, driver, reference
 from .address import dispatched, readable, unwrapped
-from .backends import stages
-from .backends.stages import Saved
+from .backends.base import Backend, Saved, Statistics
 from .problem import SCHEMA, Call, Options, Problem, check_columns
 from .products import fp32_products, may_round
+from .world import ALONE, World
 
 # Compiled graphs are cached on disk with the shapes of what `loss_forward` saves and with what was
 # traced around it: raised by one whenever either changes.
-_VERSION = 5
+_VERSION = 6
 _SCHEMA = f"{SCHEMA}, int version"
-_READ = " ".join(("upstream", "columns", "temperature", *Saved._fields))
 _SAVED = ", ".join(f"Tensor {name}" for name in Saved._fields)
 
 
@@ -55,7 +55,7 @@ def plain(problem: Problem):
     return stack
 
 
-def _scale(problem: Problem, temperature: Tensor | None):
+def scale_of(problem: Problem, temperature: Tensor | None):
     """1/temperature: a float where the host may know it, else a 0-dim tensor on the device."""
     if temperature is None:
         return 1.0 / problem.temperature
@@ -68,44 +68,39 @@ def _scale(problem: Problem, temperature: Tensor | None):
 
 
 def forward_body(
-    problem: Problem, r1: Tensor, r2: Tensor, columns: Tensor | None, temperature: Tensor | None
-) -> tuple[Tensor, Saved, Tensor | None]:
-    """Loss (scalar or (M,)), what the backward pass needs, and top-1 where that is asked for.
-
-    ``problem`` names its backend.
-    """
+    problem: Problem,
+    world: World,
+    r1: Tensor,
+    r2: Tensor,
+    columns: Tensor | None,
+    temperature: Tensor | None,
+) -> tuple[Tensor, list[Saved], Statistics | None]:
+    """Loss (scalar or (M,)), what the backward pass needs of each group, and the statistics where
+    the problem, which names its backend, asks for them."""
     readable("r1 r2 columns temperature", r1, r2, columns, temperature)
     backend = dispatch.load(problem.backend)
     with torch.no_grad(), plain(problem):
-        scale = _scale(problem, temperature)
-        result = stages.forward(backend.stages(), problem, r1, r2, columns, scale)
+        scale = scale_of(problem, temperature)
+        result = driver.forward(backend, problem, world, r1, r2, columns, scale)
     dispatch.note(problem.backend)
     return result
 
 
 def backward_body(
     problem: Problem,
+    world: World,
     dloss: Tensor,
-    saved: Saved,
+    states: list[Saved],
     columns: Tensor | None,
     temperature: Tensor | None,
     need: tuple[bool, bool, bool],
-    untouched: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dr1, dr2, dtemperature), None where not needed.
-
-    ``untouched`` says that ``saved`` lies where the forward pass left it, which spares a look at
-    each: small batches feel that.
-    """
-    dloss = unwrapped("upstream", dloss)
-    readable(_READ, dloss, columns, temperature, *(() if untouched else saved))
-    backend = dispatch.load(problem.backend).stages()
-    if not untouched:
-        saved = _as_saved(backend, problem, dloss, columns, saved)
+    """(dr1, dr2, dtemperature), None where not needed."""
+    backend = dispatch.load(problem.backend)
     with torch.no_grad(), plain(problem):
-        scale = _scale(problem, temperature)
-        dr1, dr2, dtemperature = stages.backward(
-            backend, problem, dloss, saved, columns, scale, need
+        scale = scale_of(problem, temperature)
+        dr1, dr2, dtemperature = driver.backward(
+            backend, problem, world, dloss, states, columns, scale, need
         )
     if dtemperature is not None:
         dtemperature = torch.as_tensor(
@@ -114,78 +109,104 @@ def backward_body(
     return dr1, dr2, dtemperature
 
 
-def _as_saved(
-    backend: stages.Stages, problem: Problem, dloss: Tensor, columns: Tensor | None, saved: Saved
-) -> Saved:
-    """The tensors as the forward pass made them, contiguous: a hook may have unpacked others."""
-    g, m, n = problem.groups, problem.rows, problem.candidates
-    of_col, of_own = (n, m) if problem.symmetric else (0, 0)
-    row, packed = backend.packed(problem, saved.z1)
-    shapes = (
-        *((g, m, row), (g, n, row), (g, m), (g, n), (g, m), (g, m), (g, of_col), (g, m)),
-        *((g, of_own), (g, *backend.kept_shape(problem))),
-    )
-    norm, statistic = problem.compute_dtype, problem.statistics_dtype
-    dtypes = (packed, packed, norm, norm, *(statistic,) * 5, packed)
-    upstream = (m,) if problem.reduction == "none" else ()
+def _as_made(
+    made: list[tuple], dloss: Tensor, columns: Tensor | None, temperature: Tensor | None, saved
+) -> list[Tensor]:
+    """``saved``, contiguous: a hook may have unpacked others than those that were ``made``, a list
+    of (dtype, shape)."""
+    names = Saved._fields * (len(made) // len(Saved._fields))
+    read = " ".join(("upstream", "columns", "temperature", *names))
+    readable(read, dloss, columns, temperature, *saved)
     if (
-        dloss.shape != upstream
-        or tuple(value.shape for value in saved) != shapes
-        or tuple(value.dtype for value in saved) != dtypes
+        [(value.dtype, value.shape) for value in saved] != made
         or any(value.device != dloss.device for value in saved)
         or (columns is not None and columns.device != dloss.device)
     ):
-        got = (f"{k} {tuple(v.shape)} {v.dtype} {v.device}" for k, v in saved._asdict().items())
+        got = (f"{k} {tuple(v.shape)} {v.dtype} {v.device}" for k, v in zip(names, saved))
+        expected = (f"{k} {tuple(shape)} {dtype}" for k, (dtype, shape) in zip(names, made))
         raise ValueError(
-            f"saved tensors: expected those of {m} x {n} rows in {g} groups and an upstream "
-            f"gradient {upstream} on {dloss.device}, got {', '.join(got)}, upstream "
-            f"{tuple(dloss.shape)}, columns on {None if columns is None else columns.device}"
+            f"saved tensors: expected {', '.join(expected)}, all on {dloss.device}, got "
+            f"{', '.join(got)}, columns on {None if columns is None else columns.device}"
         )
-    return Saved(*(value.contiguous() for value in saved))
+    return [value.contiguous() for value in saved]
+
+
+def _made(backend: Backend, problem: Problem, z: Tensor | None = None) -> list[tuple]:
+    """(dtype, shape) of each stacked ``Saved`` of one process. ``z`` are its packed rows."""
+    g, m, n = problem.groups, problem.rows, problem.candidates
+    columns, own = (n, m) if problem.symmetric else (0, 0)
+    row, packed = backend.packed(problem, z)
+    norm, statistic = problem.compute_dtype, problem.statistics_dtype
+    fields = Saved(
+        z1=(packed, (g, m, row)),
+        z2=(packed, (g, n, row)),
+        rnorm1=(norm, (g, m)),
+        rnorm2=(norm, (g, n)),
+        row_lse=(statistic, (g, m)),
+        col_lse=(statistic, (g, columns)),
+        nll_row=(statistic, (g, m)),
+        nll_col=(statistic, (g, own)),
+        kept=(packed, (g, *backend.kept_shape(problem))),
+    )
+    return list(fields)
 
 
 class Loss(torch.autograd.Function):
-    """The eager route: (loss, *statistics) with gradients for r1, r2 and a tensor temperature."""
+    """The eager route: (loss, *Statistics where asked for) with gradients for r1, r2 and a tensor
+    temperature. ``anchor`` is None or a tensor that wants a gradient where other processes do."""
 
     @staticmethod
-    def forward(ctx, r1, r2, columns, temperature, problem):
-        loss, saved, top1 = forward_body(problem, r1, r2, columns, temperature)
+    def forward(ctx, r1, r2, columns, temperature, anchor, problem, world):
+        loss, states, statistics = forward_body(problem, world, r1, r2, columns, temperature)
         if problem.differentiable:
+            saved, alone = list(chain(*states)), world is ALONE
             # The views are for a backward pass with create_graph=True only, and what wants no
             # gradient is none of autograd's business: the formula would not have kept it.
-            views = [r if n else None for r, n in zip((r1, r2), ctx.needs_input_grad)]
+            views = [r if n and alone else None for r, n in zip((r1, r2), ctx.needs_input_grad)]
             ctx.save_for_backward(*views, columns, temperature, *saved)
-            ctx.constants = [
+            ctx.constants = alone and [
                 None if n else (r, None if r.is_inference() else r._version)
                 for r, n in zip((r1, r2), ctx.needs_input_grad)
             ]
-            ctx.problem = problem
+            ctx.problem, ctx.world = problem, world
             ctx.places = _places([columns, *saved])
-        statistics = (saved.row_lse, saved.col_lse, saved.positives)
-        ctx.mark_non_differentiable(*statistics)
         ctx.set_materialize_grads(False)
-        return loss, *statistics, top1
+        if statistics is None:
+            return (loss,)
+        ctx.mark_non_differentiable(*statistics)
+        return loss, *statistics
 
     @staticmethod
     def backward(ctx, dloss, *_):
-        if dloss is None:
-            return (None,) * 5
+        nothing, world = (None,) * 3, ctx.world
+        if dloss is None and world is ALONE:
+            return None, None, None, None, *nothing
         r1, r2, columns, temperature, *saved = ctx.saved_tensors
         need = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
-        if torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
+            dloss = unwrapped("upstream", dloss)
+            places = _places([columns, *saved])
+            if places != ctx.places:
+                made = [(dtype, shape) for _, dtype, shape, *_ in ctx.places[-len(saved) :]]
+                saved = _as_made(made, dloss, columns, temperature, saved)
+            else:
+                readable("upstream columns temperature", dloss, columns, temperature)
+            fields = len(Saved._fields)
+            states = [Saved(*saved[i : i + fields]) for i in range(0, len(saved), fields)]
+            grads = backward_body(ctx.problem, world, dloss, states, columns, temperature, need)
+        elif world is ALONE:
             r1 = _unchanged("r1", ctx.constants[0]) if r1 is None else r1
             r2 = _unchanged("r2", ctx.constants[1]) if r2 is None else r2
             grads = _differentiable_gradients(
                 ctx.problem, dloss, r1, r2, columns, temperature, need
             )
         else:
-            untouched = ctx.places == _places([columns, *saved])
-            grads = backward_body(
-                ctx.problem, dloss, Saved(*saved), columns, temperature, need, untouched
+            raise NotImplementedError(
+                "create_graph=True: the loss over several processes has no second derivative"
             )
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             ctx.constants = None  # as the saved tensors
-        return grads[0], grads[1], None, grads[2], None
+        return grads[0], grads[1], None, grads[2], *nothing
 
 
 def _places(tensors) -> list[tuple]:
@@ -219,53 +240,53 @@ def _differentiable_gradients(problem, dloss, r1, r2, columns, temperature, need
     return [next(grads) if n else None for n in need]
 
 
-def run(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(loss, row_lse, col_lse, positive logits, top1) by the registered op, eagerly, or by the
-    formula. The last two are None unless statistics are asked for: they are launches more."""
+def run(call: Call) -> tuple[Tensor, Statistics | None]:
+    """Loss and, where asked for, statistics: by the registered op, eagerly, or by the formula."""
     r1, r2, index, temperature, options = call
     # Asked here as well: a function of its own may be compiled where this one is not.
     compiling, inside_transform = torch.compiler.is_compiling(), transformed()
     if compiling or (not inside_transform and dispatched(r1, r2, index, temperature)):
-        if options.backend != reference.NAME and options.negatives != "same":
+        if options.backend != "reference" and options.negatives != "same":
             if inside_transform:  # without fullgraph=True the call then runs outside the graph
                 raise NotImplementedError(
                     "torch.func or forward-mode AD inside a compiled graph: expected "
                     "backend='reference', got another; or leave the transform out of the graph"
                 )
-            outputs = loss_forward(r1, r2, index, temperature, True, *arguments(options))
-            return _statistics(outputs, temperature, options)
+            return _of_outputs(
+                options, loss_forward(r1, r2, index, temperature, True, *arguments(options))
+            )
         if index is not None:
             index = checked_columns(index, r1.shape[1])
-        return reference.loss(problem_of(options, r1, r2, index), r1, r2, index, temperature)
-    wanted = any(v is not None and v.requires_grad for v in (r1, r2, temperature))
+        return _of_formula(problem_of(options, r1, r2, index), r1, r2, index, temperature)
+    wanted = r1.requires_grad or r2.requires_grad
+    wanted = wanted or (temperature is not None and temperature.requires_grad)
     differentiable = inside_transform or (wanted and torch.is_grad_enabled())
     problem = dispatch.choose(problem_of(options, r1, r2, index, differentiable))
-    if problem.backend == reference.NAME:
+    if problem.backend == "reference":
         readable("r1 r2 columns temperature", r1, r2, index, temperature)
         with plain(problem):
-            result = reference.loss(problem, r1, r2, index, temperature)
+            result = _of_formula(problem, r1, r2, index, temperature)
         dispatch.note(problem.backend)
         return result
     if inside_transform:
-        outputs = TransformedLoss.apply(r1, r2, index, temperature, problem)
-        return _statistics(outputs, temperature, options)
-    loss, row_lse, col_lse, cosines, top1 = Loss.apply(r1, r2, index, temperature, problem)
-    logits = _logits(cosines, temperature, options) if options.return_stats else None
-    return loss, row_lse, col_lse, logits, top1
+        values = options.replace(backend=problem.backend).values()  # dynamo takes no record here
+        return _of_outputs(options, TransformedLoss.apply(r1, r2, index, temperature, values))
+    loss, *statistics = Loss.apply(r1, r2, index, temperature, None, problem, ALONE)
+    return loss, Statistics(*statistics) if statistics else None
 
 
-def _statistics(outputs, temperature: Tensor | None, options: Options):
-    """What :func:`run` returns, of (loss, *Saved, top1)."""
-    loss, *saved, top1 = outputs
+def _of_formula(problem: Problem, *tensors) -> tuple[Tensor, Statistics | None]:
+    loss, *statistics = reference.loss(problem, *tensors)
+    return loss, Statistics(*statistics) if problem.return_stats else None
+
+
+def _of_outputs(options: Options, outputs: tuple) -> tuple[Tensor, Statistics | None]:
+    """What :func:`run` returns, of (loss, *Saved, logits, top1)."""
+    loss, *saved, logits, top1 = outputs
     saved = Saved(*saved)
-    logits = _logits(saved.positives, temperature, options) if options.return_stats else None
-    return loss, saved.row_lse, saved.col_lse, logits, top1
-
-
-def _logits(cosines: Tensor, temperature: Tensor | None, options: Options) -> Tensor:
-    if temperature is None:
-        return cosines.detach() / options.temperature
-    return cosines.detach() / temperature.detach().to(cosines)
+    if not options.return_stats:
+        return loss, None
+    return loss, Statistics(saved.row_lse, saved.col_lse, logits, top1)
 
 
 def transformed() -> bool:
@@ -274,22 +295,23 @@ def transformed() -> bool:
 
 
 class TransformedLoss(torch.autograd.Function):
-    """(loss, *Saved, top1) by the same bodies under ``torch.func`` and forward-mode AD.
+    """(loss, *Saved, logits, top1) by the same bodies under ``torch.func`` and forward-mode AD.
 
     vmap takes one call after the other. A derivative of the gradient goes through the reference
     formula, in N^2; so does nothing else.
     """
 
     @staticmethod
-    def forward(r1, r2, columns, temperature, problem):
-        return _outputs(forward_body(problem, r1, r2, columns, temperature))
+    def forward(r1, r2, columns, temperature, options):
+        problem = problem_of(Options(*options), r1, r2, columns)
+        return _outputs(problem, forward_body(problem, ALONE, r1, r2, columns, temperature))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.problem = inputs
+        *tensors, ctx.options = inputs
         ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*tensors, *output[1:-1])
-        ctx.save_for_forward(*tensors, *output[1:-1])
+        ctx.save_for_backward(*tensors, *output[1:-2])
+        ctx.save_for_forward(*tensors, *output[1:-2])
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -298,13 +320,13 @@ class TransformedLoss(torch.autograd.Function):
             return (None,) * 5
         need = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
         tensors, saved = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
-        grads = iter(TransformedGradient.apply(dloss, *tensors, need, ctx.problem, *saved))
+        grads = iter(TransformedGradient.apply(dloss, *tensors, need, ctx.options, *saved))
         dr1, dr2, dtemperature = (next(grads) if n else None for n in need)
         return dr1, dr2, None, dtemperature, None
 
     @staticmethod
     def jvp(ctx, dr1, dr2, _, dtemperature, *__):
-        if ctx.problem.reduction == "none":
+        if Options(*ctx.options).reduction == "none":
             raise NotImplementedError(
                 "forward-mode AD: expected reduction 'mean' or 'sum', got 'none', of which "
                 "backend='reference' has the derivative"
@@ -314,10 +336,10 @@ class TransformedLoss(torch.autograd.Function):
         tensors, saved = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
         like = saved[Saved._fields.index("rnorm1")]
         one = torch.ones((), dtype=like.dtype, device=like.device)
-        grads = TransformedGradient.apply(one, *tensors, need, ctx.problem, *saved)
+        grads = TransformedGradient.apply(one, *tensors, need, ctx.options, *saved)
         tangents = [tangent for tangent in tangents if tangent is not None]
         total = sum((g.to(one.dtype) * t.to(one.dtype)).sum() for g, t in zip(grads, tangents))
-        return total, *(None,) * (len(saved) + 1)
+        return total, *(None,) * (len(saved) + 2)
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -328,13 +350,14 @@ class TransformedGradient(torch.autograd.Function):
     """Those of (r1, r2, temperature) that ``need`` says, a tuple."""
 
     @staticmethod
-    def forward(dloss, r1, r2, columns, temperature, need, problem, *saved):
-        grads = backward_body(problem, dloss, Saved(*saved), columns, temperature, need)
+    def forward(dloss, r1, r2, columns, temperature, need, options, *saved):
+        problem = problem_of(Options(*options), r1, r2, columns)
+        grads = _of_stacked(problem, dloss, saved, columns, temperature, need)
         return tuple(grad for grad in grads if grad is not None)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.need, ctx.problem = inputs[:7]
+        *tensors, ctx.need, ctx.options = inputs[:7]
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
@@ -364,7 +387,7 @@ class TransformedGradient(torch.autograd.Function):
 def _formula_of(ctx):
     """(problem, function, its arguments): the formula's gradients by dloss, r1, r2, temperature."""
     dloss, r1, r2, columns, temperature = ctx.saved_tensors
-    problem, need = ctx.problem, ctx.need
+    problem, need = problem_of(Options(*ctx.options), r1, r2, columns), ctx.need
 
     def gradients(dloss, r1, r2, temperature=None):
         inputs = (r1, r2, temperature)
@@ -394,12 +417,31 @@ def _one_by_one(function, info, in_dims, args):
     return stacked, (0,) * len(stacked)
 
 
-def _outputs(found: tuple[Tensor, Saved, Tensor | None]) -> tuple[Tensor, ...]:
-    """(loss, *Saved, top1), tensors all: top1 is empty where nobody asks for it."""
-    loss, saved, top1 = found
-    if top1 is None:
-        top1 = loss.new_empty(0, dtype=torch.bool)
-    return loss, *saved, top1
+def _outputs(problem: Problem, result: tuple) -> tuple[Tensor, ...]:
+    """(loss, *Saved stacked over groups, logits, top1), tensors all: the last two are empty where
+    nobody asks for them."""
+    loss, states, statistics = result
+    if len(states) == 1:
+        saved = [value[None] for value in states[0]]
+    else:
+        saved = [torch.stack(values) for values in zip(*states, strict=True)]
+    if statistics is None:
+        logits, top1 = saved[4].new_empty(0), loss.new_empty(0, dtype=torch.bool)
+        return loss, *saved, logits, top1
+    return loss, *saved, statistics.logits, statistics.top1
+
+
+def _of_stacked(problem: Problem, dloss: Tensor, saved, columns, temperature, need):
+    """``backward_body`` of one process, whose ``Saved`` are stacked over groups and may be
+    anything: a graph's are what its hooks have unpacked."""
+    dloss = unwrapped("upstream", dloss)
+    upstream = (problem.rows,) if problem.reduction == "none" else ()
+    if dloss.shape != upstream:
+        raise ValueError(f"upstream: expected shape {upstream}, got {tuple(dloss.shape)}")
+    made = _made(dispatch.load(problem.backend), problem, saved[0])
+    saved = _as_made(made, dloss, columns, temperature, saved)
+    states = [Saved(*(value[group] for value in saved)) for group in range(problem.groups)]
+    return backward_body(problem, ALONE, dloss, states, columns, temperature, need)
 
 
 @torch.library.custom_op(
@@ -407,7 +449,7 @@ def _outputs(found: tuple[Tensor, Saved, Tensor | None]) -> tuple[Tensor, ...]:
     mutates_args=(),
     schema=(
         "(Tensor r1, Tensor r2, Tensor? columns, Tensor? learned, bool differentiable, "
-        f"{_SCHEMA}) -> ({', '.join(['Tensor'] * (2 + len(Saved._fields)))})"
+        f"{_SCHEMA}) -> ({', '.join(['Tensor'] * (3 + len(Saved._fields)))})"
     ),
 )
 def loss_forward(r1, r2, columns, temperature, differentiable, *rest):
@@ -415,7 +457,7 @@ def loss_forward(r1, r2, columns, temperature, differentiable, *rest):
     _check_inputs(r1, r2, columns, options)
     r1, r2 = r1.resolve_neg(), r2.resolve_neg()
     problem = dispatch.choose(problem_of(options, r1, r2, columns, differentiable))
-    return _outputs(forward_body(problem, r1, r2, columns, temperature))
+    return _outputs(problem, forward_body(problem, ALONE, r1, r2, columns, temperature))
 
 
 # Negated views come as they are: PyTorch's own fallback would resolve them while tracing, by a copy
@@ -454,32 +496,18 @@ def _(columns, width):
 @loss_forward.register_fake
 def _(r1, r2, columns, temperature, differentiable, *rest):
     problem = dispatch.choose(problem_of(Options(*rest[:-1]), r1, r2, columns, differentiable))
-    backend = dispatch.load(problem.backend).stages()
-    groups, m, n = problem.groups, problem.rows, problem.candidates
-
-    def stat(*shape):
-        return r1.new_empty(shape, dtype=problem.statistics_dtype)
-
-    def compute(*shape):
-        return r1.new_empty(shape, dtype=problem.compute_dtype)
-
-    packed, dtype = backend.packed(problem)
-    columns_of = n if problem.symmetric else 0
-    saved = Saved(
-        z1=r1.new_empty((groups, m, packed), dtype=dtype),
-        z2=r1.new_empty((groups, n, packed), dtype=dtype),
-        rnorm1=compute(groups, m),
-        rnorm2=compute(groups, n),
-        positives=stat(groups, m),
-        row_lse=stat(groups, m),
-        col_lse=stat(groups, columns_of),
-        nll_row=stat(groups, m),
-        nll_col=stat(groups, m if problem.symmetric else 0),
-        kept=r1.new_empty((groups, *backend.kept_shape(problem)), dtype=dtype),
+    backend, rows = dispatch.load(problem.backend), problem.rows
+    saved = [r1.new_empty(shape, dtype=dtype) for dtype, shape in _made(backend, problem)]
+    loss = r1.new_empty((rows,) if problem.reduction == "none" else (), dtype=problem.compute_dtype)
+    logits = top1 = (0,)
+    if problem.return_stats:
+        logits, top1 = (problem.groups, rows), (problem.groups, 1 + problem.symmetric, rows)
+    return (
+        loss,
+        *saved,
+        r1.new_empty(logits, dtype=problem.statistics_dtype),
+        r1.new_empty(top1, dtype=torch.bool),
     )
-    loss = compute(*((m,) if problem.reduction == "none" else ()))
-    top1 = (groups, 1 + problem.symmetric, m) if problem.return_stats else (0,)
-    return loss, *saved, r1.new_empty(top1, dtype=torch.bool)
 
 
 @torch.library.custom_op(
@@ -500,7 +528,7 @@ def loss_backward(dloss, *args):
     options, device = Options(*rest[7:-1]), dloss.device.type
     problem = Problem.of(options, rows, candidates, width, dtype, device, columns)
     problem = dispatch.choose(problem)
-    grads = backward_body(problem, dloss, saved, columns, temperature, tuple(need))
+    grads = _of_stacked(problem, dloss, saved, columns, temperature, tuple(need))
     return tuple(dloss.new_empty(0) if grad is None else grad for grad in grads)
 
 
@@ -521,7 +549,7 @@ def _(dloss, *args):
 
 def _setup_context(ctx, inputs, output):
     r1, _, columns, temperature, _, *rest = inputs
-    ctx.save_for_backward(columns, temperature, *output[1:-1])
+    ctx.save_for_backward(columns, temperature, *output[1:-2])
     ctx.width, ctx.dtype, ctx.rest = r1.shape[1], r1.dtype, rest
     ctx.set_materialize_grads(False)
 

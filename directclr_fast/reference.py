@@ -38,15 +38,6 @@ from torch import Tensor
 
 from .problem import Problem
 
-NAME = "reference"
-
-
-def why_not(problem: Problem) -> list[str]:
-    """Reasons this backend cannot run ``problem``; empty when it can."""
-    if problem.precision not in ("auto", "highest"):
-        return [f"precision {problem.precision!r}: it computes in fp32 (fp64 for fp64 inputs)"]
-    return []
-
 
 def take_columns(r: Tensor, problem: Problem, columns: Tensor | None) -> Tensor:
     """The sub-vectors (G, rows, d) of ``r`` (rows, width) in the compute dtype."""

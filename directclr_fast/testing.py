@@ -135,7 +135,7 @@ def backends(device_type: str = "cpu") -> list[str]:
     for name in dispatch.PRIORITY:
         module = dispatch.load(name)
         if name != "reference" and not module.why_not(problem):
-            if not dispatch.only_by_name(module, problem):
+            if not module.why_not_unasked(problem):
                 found.append(name)
     return found
 

@@ -361,7 +361,7 @@ def partial_sums(
 ) -> Partials:
     """One launch: partials of the anchors in ``strip`` (z1) against all candidates (z2).
 
-    ``tops`` (``stages.Tops``) is raised to the largest logits of these, in base 2.
+    ``tops`` (``base.Tops``) is raised to the largest logits of these, in base 2.
     """
     n = len(z2)
     tiles = cdiv(n, tile.columns)

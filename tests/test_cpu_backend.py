@@ -20,6 +20,7 @@ from test_loss_exact import (
 from directclr_fast import dispatch, doctor, fast_directclr_loss, last_backend, ops
 from directclr_fast.problem import Options, Problem
 from directclr_fast.testing import bound, eager_loss, evaluate, make_views, relative_error
+from directclr_fast.world import ALONE
 
 _cpu = pytest.importorskip(
     "directclr_fast._cpu", reason="the compiled CPU kernels are not installed"
@@ -154,7 +155,7 @@ def test_any_workspace_gives_the_same_bits(isa, negatives):
 
 
 def test_a_larger_workspace_keeps_more_and_never_more_than_asked():
-    backend = dispatch.load("cpu").stages()
+    backend = dispatch.load("cpu")
 
     def kept_bytes(workspace):
         asked = Problem(
@@ -219,7 +220,7 @@ def test_a_step_asks_for_each_stage_once_on_all_threads_of_the_widest_body(monke
         temperature=0.1,
         differentiable=True,
     )
-    assert 4 * cpu.CpuStages().kept_shape(problem)[0] >= _cpu.workspace_bytes(1024, 1024)
+    assert 4 * cpu.BACKEND.kept_shape(problem)[0] >= _cpu.workspace_bytes(1024, 1024)
 
 
 def test_thread_counts_agree_and_each_repeats_its_bits():
@@ -249,9 +250,10 @@ class GradientOfRows(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> torch.Tensor:
         r1, r2 = make_views(400, 64, dtype=torch.float32, seed=index)
         problem = ops.problem_of(Options(dim=40, backend="cpu"), r1, r2, None)
-        _, saved, _ = ops.forward_body(problem, r1, r2, None, None)
+        _, states, _ = ops.forward_body(problem, ALONE, r1, r2, None, None)
         need = (True, True, False)
-        return ops.backward_body(problem, torch.ones(()), saved, None, None, need)[0]
+        upstream = torch.ones(())
+        return ops.backward_body(problem, ALONE, upstream, states, None, None, need)[0]
 
 
 def test_inside_data_loader_workers_forked_after_use():

@@ -21,6 +21,7 @@ from directclr_fast.backends import cuda as backend
 from directclr_fast.backends import hopper
 from directclr_fast.problem import Options, Problem
 from directclr_fast.testing import eager_loss, evaluate, make_views, relative_error
+from directclr_fast.world import ALONE
 
 CSRC = Path(__file__).parents[1] / "csrc"
 _spec = importlib.util.spec_from_file_location("directclr_fast_build", CSRC / "build.py")
@@ -343,11 +344,11 @@ def test_four_launches_forward_and_five_backward(monkeypatch, temperature):
 
 
 def test_reasons():
-    assert backend.why_not(problem()) == []
-    assert "fp16, bf16 or fp8" in backend.why_not(problem(precision="highest"))[0]
-    assert "'highest' from 'auto'" in backend.why_not(problem(dtype=torch.float32))[0]
-    assert "float64" in backend.why_not(problem(dtype=torch.float64))[0]
-    assert "negatives 'same'" in backend.why_not(problem(negatives="same"))[0]
+    assert backend.BACKEND.why_not(problem()) == []
+    assert "fp16, bf16 or fp8" in backend.BACKEND.why_not(problem(precision="highest"))[0]
+    assert "'highest' from 'auto'" in backend.BACKEND.why_not(problem(dtype=torch.float32))[0]
+    assert "float64" in backend.BACKEND.why_not(problem(dtype=torch.float64))[0]
+    assert "negatives 'same'" in backend.BACKEND.why_not(problem(negatives="same"))[0]
 
 
 def test_it_is_chosen_only_where_a_measurement_says_so(monkeypatch):
@@ -381,7 +382,7 @@ def test_a_struct_of_arguments_wants_each_of_its_fields_once(module):
 def test_without_the_extension_the_reason_is_said(monkeypatch):
     monkeypatch.setattr(hopper, "_cuda", None)
     monkeypatch.setattr(hopper, "missing", "no module")
-    reason = backend.why_not(problem())[0]
+    reason = backend.BACKEND.why_not(problem())[0]
     assert reason.startswith("the compiled extension is not installed (no module)")
 
 
@@ -390,15 +391,15 @@ def test_a_column_outside_the_row_reads_nan_and_is_not_written(monkeypatch):  # 
     memory, gradient = torch.full((40, 64), 7.0), torch.full((40, 64), 7.0)
     r, dr = memory[8:32, 16:48], gradient[8:32, 16:48]
     r.copy_(make_views(24, 32)[0])
-    monkeypatch.setattr(backend.CudaStages, "gradient_buffer", lambda *_: dr)
+    monkeypatch.setattr(backend.Cuda, "gradient_buffer", lambda *_: dr)
     options = Options(precision="fp16", backend="cuda")
     for bad in (32, 40, -1, 2**40):
         index = torch.tensor([[3, bad, 5]])
         problem = ops.problem_of(options, r, r, index)
-        loss, saved, _ = ops.forward_body(problem, r, r, index, None)
+        loss, states, _ = ops.forward_body(problem, ALONE, r, r, index, None)
         assert loss.isnan()
         need = (True, False, False)
-        ops.backward_body(problem, torch.ones(()), saved, index, None, need)
+        ops.backward_body(problem, ALONE, torch.ones(()), states, index, None, need)
         assert dr[:, [3, 5]].isnan().all()
         dr.fill_(7.0)
         assert (gradient == 7.0).all()

@@ -29,11 +29,11 @@ def problem(**changes) -> Problem:
 
 def test_every_backend_of_the_table_loads_and_answers():
     for name in dispatch.PRIORITY:
-        module = dispatch.load(name)
-        assert module.NAME == name
+        backend = dispatch.load(name)
+        assert backend.name == name
         for negatives in NEGATIVES:
             for precision in PRECISIONS:
-                reasons = module.why_not(problem(negatives=negatives, precision=precision))
+                reasons = backend.why_not(problem(negatives=negatives, precision=precision))
                 assert all(isinstance(reason, str) and reason for reason in reasons)
 
 

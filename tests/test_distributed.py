@@ -30,9 +30,10 @@ from directclr_fast import (
     info_nce,
     last_backend,
 )
-from directclr_fast.backends.stages import Pair
+from directclr_fast.backends.base import Pair
 from directclr_fast.problem import Problem
 from directclr_fast.testing import bound, evaluate, make_views, relative_error
+from directclr_fast.world import Ring
 
 sent_bytes = runpy.run_path(str(Path(__file__).parents[1] / "docs/scaling.py"))["sent_bytes"]
 WORLD = 4
@@ -515,11 +516,11 @@ def gathers(rank):
     """Which way "auto" takes, the promise of even batches, other groups."""
     r1, r2, *_ = part_of(rank, EVEN)
     found = {}
-    with counted(distributed, "_shift") as shifts:
+    with counted(Ring, "shift") as shifts:
         fast_directclr_loss(r1, r2, 16, group="world")
     found["below"] = len(shifts)
     limit, distributed.ALL_GATHER_BYTES = distributed.ALL_GATHER_BYTES, 100
-    with counted(distributed, "_shift") as shifts:
+    with counted(Ring, "shift") as shifts:
         fast_directclr_loss(r1, r2, 16, group="world")
     found["above"] = len(shifts)
     distributed.ALL_GATHER_BYTES = limit
@@ -599,7 +600,7 @@ def test_a_block_without_positives_leaves_nothing_out(case):
         rows=rows, candidates=candidates, width=24, dim=dim, dtype=torch.float32,
         device_type="cpu", temperature=temperature, row_offset=candidates, precision=precision,
     )  # fmt: skip
-    stages = dispatch.load(backend).stages()
+    stages = dispatch.load(backend)
     r1, r2 = make_views(rows, 24, candidates=candidates)
     z1, z2 = (stages.normalize(problem, r, None)[0] for r in (r1, r2))
     scale = 1 / temperature
@@ -641,22 +642,22 @@ def counted(owner, name):
 
 
 class Counting:
-    """Stages that count the operations they are asked for and the largest z they see."""
+    """A backend that counts the operations it is asked for and the largest z it sees."""
 
-    def __init__(self, stages):
-        self.stages, self.operations, self.held, self.pitch = stages, 0, 0, 0
+    def __init__(self, backend):
+        self.backend, self.operations, self.held, self.pitch = backend, 0, 0, 0
 
     def __getattr__(self, name):
-        return getattr(self.stages, name)
+        return getattr(self.backend, name)
 
     def sums(self, problem, z1, z2, *rest):
         self.operations += 2 * len(z1) * len(z2) * problem.dim
         self.held, self.pitch = max(self.held, len(z2)), z2.shape[1]
-        return self.stages.sums(problem, z1, z2, *rest)
+        return self.backend.sums(problem, z1, z2, *rest)
 
     def products(self, problem, z1, z2, scale, pair, kept, need):
         self.operations += 2 * (1 + sum(need)) * len(z1) * len(z2) * problem.dim
-        return self.stages.products(problem, z1, z2, scale, pair, kept, need)
+        return self.backend.products(problem, z1, z2, scale, pair, kept, need)
 
 
 def operations(rank, size, group, gather, negatives):
@@ -664,10 +665,8 @@ def operations(rank, size, group, gather, negatives):
     case = Case("", counts=EVEN)
     own = case.own(size, rank)
     r1, r2 = (r[own].requires_grad_() for r in case.views(size))
-    backend = dispatch.load("torch")
-    plain = backend.stages
-    counter = Counting(plain())
-    backend.stages = lambda: counter
+    load, counter = dispatch.load, Counting(dispatch.load("torch"))
+    dispatch.load = lambda name: counter
     names = ("all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single", "P2POp")
     with contextlib.ExitStack() as stack:
         calls = {name: stack.enter_context(counted(dist, name)) for name in names}
@@ -677,7 +676,7 @@ def operations(rank, size, group, gather, negatives):
             even_batches=True, workspace_bytes=0,
         )  # fmt: skip
         loss.backward()
-    backend.stages = plain
+    dispatch.load = load
     sent = {"pitch": counter.pitch}
     for name, found in calls.items():
         for first, second, *_ in found:

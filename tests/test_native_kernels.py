@@ -56,7 +56,7 @@ def view(x, cols=None):
 
 
 class Native:
-    """One pair of views through the stages, as the driver in backends/stages.py runs them."""
+    """One pair of views through the stages, as the driver runs them."""
 
     def __init__(
         self,

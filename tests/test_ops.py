@@ -47,7 +47,7 @@ def test_opcheck(backend, tensor_temperature, columns, changes):
 def test_opcheck_of_the_backward_op():
     r1, r2 = make_views(19, 32, dtype=torch.float32)
     options = DEFAULTS.replace(workspace_bytes=0)
-    _, *saved, _ = ops.loss_forward(r1, r2, None, None, True, *ops.arguments(options))
+    _, *saved, _, _ = ops.loss_forward(r1, r2, None, None, True, *ops.arguments(options))
     arguments = (torch.ones(()), *saved, None, None, 32, torch.float32, True, True, False)
     torch.library.opcheck(ops.loss_backward, (*arguments, *ops.arguments(options)))
 
@@ -167,7 +167,7 @@ def test_columns_changed_after_the_forward_pass_write_nothing_outside(backend):
     r1, r2 = make_views(9, 32, dtype=torch.float32)
     index = torch.tensor([[0, 3, 5]])
     options = DEFAULTS.replace(backend=backend)
-    _, *saved, _ = ops.loss_forward(r1, r2, index, None, True, *ops.arguments(options))
+    _, *saved, _, _ = ops.loss_forward(r1, r2, index, None, True, *ops.arguments(options))
     index[0, 1] = 2**30
     arguments = (torch.ones(()), *saved, index, None, 32, torch.float32, True, True, False)
     with pytest.raises((ValueError, IndexError, RuntimeError), match="columns|index"):

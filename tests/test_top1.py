@@ -8,6 +8,7 @@ import torch
 from directclr_fast import fast_directclr_loss, info_nce, ops
 from directclr_fast.problem import Options
 from directclr_fast.testing import backends, make_views
+from directclr_fast.world import ALONE
 
 GROUPS = torch.tensor([[0, 2, 1, 5], [1, 2, 3, 7]])
 CASES = {
@@ -159,8 +160,8 @@ def test_without_statistics_no_maximum_is_looked_for(backend):
     options = Options(dim=20, backend=backend)
     r1, r2 = make_views(30, 24, dtype=torch.float32)
     problem = ops.problem_of(options, r1, r2, None)
-    assert ops.forward_body(problem, r1, r2, None, None)[2] is None
+    assert ops.forward_body(problem, ALONE, r1, r2, None, None)[2] is None
     asked = problem.replace(return_stats=True)
-    assert ops.forward_body(asked, r1, r2, None, None)[2].shape == (1, 2, 30)
+    assert ops.forward_body(asked, ALONE, r1, r2, None, None)[2].top1.shape == (1, 2, 30)
     outputs = ops.loss_forward(r1, r2, None, None, True, *ops.arguments(options))
     assert outputs[-1].shape == (0,)

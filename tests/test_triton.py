@@ -20,6 +20,7 @@ from directclr_fast.backends import triton as backend
 from directclr_fast.problem import Options, Problem
 from directclr_fast.products import fp32_products
 from directclr_fast.testing import bound, eager_loss, evaluate, make_views, relative_error
+from directclr_fast.world import ALONE
 
 triton = pytest.importorskip("triton")
 if torch.cuda.is_available():
@@ -347,14 +348,14 @@ def test_four_launches_forward_and_five_backward(launches, monkeypatch):
 
 def test_automatic_choice_never_takes_interpreted_kernels(monkeypatch):
     monkeypatch.setattr(dispatch, "PRIORITY", ("triton", "torch"))  # nothing faster was built
-    assert backend.why_not(problem(device_type="cpu")) == []
+    assert backend.BACKEND.why_not(problem(device_type="cpu")) == []
     assert dispatch.choose(problem(device_type="cpu")).backend == "torch"
 
 
 def test_gpu_tensors_take_triton():
     assert dispatch.choose(problem()).backend == "triton"
     assert dispatch.choose(problem(dtype=torch.float64)).backend == "torch"
-    assert "negatives 'same'" in backend.why_not(problem(negatives="same"))[0]
+    assert "negatives 'same'" in backend.BACKEND.why_not(problem(negatives="same"))[0]
 
 
 def test_automatic_precision_rounds_only_where_eager_would():
@@ -392,7 +393,7 @@ def test_autocast_and_the_process_setting_reach_the_backend():
 @pytest.mark.parametrize("size", [(1, 1), (63, 65), (4096, 4096), (131072, 1000), (500, 10**6)])
 @pytest.mark.parametrize("workspace", [None, 0, 10**6, 2**31])
 def test_superblocks_fit_the_workspace(size, workspace):
-    stages = backend.TritonStages("sm_90")
+    stages = backend.Triton("sm_90")
     asked = problem(rows=size[0], candidates=size[1], precision="fp16", workspace_bytes=workspace)
     layout = stages._layout(asked)
     tile = stages._tile("weights", layout, torch.device("cpu"))
@@ -419,15 +420,15 @@ def test_a_column_outside_the_row_reads_nan_and_is_not_written(monkeypatch):  # 
     memory, gradient = torch.full((40, 64), 7.0), torch.full((40, 64), 7.0)
     r, dr = memory[8:32, 16:48], gradient[8:32, 16:48]
     r.copy_(make_views(24, 32)[0])
-    monkeypatch.setattr(backend.TritonStages, "gradient_buffer", lambda *_: dr)
+    monkeypatch.setattr(backend.Triton, "gradient_buffer", lambda *_: dr)
     options = Options(backend="triton")
     for bad in (32, 40, -1, 2**40):
         index = torch.tensor([[3, bad, 5]])
         problem = ops.problem_of(options, r, r, index)
-        loss, saved, _ = ops.forward_body(problem, r, r, index, None)
+        loss, states, _ = ops.forward_body(problem, ALONE, r, r, index, None)
         assert loss.isnan()
         need = (True, False, False)
-        ops.backward_body(problem, torch.ones(()), saved, index, None, need)
+        ops.backward_body(problem, ALONE, torch.ones(()), states, index, None, need)
         assert dr[:, [3, 5]].isnan().all()
         dr.fill_(7.0)
         assert (gradient == 7.0).all()

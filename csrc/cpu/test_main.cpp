@@ -101,7 +101,7 @@ void run_case(const Case& c) {
   for (int64_t j = 0; m > 1 && j < n; ++j) {
     expect(std::fabs(col_most[j] - col_top[j]) <= near, "col top", isa, m, n, d);
   }
-  // The positives join the sums of the others, as in directclr_fast/backends/stages.py.
+  // The positives join the sums of the others, as in directclr_fast/driver.py.
   const auto log_sum = [](const std::vector<double>& x, int64_t i, int64_t count) {
     return (std::log2(x[i]) + x[count + i]) * std::log(2.0);
   };

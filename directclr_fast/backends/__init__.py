@@ -1,4 +1,1 @@
-"""One thin adapter per backend: ``NAME``, ``why_not``, ``forward``, ``backward``, ``kept_shape``.
-
-``stages`` drives the five stages for any backend that offers them one by one.
-"""
+"""The backends: a subclass of ``base.Backend`` in each module, its instance called ``BACKEND``."""

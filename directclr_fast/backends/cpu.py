@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..address import CPU, address, start
 from ..problem import Problem
-from .stages import Pair, Tops
+from .base import Backend, Pair, Tops
 
 try:
     from .. import _cpu
@@ -23,8 +23,6 @@ try:
 except ImportError as error:
     _cpu = None
     _missing = str(error).partition(" (/")[0]
-
-NAME = "cpu"
 
 _asked = os.environ.get("DIRECTCLR_FAST_ISA")
 if _cpu is not None and _asked and _asked not in _cpu.available_isas():
@@ -47,36 +45,6 @@ _CODES = {} if _cpu is None else {
 }  # fmt: skip
 
 
-def why_not(problem: Problem) -> list[str]:
-    """Reasons this backend cannot run ``problem``; empty when it can."""
-    if _cpu is None:
-        return [f"the compiled extension is not installed ({_missing}); a C++17 compiler builds it"]
-    reasons = []
-    if problem.device_type != "cpu":
-        reasons.append(f"it reads CPU tensors, got {problem.device_type}")
-    if problem.dtype == torch.float64:
-        reasons.append("it computes in fp32, got float64")
-    if problem.negatives == "same":
-        reasons.append("negatives 'same' is in the reference backend only")
-    if problem.precision == "bf16" and not _cpu.has_bf16():
-        reasons.append(f"precision 'bf16': {_cpu.isa()} has no bf16 dot product")
-    elif problem.precision not in ("auto", "highest", "bf16"):
-        reasons.append(f"precision {problem.precision!r}: it computes in fp32 or bf16")
-    if problem.temperature is not None and 1.0 / problem.temperature > MAX_SCALE:
-        reasons.append(f"it takes a temperature from 2^-21 on, got {problem.temperature}")
-    return reasons
-
-
-def details() -> dict[str, str]:
-    """What doctor shows: the instruction set chosen, and those this processor could run."""
-    if _cpu is None:
-        return {}
-    return {
-        "instruction set": _cpu.isa(),
-        "this processor can run": ", ".join(_cpu.available_isas()),
-    }
-
-
 def _strided(r: Tensor, dim: int, index: Tensor | None) -> tuple[int, int, int, int, int]:
     """``dim`` columns of a matrix, the first or those ``index`` names, as the kernels take it."""
     at, columns, width = start("r", r), address(index, torch.int64, dim), r.shape[1]
@@ -90,8 +58,36 @@ def _strided(r: Tensor, dim: int, index: Tensor | None) -> tuple[int, int, int, 
     return at, _CODES[r.dtype], r.stride(0), r.stride(1), columns
 
 
-class CpuStages:
-    """The stages, as :class:`directclr_fast.backends.stages.Stages` describes them."""
+class Cpu(Backend):
+    name = "cpu"
+
+    def why_not(self, problem: Problem) -> list[str]:
+        if _cpu is None:
+            return [
+                f"the compiled extension is not installed ({_missing}); a C++17 compiler builds it"
+            ]
+        reasons = []
+        if problem.device_type != "cpu":
+            reasons.append(f"it reads CPU tensors, got {problem.device_type}")
+        if problem.dtype == torch.float64:
+            reasons.append("it computes in fp32, got float64")
+        if problem.negatives == "same":
+            reasons.append("negatives 'same' is in the reference backend only")
+        if problem.precision == "bf16" and not _cpu.has_bf16():
+            reasons.append(f"precision 'bf16': {_cpu.isa()} has no bf16 dot product")
+        elif problem.precision not in ("auto", "highest", "bf16"):
+            reasons.append(f"precision {problem.precision!r}: it computes in fp32 or bf16")
+        if problem.temperature is not None and 1.0 / problem.temperature > MAX_SCALE:
+            reasons.append(f"it takes a temperature from 2^-21 on, got {problem.temperature}")
+        return reasons
+
+    def details(self) -> dict[str, str]:
+        if _cpu is None:
+            return {}
+        return {
+            "instruction set": _cpu.isa(),
+            "this processor can run": ", ".join(_cpu.available_isas()),
+        }
 
     def packed(self, problem: Problem, z: Tensor | None = None) -> tuple[int, torch.dtype]:
         return _cpu.pitch(problem.dim), torch.float32
@@ -300,6 +296,4 @@ def _log(accumulated: Tensor) -> Tensor:
     return (accumulated[0].log2_() + accumulated[1]) * _LN2
 
 
-def stages() -> CpuStages:
-    """The stage object the driver in ``stages.py`` runs."""
-    return CpuStages()
+BACKEND = Cpu()

@@ -14,58 +14,51 @@ from torch import Tensor
 
 from ..problem import Problem
 from . import hopper
-from .packed import PackedStages, precision
-
-NAME = "cuda"
+from .packed import Packed, precision
 
 # (precision, at least so many columns, at least so many rows) where it beat Triton, each with the
 # result file in bench/results/ that says so. None yet: no GPU has run it.
 FASTER: tuple[tuple[str, int, int], ...] = ()
 
 
-def why_not(problem: Problem) -> list[str]:
-    """Reasons this backend cannot run ``problem``; empty when it can."""
-    if hopper._cuda is None:
-        reason = f"the compiled extension is not installed ({hopper.missing})"
-        return [f"{reason}; DIRECTCLR_FAST_CUDA=1 and nvcc build it"]
-    if sys.platform != "linux" or problem.device_type != "cuda" or torch.version.hip:
-        return [f"it runs on NVIDIA GPUs under Linux, got {problem.device_type}"]
-    reasons = []
-    if torch.cuda.is_available():
-        capability = torch.cuda.get_device_capability()
-        if capability != (9, 0):
-            reasons.append(f"it needs compute capability 9.0, got {capability[0]}.{capability[1]}")
-    if problem.dtype == torch.float64:
-        reasons.append("it computes in fp32 and less, got float64")
-    if problem.negatives == "same":
-        reasons.append("negatives 'same' is in the reference backend only")
-    chosen = precision(problem)
-    if chosen not in ("fp16", "bf16", "fp8"):
-        how = "" if chosen == problem.precision else f" from {problem.precision!r}"
-        reasons.append(f"its products are of fp16, bf16 or fp8 operands, got {chosen!r}{how}")
-    return reasons
-
-
-def only_by_name(problem: Problem) -> str | None:
-    """Why no automatic choice takes it for ``problem``, None where one does."""
-    chosen, rows = precision(problem), min(problem.rows, problem.candidates)
-    if any(chosen == p and problem.dim >= d and rows >= n for p, d, n in FASTER):
-        return None
-    return "no result file says that it is faster than Triton on this shape"
-
-
-def details() -> dict[str, str]:
-    """What doctor shows: the CUDA version it was built with."""
-    if hopper._cuda is None:
-        return {}
-    major, minor = divmod(hopper._cuda.built_with(), 1000)
-    return {"built with CUDA": f"{major}.{minor // 10}"}
-
-
-class CudaStages(PackedStages):
-    """The stages, as :class:`directclr_fast.backends.stages.Stages` describes them."""
-
+class Cuda(Packed):
+    name = "cuda"
     kernels = hopper
+
+    def why_not(self, problem: Problem) -> list[str]:
+        if hopper._cuda is None:
+            reason = f"the compiled extension is not installed ({hopper.missing})"
+            return [f"{reason}; DIRECTCLR_FAST_CUDA=1 and nvcc build it"]
+        if sys.platform != "linux" or problem.device_type != "cuda" or torch.version.hip:
+            return [f"it runs on NVIDIA GPUs under Linux, got {problem.device_type}"]
+        reasons = []
+        if torch.cuda.is_available():
+            capability = torch.cuda.get_device_capability()
+            if capability != (9, 0):
+                reasons.append(
+                    f"it needs compute capability 9.0, got {capability[0]}.{capability[1]}"
+                )
+        if problem.dtype == torch.float64:
+            reasons.append("it computes in fp32 and less, got float64")
+        if problem.negatives == "same":
+            reasons.append("negatives 'same' is in the reference backend only")
+        chosen = precision(problem)
+        if chosen not in ("fp16", "bf16", "fp8"):
+            how = "" if chosen == problem.precision else f" from {problem.precision!r}"
+            reasons.append(f"its products are of fp16, bf16 or fp8 operands, got {chosen!r}{how}")
+        return reasons
+
+    def why_not_unasked(self, problem: Problem) -> str | None:
+        chosen, rows = precision(problem), min(problem.rows, problem.candidates)
+        if any(chosen == p and problem.dim >= d and rows >= n for p, d, n in FASTER):
+            return None
+        return "no result file says that it is faster than Triton on this shape"
+
+    def details(self) -> dict[str, str]:
+        if hopper._cuda is None:
+            return {}
+        major, minor = divmod(hopper._cuda.built_with(), 1000)
+        return {"built with CUDA": f"{major}.{minor // 10}"}
 
     def _layout(self, problem: Problem, z: Tensor | None = None):
         from ..kernels.layout import Layout
@@ -85,6 +78,4 @@ class CudaStages(PackedStages):
         return hopper.multiprocessors(device)
 
 
-def stages() -> CudaStages:
-    """The stage object the driver in ``stages.py`` runs."""
-    return CudaStages()
+BACKEND = Cuda()

@@ -1,4 +1,4 @@
-"""The kernels of csrc/cuda as ``packed.PackedStages`` wants them: tensors in, launches out.
+"""The kernels of csrc/cuda as ``packed.Packed`` wants them: tensors in, launches out.
 
 Every function queues its work on the current stream of its tensors' device and waits for nothing.
 """
@@ -190,7 +190,7 @@ def partial_sums(
     """One launch: partials of the anchors in ``strip`` (z1) against all candidates (z2), or, for
     ``upper``, against those from the strip's first row on.
 
-    ``tops`` (``stages.Tops``), without ``bounded`` only, is raised to the largest logits of these.
+    ``tops`` (``base.Tops``), without ``bounded`` only, is raised to the largest logits of these.
     """
     rows = strip.stop - strip.start
     z2 = z2[strip.start :] if upper else z2

@@ -1,9 +1,9 @@
 """The five stages over unit rows packed for tensor cores (kernels/layout.py), whoever wrote the
 kernels.
 
-:class:`PackedStages` owns the tensors and the order of launches. A plain call (one column group,
+:class:`Packed` owns the tensors and the order of launches. A plain call (one column group,
 negatives "cross") takes 4 launches forward and, where the weights fit in one super-block, 5
-backward; the other options go through the driver in ``stages`` over the same kernels. A subclass
+backward; the other options go through the driver over the same kernels. A subclass
 says which tiles its kernels take and hands in the kernels: an object with ``device``,
 ``normalize``, ``normalize_views``, ``positives``, ``strips``, ``partial_sums``, ``log_sums``,
 ``combine``, ``factors``, ``weights``, ``product``, ``finish`` and ``add_positives``, as the modules
@@ -20,7 +20,7 @@ from torch import Tensor
 from ..kernels.records import STORE, Factors, View
 from ..problem import Problem
 from ..products import may_round
-from .stages import Pair, Saved, Tops
+from .base import Backend, Pair, Saved, Statistics, Tops
 
 # One super-block of weights: 8192 x 8192 in half precision.
 DEFAULT_WORKSPACE_BYTES = 128 * 2**20
@@ -39,11 +39,8 @@ def precision(problem: Problem) -> str:
     return "fp16"
 
 
-class PackedStages:
-    """The stages, as :class:`directclr_fast.backends.stages.Stages` describes them.
-
-    Abstract: ``kernels`` and the next three methods are a subclass's.
-    """
+class Packed(Backend):
+    """Abstract: ``kernels`` and the next three methods are a subclass's."""
 
     kernels: object
 
@@ -89,7 +86,7 @@ class PackedStages:
 
     def forward(
         self, problem: Problem, r1: Tensor, r2: Tensor, columns: Tensor | None, scale
-    ) -> tuple[Tensor, Saved, Tensor | None]:
+    ) -> tuple[Tensor, list[Saved], Statistics | None]:
         """normalize, sums, combine, total: 4 launches while the partial sums fit one strip."""
         layout, offset = self._layout(problem), problem.row_offset
         bounded = self._bounded_sums(problem, scale)
@@ -116,27 +113,31 @@ class PackedStages:
             loss, row_lse, col_lse, nll_row, nll_col = self.kernels.combine(
                 problem, cosines, scale, bounded=bounded, parts=parts, rest=rest
             )
-            top1 = None
+            statistics = None
             if tops is not None:
                 own = slice(offset, offset + problem.rows)
-                top1 = tops.top1(own, nll_row, nll_col)[None]
-        values = (z1, z2, rnorm1, rnorm2, cosines, row_lse, col_lse, nll_row, nll_col)
-        kept = self.kept_buffer(problem, z1)[None]
-        return loss, Saved(*(value[None] for value in values), kept), top1
+                top1 = tops._replace(col=None if tops.col is None else tops.col[own]).top1(
+                    nll_row, nll_col
+                )
+                of_group = (row_lse, col_lse, cosines * scale, top1)
+                statistics = Statistics(*(value[None] for value in of_group))
+        kept = self.kept_buffer(problem, z1)
+        saved = Saved(z1, z2, rnorm1, rnorm2, row_lse, col_lse, nll_row, nll_col, kept)
+        return loss, [saved], statistics
 
     def backward(
         self,
         problem: Problem,
         dloss: Tensor,
-        saved: Saved,
+        states: list[Saved],
         columns: Tensor | None,
         scale,
         need: tuple[bool, bool, bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """factors, weights, two products, finish: 5 launches for one super-block."""
         need1, need2, need_temperature = need
-        layout = self._layout(problem, saved.z1)
-        state = Saved(*(value[0] for value in saved))
+        (state,) = states
+        layout = self._layout(problem, state.z1)
         index = None if columns is None else columns[0]
         wanted = (need1 or (need_temperature and not need2), need2)
         per_row = problem.reduction == "none"
@@ -215,12 +216,6 @@ class PackedStages:
     def packed(self, problem: Problem, z: Tensor | None = None) -> tuple[int, torch.dtype]:
         layout = self._layout(problem, z)
         return layout.row, layout.dtype
-
-    def kept_shape(self, problem: Problem) -> tuple[int, ...]:
-        return (0,)
-
-    def kept_buffer(self, problem: Problem, like: Tensor) -> Tensor:
-        return like.new_empty(0)
 
     def normalize(self, problem: Problem, r: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
         with self.kernels.device(r):

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from ..problem import Problem
-from .stages import Pair, Tops
-
-NAME = "torch"
+from .base import Backend, Pair, Tops
 
 # Two buffers of BLOCK_M x BLOCK_N fp32, 2 MiB each: the GEMM runs at its full rate and a block
 # stays in cache between the passes over it. From 256 x 512 to 2048 x 2048 the step at N = 4096,
@@ -22,18 +20,6 @@ NAME = "torch"
 BLOCK_M = 512
 BLOCK_N = 1024
 DEFAULT_WORKSPACE_BYTES = 64 * 2**20
-
-
-def why_not(problem: Problem) -> list[str]:
-    """Reasons this backend cannot run ``problem``; empty when it can."""
-    reasons = []
-    if problem.negatives == "same":
-        reasons.append("negatives 'same' is in the reference backend only")
-    if problem.precision not in ("auto", "highest"):
-        reasons.append(
-            f"precision {problem.precision!r}: it computes in fp32 (fp64 for fp64 inputs)"
-        )
-    return reasons
 
 
 def block_shape(problem: Problem) -> tuple[int, int]:
@@ -49,8 +35,18 @@ def block_shape(problem: Problem) -> tuple[int, int]:
     return rows, columns
 
 
-class TorchStages:
-    """The stages, as :class:`directclr_fast.backends.stages.Stages` describes them."""
+class Torch(Backend):
+    name = "torch"
+
+    def why_not(self, problem: Problem) -> list[str]:
+        reasons = []
+        if problem.negatives == "same":
+            reasons.append("negatives 'same' is in the reference backend only")
+        if problem.precision not in ("auto", "highest"):
+            reasons.append(
+                f"precision {problem.precision!r}: it computes in fp32 (fp64 for fp64 inputs)"
+            )
+        return reasons
 
     def packed(self, problem: Problem, z: Tensor | None = None) -> tuple[int, torch.dtype]:
         return problem.dim, problem.compute_dtype
@@ -65,9 +61,6 @@ class TorchStages:
             if problem.bounded(1.0 / problem.temperature):
                 return (problem.rows, problem.candidates)
         return (0,)
-
-    def kept_buffer(self, problem: Problem, like: Tensor) -> Tensor:
-        return like.new_empty(self.kept_shape(problem))
 
     def normalize(self, problem: Problem, r: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
         x = r[:, : problem.dim] if index is None else r.index_select(1, index)
@@ -323,9 +316,4 @@ def _diagonal(block: Tensor, rows: slice, columns: slice, offset: int):
     return start, stop, inside.diagonal()[: stop - start]
 
 
-_STAGES = TorchStages()
-
-
-def stages() -> TorchStages:
-    """The stage object the driver in ``stages.py`` runs."""
-    return _STAGES
+BACKEND = Torch()

@@ -10,15 +10,14 @@ import importlib
 import importlib.util
 import os
 import sys
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ..problem import Problem
 from .packed import DEFAULT_WORKSPACE_BYTES as DEFAULT_WORKSPACE_BYTES
-from .packed import PackedStages, precision
-
-NAME = "triton"
+from .packed import Packed, precision
 
 
 def interpreted() -> bool:
@@ -29,85 +28,58 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def only_by_name(problem: Problem) -> str | None:
-    """Why no automatic choice takes it for ``problem``: interpreted kernels are for checking."""
-    if problem.device_type == "cpu":
-        return "interpreted kernels run only where they are asked for by name"
-    return None
-
-
-def why_not(problem: Problem) -> list[str]:
-    """Reasons this backend cannot run ``problem``; empty when it can."""
-    if importlib.util.find_spec("triton") is None:
-        return ["triton is not installed"]
-    reasons = []
-    if problem.device_type == "cpu" and not interpreted():
-        reasons.append("it runs on GPUs, got cpu")
-    elif problem.device_type not in ("cuda", "cpu"):
-        reasons.append(f"it runs on CUDA and ROCm devices, got {problem.device_type}")
-    if problem.dtype == torch.float64:
-        reasons.append("it computes in fp32 and less, got float64")
-    if problem.negatives == "same":
-        reasons.append("negatives 'same' is in the reference backend only")
-    if problem.device_type == "cuda" and torch.cuda.is_available() and not torch.version.hip:
-        capability = torch.cuda.get_device_capability()
-        if capability < (8, 0):
-            reasons.append(f"it needs compute capability 8.0, got {capability[0]}.{capability[1]}")
-        if problem.precision == "fp8" and capability < (8, 9):
-            reasons.append(
-                f"precision 'fp8' needs compute capability 8.9, got {capability[0]}.{capability[1]}"
-            )
-    if problem.precision == "fp8" and torch.version.hip:
-        reasons.append("precision 'fp8' is there for CUDA devices only")
-    return reasons
-
-
-def details() -> dict[str, str]:
-    """What doctor shows: the version, and the tile row chosen for this machine's GPU."""
-    if importlib.util.find_spec("triton") is None:
-        return {}
-    from ..kernels import configs
-
-    found = {"triton": importlib.import_module("triton").__version__}
-    if torch.cuda.is_available():
-        found["tiles of"] = configs.architecture(torch.device("cuda", 0))[0]
-    return found
-
-
-class _Kernels:
-    """The modules of ``kernels/`` as one; loaded when first asked."""
-
-    MODULES = {
-        "normalize": ("normalize", "normalize_views", "positives"),
-        "sums": ("strips", "partial_sums", "log_sums", "combine"),
-        "weights": ("factors", "weights"),
-        "products": ("product",),
-        "finish": ("finish", "add_positives"),
-    }
-
-    def __getattr__(self, name: str):
-        if name == "device":
-            from ..kernels import common
-
-            return common.launch.device
-        for module, names in self.MODULES.items():
-            if name in names:
-                found = importlib.import_module(f"..kernels.{module}", __package__)
-                return getattr(found, name)
-        raise AttributeError(name)
-
-
-class TritonStages(PackedStages):
-    """The stages, as :class:`directclr_fast.backends.stages.Stages` describes them.
-
-    ``arch`` fixes the row of the tile table (the compile gate asks for each); None takes the
+class Triton(Packed):
+    """``arch`` fixes the row of the tile table (the compile gate asks for each); None takes the
     device's.
     """
 
-    kernels = _Kernels()
+    name = "triton"
 
     def __init__(self, arch: str | None = None) -> None:
         self.arch = arch
+
+    @cached_property
+    def kernels(self):
+        from ..kernels import launchers  # only where Triton is
+
+        return launchers
+
+    def why_not(self, problem: Problem) -> list[str]:
+        if importlib.util.find_spec("triton") is None:
+            return ["triton is not installed"]
+        reasons = []
+        if problem.device_type == "cpu" and not interpreted():
+            reasons.append("it runs on GPUs, got cpu")
+        elif problem.device_type not in ("cuda", "cpu"):
+            reasons.append(f"it runs on CUDA and ROCm devices, got {problem.device_type}")
+        if problem.dtype == torch.float64:
+            reasons.append("it computes in fp32 and less, got float64")
+        if problem.negatives == "same":
+            reasons.append("negatives 'same' is in the reference backend only")
+        if problem.device_type == "cuda" and torch.cuda.is_available() and not torch.version.hip:
+            major, minor = torch.cuda.get_device_capability()
+            if major < 8:
+                reasons.append(f"it needs compute capability 8.0, got {major}.{minor}")
+            if problem.precision == "fp8" and (major, minor) < (8, 9):
+                reasons.append(f"precision 'fp8' needs compute capability 8.9, got {major}.{minor}")
+        if problem.precision == "fp8" and torch.version.hip:
+            reasons.append("precision 'fp8' is there for CUDA devices only")
+        return reasons
+
+    def why_not_unasked(self, problem: Problem) -> str | None:
+        if problem.device_type == "cpu":
+            return "interpreted kernels run only where they are asked for by name"
+        return None
+
+    def details(self) -> dict[str, str]:
+        if importlib.util.find_spec("triton") is None:
+            return {}
+        from ..kernels import configs
+
+        found = {"triton": importlib.import_module("triton").__version__}
+        if torch.cuda.is_available():
+            found["tiles of"] = configs.architecture(torch.device("cuda", 0))[0]
+        return found
 
     def _layout(self, problem: Problem, z: Tensor | None = None):
         """That of packed rows to be made, or of ``z``: the process's setting may have changed."""
@@ -135,6 +107,4 @@ class TritonStages(PackedStages):
         return 4 * (configs.architecture(device)[1] if self.arch is None else 132)
 
 
-def stages() -> TritonStages:
-    """The stage object the driver in ``stages.py`` runs."""
-    return TritonStages()
+BACKEND = Triton()

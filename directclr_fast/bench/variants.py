@@ -228,7 +228,7 @@ def _our_reasons(backend: str, precision: str) -> Callable[[Case], list[str]]:
         module, problem = dispatch.load(backend), case.problem(precision)
         # They go into result files, which are no place for this machine's folders.
         reasons = [re.sub(r" \(/[^()]*\)", "", reason) for reason in module.why_not(problem)]
-        if not reasons and case.device == "cpu" and dispatch.only_by_name(module, problem):
+        if not reasons and case.device == "cpu" and module.why_not_unasked(problem):
             reasons.append("interpreted kernels are not for timing")
         return reasons
 
