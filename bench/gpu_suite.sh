@@ -50,7 +50,7 @@ run_sanitize() {
   local tool
   for tool in memcheck racecheck; do
     piece "$tool" - compute-sanitizer --tool "$tool" --error-exitcode 7 \
-      $python bench/gpu_sanitize.py
+      $python tests/gates/sanitize.py
   done
 }
 run_time() {
