@@ -28,15 +28,15 @@ piece quick quick.json $bench --name quick --quick
 piece ci-baseline ci-baseline.json env OMP_NUM_THREADS=1 \
   $bench --name ci-baseline --rows 1024 2048 --rounds 9 --variants released eager torch cpu
 piece memory memory.json $python bench/memory.py --out "$out/memory.json"
-piece stages stages.json $python bench/cpu_stages.py --n 8192 --json "$out/stages.json"
+piece stages stages.json $python -m directclr_fast.bench.stages --n 8192 --json "$out/stages.json"
 piece trainer trainer.json \
-  $python bench/trainer.py --rows 4096 8192 16384 --rounds 3 --out "$out/trainer.json"
+  $python -m directclr_fast.bench.trainer --rows 4096 8192 16384 --rounds 3 --out "$out/trainer.json"
 piece trainer-32 trainer-32.json \
-  $python bench/trainer.py --rows 4096 --image-size 32 --rounds 3 --out "$out/trainer-32.json"
+  $python -m directclr_fast.bench.trainer --rows 4096 --image-size 32 --rounds 3 --out "$out/trainer-32.json"
 piece distributed distributed.json \
-  $python bench/distributed.py --rows 4096 8192 --out "$out/distributed.json"
+  $python -m directclr_fast.bench.processes --rows 4096 8192 --out "$out/distributed.json"
 piece gradcache gradcache_memory.json \
-  $python bench/gradcache_memory.py --out "$out/gradcache_memory.json"
+  $python -m directclr_fast.bench.gradcache --out "$out/gradcache_memory.json"
 piece pytest-benchmark pytest-benchmark.json \
   $python -m pytest bench --benchmark-only --benchmark-json "$out/pytest-benchmark.json"
 

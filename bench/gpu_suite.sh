@@ -74,14 +74,14 @@ print(*(name for name in dispatch.PRIORITY if name not in ("cpu", "torch", "refe
 END
 }
 run_tune() {
-  piece tune-360 tune-360.json $python bench/tune_triton.py --dim 360 --out "$out/tune-360.json"
-  piece tune-128 tune-128.json $python bench/tune_triton.py --dim 128 --kernel sums weights \
+  piece tune-360 tune-360.json $python -m directclr_fast.bench.tune --dim 360 --out "$out/tune-360.json"
+  piece tune-128 tune-128.json $python -m directclr_fast.bench.tune --dim 128 --kernel sums weights \
     --out "$out/tune-128.json"
 }
 run_train() {
-  piece trainer-resnet18 trainer-resnet18.json $python bench/trainer.py --rows 4096 8192 \
+  piece trainer-resnet18 trainer-resnet18.json $python -m directclr_fast.bench.trainer --rows 4096 8192 \
     --encoder resnet18 --image-size 32 --amp bf16 --out "$out/trainer-resnet18.json"
-  piece trainer-small trainer-small.json $python bench/trainer.py --rows 4096 16384 32768 \
+  piece trainer-small trainer-small.json $python -m directclr_fast.bench.trainer --rows 4096 16384 32768 \
     --encoder small --image-size 32 --amp bf16 --out "$out/trainer-small.json"
 }
 

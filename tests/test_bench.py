@@ -18,7 +18,16 @@ import torch
 import waiting
 
 from directclr_fast import cli
-from directclr_fast.bench import against, command, grid, memory, report, timing, variants
+from directclr_fast.bench import (
+    against,
+    command,
+    grid,
+    memory,
+    report,
+    timing,
+    trainer,
+    variants,
+)
 from directclr_fast.bench.variants import ALLOWED, Case, Variant
 
 ROOT = Path(__file__).parent.parent
@@ -443,10 +452,10 @@ def test_every_piece_of_a_suite_is_a_command_that_parses(suite, words):
                 assert all(wanted.catalogue(case) for case in wanted.cases())
         for path in (word for word in words if word.startswith(("bench/", "tests/"))):
             assert (ROOT / path).exists() or path.startswith("bench/results"), path
-            if path.endswith(".py") and path.startswith("bench/"):
-                source = (ROOT / path).read_text()
-                for flag in (w for w in words[words.index(path) :] if w.startswith("--")):
-                    assert f'"{flag}"' in source, (path, flag)
+        for study in (word for word in words if word.startswith("directclr_fast.bench.")):
+            source = (ROOT / f"{study.replace('.', '/')}.py").read_text()
+            for flag in (w for w in words[words.index(study) :] if w.startswith("--")):
+                assert f'"{flag}"' in source, (study, flag)
 
 
 def test_a_suite_skips_what_is_there_and_runs_again_what_failed(tmp_path):
@@ -478,7 +487,7 @@ def test_a_suite_skips_what_is_there_and_runs_again_what_failed(tmp_path):
 
 def test_trainer_bench_measures_step_encoder_and_both_losses(tmp_path, capsys):
     out = tmp_path / "trainer.json"
-    assert script("trainer").main(["--rows", "64", "--rounds", "2", "--out", str(out)]) == 0
+    assert trainer.main(["--rows", "64", "--rounds", "2", "--out", str(out)]) == 0
     (case,) = json.loads(out.read_text())["cases"]
     assert len(case["variants"]) == 6
     for loss in ("fast", "reference"):

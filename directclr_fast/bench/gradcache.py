@@ -1,6 +1,6 @@
 """Peak memory of training steps with gradient caching, each run in a process of its own.
 
-    python bench/gradcache_memory.py --out bench/results/cpu-2core-zen5/gradcache_memory.json
+    python -m directclr_fast.bench.gradcache --out gradcache_memory.json
 
 Runs `train` on N = 16,384 made-up 32 x 32 colour images in chunks of 512, two steps of the whole
 batch, and prints the resident peak of the process (ru_maxrss: interpreter, libraries, images and

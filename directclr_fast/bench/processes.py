@@ -1,6 +1,6 @@
 """Times the loss over one and two processes of this machine (Gloo, one thread each); one JSON file.
 
-    python bench/distributed.py --rows 4096 --out bench/results/cpu-2core-zen5/distributed.json
+    python -m directclr_fast.bench.processes --rows 4096 --out distributed.json
 
 Two processes take turns at: one process with all rows, two with half of them each ("all", "ring").
 Beside the times stand the constants that docs/scaling.py models two processes with: the rate of the

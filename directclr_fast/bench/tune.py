@@ -1,6 +1,6 @@
 """Times candidate tiles of one Triton kernel on this GPU and prints the rows for the table.
 
-    python bench/tune_triton.py --kernel sums weights products --dim 360 --out tune.json
+    python -m directclr_fast.bench.tune --kernel sums weights products --dim 360 --out tune.json
 
 Nothing is tuned while the loss runs: what this prints is put into ``kernels/configs.py`` by hand,
 with the file it came from as the reason. A candidate that does not compile or needs too much shared
@@ -17,12 +17,12 @@ import sys
 from pathlib import Path
 
 import torch
-from directclr_fast.kernels import configs, normalize, products, sums, weights
-from directclr_fast.kernels.common import Layout
-from directclr_fast.kernels.configs import Tile
 
 from directclr_fast.backends.triton import TritonStages
 from directclr_fast.bench.timing import interleaved
+from directclr_fast.kernels import configs, normalize, products, sums, weights
+from directclr_fast.kernels.common import Layout
+from directclr_fast.kernels.configs import Tile
 from directclr_fast.machine import machine
 
 

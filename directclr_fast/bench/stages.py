@@ -1,6 +1,6 @@
 """Where the CPU backend's time goes: each native stage beside the FMA peak of the same run.
 
-    python bench/cpu_stages.py --n 8192 --d 360 --width 2048 --threads 2
+    python -m directclr_fast.bench.stages --n 8192 --d 360 --width 2048 --threads 2
                                 [--bf16] [--keep 0.5] [--isa avx2]
 
 Every round measures the peak, then every stage once, so that all figures share the machine's state;
@@ -141,7 +141,7 @@ def main():
     if args.json:
         result = {
             "machine": machine(),
-            "command": ["bench/cpu_stages.py", *sys.argv[1:]],
+            "command": ["directclr_fast/bench/stages.py", *sys.argv[1:]],
             "settings": {key: value for key, value in vars(args).items() if key != "json"},
             "isa": _cpu.isa(),
             "fma_peak": peak,

@@ -1,6 +1,6 @@
 """Images/s of the trainer's whole step beside its bare encoder, and the loss's share of it.
 
-    python bench/trainer.py --rows 4096 8192 16384 --out bench/results/cpu-2core-zen5/trainer.json
+    python -m directclr_fast.bench.trainer --rows 4096 8192 16384 --out trainer.json
 
 On made-up images, variants in turn in one process: the step (batch, views, both encodings, loss,
 head, backward, optimiser) with the fast loss and with loss=reference; the encoder's two forward
@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", help="JSON file")
     arguments = parser.parse_args(argv)
-    results = {"machine": machine(), "command": ["bench/trainer.py", *sys.argv[1:]]}
+    results = {"machine": machine(), "command": ["directclr_fast/bench/trainer.py", *sys.argv[1:]]}
     results["settings"] = {
         key: getattr(arguments, key) for key in ("encoder", "image_size", "amp", "rounds")
     }
