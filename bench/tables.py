@@ -180,7 +180,8 @@ def targets(cases: list[dict], memory: dict | None) -> str:
 
 def stages(data: dict) -> str:
     """Time and rate of each native stage."""
-    peak, whole = data["fma_peak"], data["seconds"]
+    case = data.get("cases", [data])[0]  # files of before a study had cases have one at the top
+    peak, whole = case["fma_peak"], case["seconds"]
     rows = [
         [
             line["stage"],
@@ -189,7 +190,7 @@ def stages(data: dict) -> str:
             f"{line['gflops']:.0f}",
             f"{100 * line['of_peak']:.0f} %",
         ]
-        for line in data["stages"]
+        for line in case["stages"]
     ]
     n, d = data["settings"]["n"], data["settings"]["d"]
     rate = 8 * n * n * d / whole

@@ -1,4 +1,4 @@
-"""Times the loss over one and two processes of this machine (Gloo, one thread each); one JSON file.
+"""Times the loss over one and two processes of this machine: Gloo, one thread each.
 
     python -m directclr_fast.bench.processes --rows 4096 --out distributed.json
 
@@ -12,25 +12,31 @@ say more than the clock.
 from __future__ import annotations
 
 import argparse
-import json
-import os
+import multiprocessing
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
+from collections.abc import Iterator
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from directclr_fast import fast_directclr_loss, flops
-from directclr_fast.bench.timing import interleaved
-from directclr_fast.machine import machine
-from directclr_fast.testing import make_views
+from .. import flops
+from ..loss import fast_directclr_loss
+from ..testing import make_views
+from . import study
+from .timing import interleaved
 
 PROCESSES = 2
 ROUNDS_OF_LINK = 15
+FLAGS = {
+    "--rows": {"type": int, "nargs": "+", "default": [4096]},
+    "--width": {"type": int, "default": 2048},
+    "--dim": {"type": int, "default": 360},
+    "--rounds": {"type": int, "default": 7},
+}
 
 
 def step(spent: list[float], r1, r2, dim: int, **options) -> None:
@@ -43,109 +49,86 @@ def step(spent: list[float], r1, r2, dim: int, **options) -> None:
 
 def link(block: int) -> tuple[float, float]:
     """(bytes/s one process sends in an all-gather of such blocks, seconds of a tiny one)."""
-    small, large = torch.zeros(8), torch.zeros(block // 4)
-    into = {t.numel(): t.new_empty(PROCESSES * t.numel()) for t in (small, large)}
-    found = interleaved(
-        {
-            str(t.numel()): lambda t=t: dist.all_gather_into_tensor(into[t.numel()], t)
-            for t in (small, large)
-        },
-        ROUNDS_OF_LINK,
-    )
-    tiny, whole = (found[str(t.numel())]["median"] for t in (small, large))
+
+    def gather(elements: int):
+        own, into = torch.zeros(elements), torch.empty(PROCESSES * elements)
+        return lambda: dist.all_gather_into_tensor(into, own)
+
+    found = interleaved({"tiny": gather(8), "whole": gather(block // 4)}, ROUNDS_OF_LINK)
+    tiny, whole = (found[name]["median"] for name in ("tiny", "whole"))
     return block * (PROCESSES - 1) / max(whole - tiny, 1e-9), tiny
 
 
-def work(rank: int, folder: Path, arguments: argparse.Namespace) -> None:
-    """One of the two processes; the first writes the result."""
+def case_of(rank: int, rows: int, arguments: argparse.Namespace) -> dict:
+    """One N; what the first process returns is the case."""
+    width, dim = arguments.width, arguments.dim
+    whole = [r.requires_grad_() for r in make_views(rows, width)]
+    half = rows // PROCESSES
+    own = [r.detach()[rank * half : (rank + 1) * half].requires_grad_() for r in whole]
+    spent = {name: [] for name in ("one", "all", "ring")}
+
+    def alone() -> None:
+        if rank == 0:
+            step(spent["one"], *whole, dim)
+        dist.barrier()
+
+    def together(gather: str) -> None:
+        step(spent[gather], *own, dim, group="world", gather=gather)
+        dist.barrier()
+
+    times = interleaved(
+        {"one": alone, "all": lambda: together("all"), "ring": lambda: together("ring")},
+        arguments.rounds,
+    )
+    speed, latency = link(half * -(-dim // 16) * 16 * 4)
+    constants = {
+        "rate": flops.total(rows, rows, dim) / times["one"]["median"],
+        "near": speed, "far": speed, "per_node": PROCESSES,
+        "near_hop": latency, "far_hop": 0.0, "launch": 0.0,
+    }  # fmt: skip
+    return {
+        "rows": rows, "width": width, "dim": dim, "processes": PROCESSES, "variants": times,
+        "constants": constants,
+        "processor_seconds": {n: statistics.median(v[1:]) for n, v in spent.items() if v},
+    }  # fmt: skip
+
+
+def joined(rank: int, folder: str, arguments: argparse.Namespace) -> Iterator[dict]:
+    """The cases, as one of the two processes."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/init", world_size=PROCESSES, rank=rank)
-    cases = []
+    dist.init_process_group("gloo", f"file://{folder}/init", timedelta(minutes=10), PROCESSES, rank)
     for rows in arguments.rows:
-        r1, r2 = make_views(rows, arguments.width)
-        whole = [r.requires_grad_() for r in (r1, r2)]
-        half = rows // PROCESSES
-        own = [r.detach()[rank * half : (rank + 1) * half].requires_grad_() for r in whole]
-
-        spent = {name: [] for name in ("one", "all", "ring")}
-
-        def alone(whole=whole, spent=spent):
-            if rank == 0:
-                step(spent["one"], *whole, arguments.dim)
-            dist.barrier()
-
-        def together(gather, own=own, spent=spent):
-            step(spent[gather], *own, arguments.dim, group="world", gather=gather)
-            dist.barrier()
-
-        times = interleaved(
-            {"one": alone, "all": lambda: together("all"), "ring": lambda: together("ring")},
-            arguments.rounds,
-        )
-        pitch = -(-arguments.dim // 16) * 16
-        speed, latency = link(half * pitch * 4)
-        one = times["one"]["median"]
-        case = {
-            "rows": rows,
-            "width": arguments.width,
-            "dim": arguments.dim,
-            "processes": PROCESSES,
-            "variants": times,
-            "constants": {
-                "rate": flops.total(rows, rows, arguments.dim) / one,
-                "near": speed,
-                "far": speed,
-                "per_node": PROCESSES,
-                "near_hop": latency,
-                "far_hop": 0.0,
-                "launch": 0.0,
-            },
-            "processor_seconds": {n: statistics.median(v[1:]) for n, v in spent.items() if v},
-        }
-        for gather in ("all", "ring") if rank == 0 else ():
-            seconds, busy = times[gather]["median"], case["processor_seconds"]
-            print(
-                f"N {rows}, {gather}: one process {1e3 * one:.0f} ms, two {1e3 * seconds:.0f} ms "
-                f"({one / seconds:.2f}x, processor seconds of each "
-                f"{busy['one'] / busy[gather]:.2f}x less)",
-                flush=True,
-            )
-        cases.append(case)
-    if rank == 0 and arguments.out:
-        results = {"machine": machine(), "command": ["distributed.py", *sys.argv[1:]]}
-        Path(arguments.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(arguments.out).write_text(json.dumps(results | {"cases": cases}, indent=1) + "\n")
+        yield case_of(rank, rows, arguments)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def main() -> None:
-    """Starts the two processes and waits for them."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, nargs="+", default=[4096])
-    parser.add_argument("--width", type=int, default=2048)
-    parser.add_argument("--dim", type=int, default=360)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", help="JSON file")
-    arguments = parser.parse_args()
-    if "RANK" in os.environ:
-        work(int(os.environ["RANK"]), Path(os.environ["FOLDER"]), arguments)
-        return
+def second(folder: str, arguments: argparse.Namespace) -> None:
+    """The other process."""
+    for _ in joined(1, folder, arguments):
+        pass
+
+
+def measure(arguments: argparse.Namespace) -> Iterator[tuple[dict, str]]:
+    """Every N, this process being the first of the two."""
     with tempfile.TemporaryDirectory() as folder:
-        started = [
-            subprocess.Popen(
-                [sys.executable, *sys.argv],
-                env=os.environ | {"RANK": str(rank), "FOLDER": folder, "OMP_NUM_THREADS": "1"},
-            )
-            for rank in range(PROCESSES)
-        ]
-        try:
-            codes = [process.wait(timeout=600) for process in started]
-        finally:
-            for process in started:
-                process.kill()
-    sys.exit(max(codes))
+        other = multiprocessing.get_context("spawn").Process(
+            target=second, args=(folder, arguments), daemon=True
+        )
+        other.start()
+        for case in joined(0, folder, arguments):
+            one, busy = case["variants"]["one"]["median"], case["processor_seconds"]
+            lines = []
+            for gather in ("all", "ring"):
+                two = case["variants"][gather]["median"]
+                lines.append(
+                    f"N {case['rows']}, {gather}: one process {1e3 * one:.0f} ms, two "
+                    f"{1e3 * two:.0f} ms ({one / two:.2f}x, processor seconds of each "
+                    f"{busy['one'] / busy[gather]:.2f}x less)"
+                )
+            yield case, "\n".join(lines)
+        other.join()
 
 
 if __name__ == "__main__":
-    main()
+    study.main(sys.modules[__name__])
