@@ -27,7 +27,7 @@ piece quick quick.json $bench --name quick --quick
 # What the test suite compares with, on one thread: ratios there hold on a busy machine too.
 piece ci-baseline ci-baseline.json env OMP_NUM_THREADS=1 \
   $bench --name ci-baseline --rows 1024 2048 --rounds 9 --variants released eager torch cpu
-piece memory memory.json $python bench/memory.py --out "$out/memory.json"
+piece memory memory.json $python -m directclr_fast.bench.memory --out "$out/memory.json"
 piece stages stages.json $python -m directclr_fast.bench.stages --n 8192 --out "$out/stages.json"
 piece trainer trainer.json \
   $python -m directclr_fast.bench.trainer --rows 4096 8192 16384 --rounds 3 --out "$out/trainer.json"

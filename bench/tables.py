@@ -118,23 +118,6 @@ def peaks(data: dict) -> str:
     return markdown(["N", "must", *names], rows)
 
 
-def largest(data: dict) -> str:
-    """The fit of each variant's peaks and the N that it puts into so many GiB."""
-    if not data["growth"]:
-        raise ValueError("memory.json has too few sizes to fit")
-    budgets = list(next(iter(data["growth"].values()))["largest"])
-    head = ["", "MiB", "KiB N", "B N²", "measured to N =", *(f"N in {g} GiB" for g in budgets)]
-    rows = []
-    for name, fit in data["growth"].items():
-        cells = [f"{fit['fixed_mib']:.0f}", f"{fit['kib_per_row']:.1f}"]
-        cells += [f"{fit['bytes_per_pair']:.1f}", f"{fit['measured_to']:,}"]
-        cells += [
-            f"{n:,}" + ("" if n <= fit["measured_to"] else " *") for n in fit["largest"].values()
-        ]
-        rows.append([name, *cells])
-    return markdown(head, rows)
-
-
 def targets(cases: list[dict], memory: dict | None) -> str:
     """The plan's CPU targets, what was measured, and the next step for what is not met."""
     case = next((c for c in cases if c["rows"] == 8192 and c["dim"] == 360), None)
@@ -247,7 +230,6 @@ def blocks(results: Path) -> dict[str, str]:
         "both": lambda: loss_both(cases("both.json")),
         "targets": lambda: targets(cases("loss-*.json"), optional("memory.json")),
         "memory": lambda: peaks(read("memory.json")),
-        "largest": lambda: largest(read("memory.json")),
         "stages": lambda: stages(read("stages.json")),
         "trainer": lambda: trainer(read("trainer.json")),
     }

@@ -281,25 +281,27 @@ def test_what_does_not_fit_is_a_result_and_the_next_one_runs(monkeypatch):
     assert 30 < found[1]["peak_mib"] < 180 and seen == [0, 1]
 
 
-def test_growth_finds_the_terms_and_the_largest_size():
-    points = [(n, 20 + 0.03 * n + 12 / 2**20 * n * n) for n in (1024, 4096, 16384, 32768)]
-    fit = memory.growth(points)
-    assert fit == pytest.approx((20, 0.03, 12 / 2**20), rel=1e-6)
-    assert memory.growth([(n, 0.022 * n) for n in (1024, 4096)]) == pytest.approx((0, 0.022, 0))
-    noisy = [(1024, 22.8), (4096, 89.1), (16384, 363.0), (32768, 715.0)]  # one part in a hundred
-    assert memory.growth(noisy)[2] == 0 and memory.growth(noisy)[1] == pytest.approx(
-        0.022, rel=0.02
-    )
-    n = memory.largest(fit, 8192.0, 0.01)
-    assert (
-        20 + 0.04 * n + 12 / 2**20 * n**2 <= 8192 < 20 + 0.04 * (n + 1) + 12 / 2**20 * (n + 1) ** 2
-    )
-    assert memory.largest((10, 0.01, 0), 5.0) == 0
-    fits = memory.fits({"eager": [(64, 900.0), *points], "few": points[:3]}, row_mib=0.01)
-    assert list(fits) == []  # 4 sizes within a factor 8 are needed
-    fits = memory.fits({"eager": [(8192, 20 + 0.03 * 8192 + 768), *points]}, row_mib=0.01)
-    assert fits["eager"]["bytes_per_pair"] == pytest.approx(12, rel=1e-3)
-    assert fits["eager"]["largest"]["8"] == pytest.approx(n, abs=2)
+@linux
+def test_a_variant_that_ran_out_of_memory_is_not_tried_at_a_larger_size(monkeypatch):
+    """Peaks by N above what a step must hold, or the reason."""
+    asked = []
+
+    def in_processes(jobs):
+        asked.append([(case.rows, name) for case, name in jobs])
+        fits = {"peak_mib": 1.0}
+        return [
+            fits if case.rows < 64 or name == "torch" else {"failed": "boom"} for case, name in jobs
+        ]
+
+    monkeypatch.setattr(memory, "in_processes", in_processes)
+    words = "--rows 64 32 128 --variants eager torch nobody".split()
+    found = [case for case, _ in memory.measure(study.parser(memory).parse_args(words))]
+    assert asked == [
+        [(n, v) for v in ("eager", "torch") if v == "torch" or n < 128] for n in (32, 64, 128)
+    ]
+    assert [case["failed"].get("eager") for case in found] == [None, "boom", "failed at N = 64"]
+    assert found[0]["peak_mib"] == {"eager": 1.0, "torch": 1.0}
+    assert found[2]["gradients_mib"] == 2.0
 
 
 # ------------------------------------------------------------------------ comparison

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import os
 import sys
 from pathlib import Path
 
@@ -94,19 +92,12 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _measured(arguments: argparse.Namespace) -> dict:
     """A new run, written and printed."""
-    from . import grid, report
+    from . import grid, report, study
 
     wanted = settings(arguments).resolved()
     out = Path(arguments.out)
-    out.mkdir(parents=True, exist_ok=True)
     path = out / f"{arguments.name}.json"
-    partial = path.with_suffix(".json.partial")
-    partial.touch()  # a folder that cannot be written is said before anything long
-
-    def save(result: dict) -> None:
-        partial.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(partial, path)
-
+    save = study.writer(path)
     command = ["directclr-fast", *sys.argv[1:]]
     form = "{percentage:3.0f}% |{bar}| {elapsed}{postfix}"
     with Progress(100, file=sys.stderr, bar_format=form) as progress:

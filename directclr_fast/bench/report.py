@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..machine import describe
 from ..plots import figure
-from . import ceilings, memory, timing
+from . import ceilings, timing
 from .grid import FORMAT
 
 ORDER = {"ours": 0, "plain": 1, "peer": 2, "neighbour": 3}
@@ -97,12 +97,6 @@ def table(result: dict) -> str:
             lines.append(f"  {name:<22}" + _figures(case, name, scale))
     if any((r.get("of_roof") or 0) > 1.2 for c in result["cases"] for r in c["variants"].values()):
         lines += ["", "a rate above its roof: the machine was busy while one of them was measured"]
-    cases = main_cases(result)
-    if cases:
-        row = 2 * cases[0]["width"] * (4 if cases[0]["dtype"] == "float32" else 2) / 2**20
-        fits = memory.fits(_series(cases, "peak_mib"), row)
-        lines += ["", "peak memory by N, fitted:"] if fits else []
-        lines += [f"  {line}" for line in memory.lines(fits)]
     missing = absent(result["cases"])
     if missing:
         lines += ["", "not here:"]

@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -34,18 +35,23 @@ def main(study: ModuleType, argv: list[str] | None = None) -> None:
     arguments = parser(study).parse_args(words)
     settings = {name: value for name, value in vars(arguments).items() if name != "out"}
     head = {"command": [study.__spec__.name, *words], "settings": settings}
+    write = writer(arguments.out) if arguments.out else lambda result: None
     cases = []
     for case, text in study.measure(arguments):
         cases.append(case)
         print(text, flush=True)
-        if arguments.out:
-            write(arguments.out, {"machine": machine(), **head, "cases": cases})
+        write({"machine": machine(), **head, "cases": cases})
 
 
-def write(path: str | Path, result: dict) -> None:
-    """Puts a result there, in one piece; makes the folder where it is missing."""
+def writer(path: str | Path) -> Callable[[dict], None]:
+    """What puts a result there, whole each time. A place that cannot be written is said at once."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(partial, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial.touch()
+
+    def write(result: dict) -> None:
+        partial.write_text(json.dumps(result, indent=1) + "\n")
+        os.replace(partial, path)
+
+    return write
