@@ -1,9 +1,10 @@
-"""Writes the tables of README.md and bench/README.md from the result files; measures nothing.
+"""Fills the tables of README.md and bench/README.md and draws docs/cpu-*.png from result files.
 
     python bench/tables.py bench/results/cpu-2core-zen5
 
 A table stands between `<!-- NAME -->` and `<!-- end NAME -->` and is replaced as a whole. A name
-whose result files are not there is left as it is, and said so.
+whose result files are not there is left as it is, and said so. The figures, named after the first
+word of the folder's name, are of the loss-*.json. Nothing is measured.
 """
 
 from __future__ import annotations
@@ -255,7 +256,7 @@ def fill(text: str, tables: dict[str, str]) -> str:
 
 
 def main() -> None:
-    """Fills both pages."""
+    """Fills both pages and draws the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path, help="folder of the machine's result files")
     arguments = parser.parse_args()
@@ -264,6 +265,9 @@ def main() -> None:
         path = ROOT / page
         path.write_text(fill(path.read_text(), tables))
     print(f"filled: {', '.join(tables) or 'nothing'}")
+    if files := sorted(arguments.results.glob("loss-*.json")):
+        stem = arguments.results.resolve().name.partition("-")[0]
+        report.figures(report.load(files), ROOT / "docs", stem)
 
 
 if __name__ == "__main__":

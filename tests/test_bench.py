@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import types
@@ -435,20 +436,25 @@ def test_files_of_two_machines_are_not_mixed(tmp_path):
 # ------------------------------------------------------------------------ scripts
 
 
-@pytest.mark.parametrize(
-    "suite,words", [("gpu_suite.sh", ["all", "OUT"]), ("cpu_suite.sh", ["OUT"])]
-)
-def test_every_piece_of_a_suite_is_a_command_that_parses(suite, words):
-    """The sizes, names and flags are good; nothing is measured."""
-    done = subprocess.run(
-        ["bash", str(ROOT / "bench" / suite), *words],
-        capture_output=True, text=True,
-        env={**os.environ, "DRY": "1", "PYTHON": sys.executable},
+def make(*words: str, file: Path = ROOT / "bench" / "Makefile") -> subprocess.CompletedProcess:
+    """make with these words, in the file's folder; not as a part of a make around the suite."""
+    if shutil.which("make") is None or shutil.which("timeout") is None:
+        pytest.skip("needs make and timeout")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
+    return subprocess.run(
+        ["make", "-C", file.parent, "-f", file.name, *words, f"PYTHON={sys.executable}"],
+        capture_output=True, text=True, env=environment,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("target,count", [("cpu", 14), ("gpu", 16)])
+def test_every_piece_of_a_suite_is_a_command_that_parses(target, count):
+    """The sizes, names and flags are good; nothing is measured."""
+    done = make("-n", "-B", target, "GPU=results/none")
     assert done.returncode == 0, done.stderr
-    pieces = dict(line.split(": ", 1) for line in done.stdout.splitlines())
-    assert len(pieces) >= 10
-    for piece in pieces.values():
+    pieces = re.findall(r"timeout \d+ (.*?) 2>&1 \| tee", done.stdout)
+    assert len(pieces) == count
+    for piece in pieces:
         words = shlex.split(piece)
         if "directclr_fast" in words:
             arguments = cli._parser().parse_args(words[words.index("directclr_fast") + 1 :])
@@ -456,37 +462,47 @@ def test_every_piece_of_a_suite_is_a_command_that_parses(suite, words):
                 wanted = command.settings(arguments)
                 wanted = dataclasses.replace(wanted, dtype=wanted.dtype or "bfloat16")
                 assert all(wanted.catalogue(case) for case in wanted.cases())
-        for path in (word for word in words if word.startswith(("bench/", "tests/"))):
-            assert (ROOT / path).exists() or path.startswith("bench/results"), path
         for word in (word for word in words if word.startswith("directclr_fast.bench.")):
             study.parser(importlib.import_module(word)).parse_args(words[words.index(word) + 1 :])
+        for word in re.findall(r"\.\./(?!build)[\w/]+\.py", piece):
+            assert (ROOT / "bench" / word).exists(), word
+
+
+def test_pieces_come_in_the_order_that_is_written(tmp_path):
+    """What may fail first comes first: kernels, tests and sanitizers before any time."""
+    out = make("-n", "gpu", f"GPU={tmp_path}").stdout
+    logs = re.findall(r"\| tee \S+/logs/([\w-]+)\.log \|\|", out)
+    order = ["build", "doctor", "test_backends_gpu", "memcheck", "racecheck", "loss-360", "both"]
+    assert [name for name in logs if name in order] == order
+    assert logs[-2:] == ["trainer-resnet18", "trainer-small"]
 
 
 def test_a_suite_skips_what_is_there_and_runs_again_what_failed(tmp_path):
-    lines = [
-        f"out={tmp_path}; . {ROOT}/bench/pieces.sh",
-        "piece good good.json bash -c 'echo 1 >> $0/good.json' $out",
-        "piece log - echo hello",
-        "piece bad bad.json bash -c 'echo half > $0/bad.json; exit 3' $out",
-        "report_failed",
-    ]
+    file, folder = tmp_path / "Makefile", tmp_path / "out"
 
-    def run(**env) -> tuple[int, str]:
-        done = subprocess.run(
-            ["bash", "-c", "\n".join(lines)], capture_output=True, text=True,
-            env={**os.environ, **env},
-        )  # fmt: skip
+    def run(*words: str, bad: str) -> tuple[int, str]:
+        lines = [
+            f"include {ROOT}/bench/Makefile",
+            f"all: {folder}/bad.json {folder}/good.json {folder}/logs/hello.log",
+            f"{folder}/bad.json: ; $(call piece,bash -c '{bad}')",
+            f"{folder}/good.json: ; $(call piece,bash -c 'echo 1 >> $@')",
+            f"{folder}/logs/hello.log: ; $(call piece,echo hello)",
+        ]
+        file.write_text("\n".join(lines) + "\n")
+        done = make(*(words or ["all"]), "-k", file=file)
         return done.returncode, done.stdout
 
-    code, text = run()
-    assert code == 1 and "failed: bad" in text and "bad failed (3)" in text
-    assert (tmp_path / "bad.json.partial").exists() and not (tmp_path / "bad.json").exists()
-    lines[3] = "piece bad bad.json bash -c 'echo whole > $0/bad.json' $out"
-    code, text = run()
-    assert code == 0 and "good.json is there" in text and "log: done before" in text
-    assert (tmp_path / "good.json").read_text() == "1\n"
-    assert (tmp_path / "bad.json").read_text() == "whole\n"
-    assert run(FORCE="good")[0] == 0 and (tmp_path / "good.json").read_text() == "1\n1\n"
+    code, text = run(bad="echo half > $@; exit 3")
+    assert code == 2 and "bad.json: failed (3)" in text and "good.json: done" in text
+    assert (folder / "bad.json.partial").exists() and not (folder / "bad.json").exists()
+    code, text = run(f"{folder}/bad.json", "LIMIT=1", bad="echo half > $@; sleep 60")
+    assert code == 2 and "bad.json: failed (124)" in text
+    code, text = run(bad="echo whole > $@")
+    assert code == 0 and "good.json" not in text and "hello" not in text
+    assert (folder / "good.json").read_text() == "1\n"
+    assert (folder / "bad.json").read_text() == "whole\n"
+    assert run("-B", f"{folder}/good.json", bad="exit 1")[0] == 0
+    assert (folder / "good.json").read_text() == "1\n1\n"
 
 
 def test_a_study_leaves_what_it_measured_before_it_failed(tmp_path, capsys):
