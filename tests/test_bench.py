@@ -23,10 +23,10 @@ import waiting
 
 from directclr_fast import cli
 from directclr_fast.bench import (
-    against,
     command,
     grid,
     memory,
+    regressions,
     report,
     study,
     timing,
@@ -97,8 +97,8 @@ def roof_of(result: dict, case: dict) -> float:
 def test_nothing_but_times_is_worse_than_in_the_baseline(tiny):
     """Failures, peaks of memory and errors, against those of another machine."""
     old, new = (report.load([path]) for path in (BASELINE, tiny[1] / "bench.json"))
-    changes = against.compare(old, new, relative=1.0, absolute=0.1)
-    assert "2 cases compared" in against.summary(changes, old, new)
+    changes = regressions.compare(old, new, relative=1.0, absolute=0.1)
+    assert "2 cases compared" in regressions.summary(changes, old, new)
     timed = ("time / eager's", "roof / rate")
     assert not [str(c) for c in changes if c.worse and c.what not in timed]
 
@@ -341,14 +341,14 @@ def slower(result: dict, name: str, factor: float) -> dict:
 
 
 def worse(old: dict, new: dict, **options) -> list[str]:
-    return [f"{c.variant} {c.what}" for c in against.compare(old, new, **options) if c.worse]
+    return [f"{c.variant} {c.what}" for c in regressions.compare(old, new, **options) if c.worse]
 
 
 def test_a_machine_that_is_slower_throughout_is_no_regression():
     new = made_up()
     for name in ("eager", "cpu", "torch"):
         new = slower(new, name, 3.0)
-    assert against.compare(made_up(), new) == []
+    assert regressions.compare(made_up(), new) == []
     assert len(worse(made_up(), new, milliseconds=True)) == 3
 
 
@@ -358,7 +358,7 @@ def test_both_thresholds_must_be_passed():
     assert worse(made_up(), new, relative=0.4) == []
     assert worse(made_up(), new, absolute=0.1) == []
     assert worse(new, made_up()) == []
-    (better,) = against.compare(new, made_up())
+    (better,) = regressions.compare(new, made_up())
     assert better.worse is False and "-23 %" in str(better)
 
 
@@ -376,10 +376,10 @@ def test_memory_errors_failures_and_absences():
     failed = {"family": "ours", "precision": "fp32", "failed": "boom", "out_of_memory": False}
     rows["torch"] = failed
     assert sorted(worse(made_up(), new)) == ["cpu error", "cpu peak MiB", "torch fails now: boom"]
-    assert [c.worse for c in against.compare(new, made_up()) if c.variant == "torch"] == [False]
+    assert [c.worse for c in regressions.compare(new, made_up()) if c.variant == "torch"] == [False]
     rows["torch"] = {"family": "ours", "precision": "fp32", "why_not": ["not built"]}
     rows["cpu"] = made_up()["cases"][0]["variants"]["cpu"]
-    (note,) = against.compare(made_up(), new)
+    (note,) = regressions.compare(made_up(), new)
     assert note.worse is None and "not built" in str(note)
     rows["cpu"]["peak_mib"] = 115.0  # 15 %, and less than 16 MiB
     assert worse(made_up(), new) == []
@@ -389,9 +389,9 @@ def test_results_without_a_common_case_and_bad_thresholds_are_refused():
     other = made_up()
     other["cases"][0]["rows"] = 77
     with pytest.raises(ValueError, match="common case"):
-        against.compare(made_up(), other)
+        regressions.compare(made_up(), other)
     with pytest.raises(ValueError, match="relative: expected at least 0"):
-        against.compare(made_up(), made_up(), relative=-1)
+        regressions.compare(made_up(), made_up(), relative=-1)
 
 
 def test_exit_codes_and_messages_of_the_command(tmp_path, capsys):

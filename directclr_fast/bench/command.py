@@ -41,8 +41,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-figures", dest="figures", action="store_false", help="the table and the file only")
     add("--list", action="store_true", help="the variants here, and why not; measures nothing")
     add("--against", metavar="FILE", help="compare with this result file; exit code 1 if worse")
-    add("--relative", type=float, help="change that counts, share of the old figure (0.15)")
-    add("--absolute", type=float, help="and in times of eager PyTorch (0.02; ms with --ms)")
+    add(
+        "--relative",
+        type=float,
+        help="smallest change that counts, as a share of the old figure (default 0.15)",
+    )
+    add(
+        "--absolute",
+        type=float,
+        help="smallest change that counts, as a share of eager PyTorch's time (default 0.02; in ms "
+        "with --ms)",
+    )
     add("--ms", action="store_true", help="compare milliseconds, for one quiet machine")
 
 
@@ -63,9 +72,9 @@ def settings(arguments: argparse.Namespace):
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Runs the command. ValueError for flags that do not fit; against.Regressed where figures got
-    worse than those of ``--against``."""
-    from . import against, report
+    """Runs the command. ValueError for flags that do not fit; Regressed where figures got worse
+    than those of ``--against``."""
+    from . import regressions, report
 
     if arguments.result is not None and arguments.against is None:
         raise ValueError("result: expected --against FILE to compare it with, got none")
@@ -82,10 +91,10 @@ def run(arguments: argparse.Namespace) -> None:
         for key in ("relative", "absolute")
         if (value := getattr(arguments, key)) is not None
     }
-    changes = against.compare(old, new, milliseconds=arguments.ms, **thresholds)
-    print(against.summary(changes, old, new))
+    changes = regressions.compare(old, new, milliseconds=arguments.ms, **thresholds)
+    print(regressions.summary(changes, old, new))
     if worse := sum(change.worse is True for change in changes):
-        raise against.Regressed(
+        raise regressions.Regressed(
             f"bench: expected figures as in {arguments.against}, got {worse} worse"
         )
 

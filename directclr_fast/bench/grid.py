@@ -2,8 +2,9 @@
 
 A result is {"format", "machine", "command", "settings", "ceilings", "cases"}; a case carries its
 fields, the ceilings of its own size, and a row for each variant: either its figures ("median",
-"quartiles", "seconds" by round, "rate" in operations/s at 8c, "of_roof", "peak_mib", "error" of the
-gradient and "value_error" of the loss against fp64) or why there are none ("why_not", "failed").
+"quartiles", "seconds" by round, "rate" in operations/s counting 8 N^2 d, its share "of_roof" and
+"of_library", "peak_mib", "error" of the gradient and "value_error" of the loss against fp64) or why
+there are none ("why_not", "failed").
 """
 
 from __future__ import annotations
@@ -250,9 +251,9 @@ def _measure(
             roof = ceilings.roof({**of_machine, **own}, precisions[name])
             row["of_roof"] = row["rate"] / roof if roof else None
             products = own.get(f"products {ceilings.unit_of(precisions[name])}")
-            row["rho"] = row["rate"] / products if products else None
+            row["of_library"] = row["rate"] / products if products else None
         rows[name] = row
-    _agree(rows, {v.name: v for v in plan})
+    _disqualify(rows, {v.name: v for v in plan})
     return {**dataclasses.asdict(case), "work": case.work, "ceilings": own, "variants": rows}
 
 
@@ -333,8 +334,8 @@ def errors(case: Case, function, rows: int, seed: int = 1, copies: bool = False)
     return found
 
 
-def _agree(rows: dict[str, dict], plan: dict[str, Variant]) -> None:
-    """Takes the time back from a variant whose loss at full size is not that of the others."""
+def _disqualify(rows: dict[str, dict], plan: dict[str, Variant]) -> None:
+    """Removes the time of a variant whose loss at full size disagrees with the rest."""
     timed = {n: r for n, r in rows.items() if "loss" in r and plan[n].family != "neighbour"}
     if len(timed) < 2:
         return
@@ -342,7 +343,7 @@ def _agree(rows: dict[str, dict], plan: dict[str, Variant]) -> None:
     for name, row in timed.items():
         off = abs(row["loss"] - middle) / max(abs(middle), 1e-30)
         if not off < ALLOWED[plan[name].precision]:
-            for key in ("median", "quartiles", "seconds", "rate", "of_roof", "rho"):
+            for key in ("median", "quartiles", "seconds", "rate", "of_roof", "of_library"):
                 row.pop(key, None)
             row["failed"] = f"not the loss of the others at this size: off by {off:.1e}"
             row["out_of_memory"] = False

@@ -49,7 +49,7 @@ class Case:
 
     @property
     def work(self) -> int:
-        """Operations of forward and backward: 8c for "cross", 16c for "both"."""
+        """Operations of forward and backward: 8 N^2 d for "cross", 16 N^2 d for "both"."""
         return flops.total(self.rows, self.rows, self.dim, self.negatives)
 
     def views(self, rows: int | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
