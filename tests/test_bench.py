@@ -179,7 +179,7 @@ def run_with(monkeypatch, extra: list[Variant], rows=(32,), **settings) -> dict:
     def catalogue(case, precisions=None):
         return [v for v in variants.plain(case) if v.name == "eager"] + extra
 
-    monkeypatch.setattr(grid.variants, "catalogue", catalogue)
+    monkeypatch.setattr(variants, "catalogue", catalogue)
     monkeypatch.setattr(grid.ceilings, "of_machine", lambda device: {"square fp32": 1e11})
     monkeypatch.setattr(grid.ceilings, "fma_peak", lambda rounds: None)
     wanted = grid.Settings(
@@ -459,7 +459,7 @@ def test_every_piece_of_a_suite_is_a_command_that_parses(target, count):
         if "directclr_fast" in words:
             arguments = cli._parser().parse_args(words[words.index("directclr_fast") + 1 :])
             if words[words.index("directclr_fast") + 1] == "bench":
-                wanted = command.settings(arguments)
+                wanted = command.asked(arguments)
                 wanted = dataclasses.replace(wanted, dtype=wanted.dtype or "bfloat16")
                 assert all(wanted.catalogue(case) for case in wanted.cases())
         for word in (word for word in words if word.startswith("directclr_fast.bench.")):
