@@ -23,16 +23,6 @@ FP32 = ("released", "eager", "compiled", "torch", "cpu")
 BF16 = ("eager bf16", "compiled bf16", "cpu bf16")
 BOTH = ("eager", "compiled", "lightly", "metric-learning", "metric-learning ntxent", "cpu")
 
-# What to do about a target that is not met; shown only where it is not.
-NEXT = {
-    "x released": "fewer operations, not a higher rate: tiles of S kept for the backward pass "
-    '(`workspace_bytes`), or `precision="bf16"`',
-    "x compiled": "as above; the library's GEMM, which the compiled form lives on, is a larger "
-    "share of this machine's FMA peak than of the one the target was asked on",
-    "of the FMA peak": "the products stage (csrc/README.md)",
-    "bf16": "packing and exponentials, which stay fp32, are now what takes the time",
-}
-
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
     """A table."""
@@ -120,46 +110,33 @@ def peaks(data: dict) -> str:
 
 
 def targets(cases: list[dict], memory: dict | None) -> str:
-    """The plan's CPU targets, what was measured, and the next step for what is not met."""
+    """The plan's CPU targets and what was measured."""
     case = next((c for c in cases if c["rows"] == 8192 and c["dim"] == 360), None)
     if case is None:
         raise FileNotFoundError("a case of N = 8192, d = 360")
     rows, variants = [], case["variants"]
 
-    def line(what: str, must: str, stretch: str, value: float | None, need: float, key: str, form):
-        if value is None:
-            rows.append([what, must, stretch, "-", "not measured", ""])
-            return
-        met = value >= need
-        rows.append(
-            [
-                what,
-                must,
-                stretch,
-                form(value),
-                "met" if met else "not met",
-                "" if met else NEXT[key],
-            ]
-        )
+    def line(what: str, must: str, stretch: str, value: float | None, need: float, form: str):
+        word = "not measured" if value is None else "met" if value >= need else "not met"
+        rows.append([what, must, stretch, "-" if value is None else form.format(value), word])
 
     def ratio(other: str, own: str = "cpu") -> float | None:
         return timing.ratio(variants.get(other, {}), variants.get(own, {}))
 
-    fold = "{:.2f}x".format
-    line(
-        "share of the FMA peak, counting 8·N²·d operations", "60 %", "80 %",
-        variants["cpu"].get("of_roof"), 0.6, "of the FMA peak", lambda v: f"{100 * v:.0f} %",
-    )  # fmt: skip
-    line("against the released loss", "7x", "12x", ratio("released"), 7.0, "x released", fold)
-    line("against torch.compile", "2.5x", "4x", ratio("compiled"), 2.5, "x compiled", fold)
-    line("bf16 against our fp32", "1x", "1.3x", ratio("cpu", "cpu bf16"), 1.0, "bf16", fold)
+    of_peak = variants["cpu"].get("of_roof")
+    percent = None if of_peak is None else 100 * of_peak
+    what = "share of the FMA peak, counting 8·N²·d operations"
+    line(what, "60 %", "80 %", percent, 60, "{:.0f} %")
+    line("against the released loss", "7x", "12x", ratio("released"), 7, "{:.2f}x")
+    line("against torch.compile", "2.5x", "4x", ratio("compiled"), 2.5, "{:.2f}x")
+    line("bf16 against our fp32", "1x", "1.3x", ratio("cpu", "cpu bf16"), 1, "{:.2f}x")
     if memory is not None:
         last = [c for c in memory["cases"] if "cpu" in c["peak_mib"]][-1]
         extra = last["peak_mib"]["cpu"] - last["gradients_mib"] - last["z_and_dz_mib"]
         word = "met" if extra <= 256 else "not met"
         what = f"memory beyond z, dz and gradients, N = {last['rows']}"
-        rows.append([what, "256 MiB", "64 MiB", f"{extra:.0f} MiB", word, ""])
-    return markdown(["N = 8192, d = 360, fp32", "must", "stretch", "measured", "", "next"], rows)
+        rows.append([what, "256 MiB", "64 MiB", f"{extra:.0f} MiB", word])
+    return markdown(["N = 8192, d = 360, fp32", "must", "stretch", "measured", ""], rows)
 
 
 def stages(data: dict) -> str:
@@ -250,9 +227,9 @@ def fill(text: str, tables: dict[str, str]) -> str:
 
     def replaced(match: re.Match) -> str:
         name = match[1]
-        if name not in tables:
-            return match[0]
-        return f"<!-- {name} -->\n{tables[name]}\n<!-- end {name} -->"
+        return (
+            f"<!-- {name} -->\n{tables[name]}\n<!-- end {name} -->" if name in tables else match[0]
+        )
 
     return re.sub(r"<!-- ([\w-]+) -->\n.*?<!-- end \1 -->", replaced, text, flags=re.S)
 
