@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
 import sys
 import tempfile
 import time
@@ -34,6 +33,8 @@ FLAGS = {
 
 def train(rows: int, encoder: str, chunks: dict, gib: float) -> dict:
     """Peak MiB, seconds a step and loss of two steps of all images; fails beyond ``gib``."""
+    import resource
+
     with tempfile.TemporaryDirectory() as folder, memory.limited(int(gib * 2**30)):
         config = TrainConfig(
             data=f"fake:n={rows},size=32", encoder=encoder, batch_size=rows, epochs=2,
