@@ -40,7 +40,7 @@ test: $(VENV)/.installed-test
 
 # Measures every committed CPU result again and fills the tables: about 40 minutes on 2 idle cores.
 bench: $(VENV)/.installed-bench
-	FORCE=1 PYTHON=$(BIN)/python bench/cpu_suite.sh
+	$(MAKE) -C bench -B -k cpu PYTHON=$(CURDIR)/$(BIN)/python
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .

@@ -1,9 +1,10 @@
-"""Writes the tables of README.md and bench/README.md from the result files; measures nothing.
+"""Fills the tables of README.md and bench/README.md and draws docs/cpu-*.png from result files.
 
     python bench/tables.py bench/results/cpu-2core-zen5
 
 A table stands between `<!-- NAME -->` and `<!-- end NAME -->` and is replaced as a whole. A name
-whose result files are not there is left as it is, and said so.
+whose result files are not there is left as it is, and said so. The figures, named after the first
+word of the folder's name, are of the loss-*.json. Nothing is measured.
 """
 
 from __future__ import annotations
@@ -21,16 +22,6 @@ SHORT = (256, 1024, 4096, 8192, 16384)  # rows of the table in README.md
 FP32 = ("released", "eager", "compiled", "torch", "cpu")
 BF16 = ("eager bf16", "compiled bf16", "cpu bf16")
 BOTH = ("eager", "compiled", "lightly", "metric-learning", "metric-learning ntxent", "cpu")
-
-# What to do about a target that is not met; shown only where it is not.
-NEXT = {
-    "x released": "fewer operations, not a higher rate: tiles of S kept for the backward pass "
-    '(`workspace_bytes`), or `precision="bf16"`',
-    "x compiled": "as above; the library's GEMM, which the compiled form lives on, is a larger "
-    "share of this machine's FMA peak than of the one the target was asked on",
-    "of the FMA peak": "the products stage (csrc/README.md)",
-    "bf16": "packing and exponentials, which stay fp32, are now what takes the time",
-}
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
@@ -62,15 +53,15 @@ def share(case: dict, name: str) -> str:
 
 
 def rate(case: dict, name: str) -> str:
-    """GFLOP/s at 8c."""
+    """GFLOP/s, counting 8 N^2 d operations."""
     value = case["variants"].get(name, {}).get("rate")
     return "-" if value is None else f"{value / 1e9:.0f}"
 
 
 def loss_fp32(cases: list[dict]) -> str:
     """Every fp32 variant, our rate and our ratios."""
-    head = ["N", "d", *(f"{n}, ms" for n in FP32), "cpu at 8c, GFLOP/s", "of the FMA peak"]
-    head += ["x released", "x compiled"]
+    head = ["N", "d", *(f"{n}, ms" for n in FP32), "cpu, GFLOP/s (counting 8·N²·d operations)"]
+    head += ["of the FMA peak", "x released", "x compiled"]
     rows = [
         [str(c["rows"]), str(c["dim"]), *(ms(c, n) for n in FP32), rate(c, "cpu"), share(c, "cpu")]
         + [times(c, "released", "cpu"), times(c, "compiled", "cpu")]
@@ -118,69 +109,40 @@ def peaks(data: dict) -> str:
     return markdown(["N", "must", *names], rows)
 
 
-def largest(data: dict) -> str:
-    """The fit of each variant's peaks and the N that it puts into so many GiB."""
-    if not data["growth"]:
-        raise ValueError("memory.json has too few sizes to fit")
-    budgets = list(next(iter(data["growth"].values()))["largest"])
-    head = ["", "MiB", "KiB N", "B N²", "measured to N =", *(f"N in {g} GiB" for g in budgets)]
-    rows = []
-    for name, fit in data["growth"].items():
-        cells = [f"{fit['fixed_mib']:.0f}", f"{fit['kib_per_row']:.1f}"]
-        cells += [f"{fit['bytes_per_pair']:.1f}", f"{fit['measured_to']:,}"]
-        cells += [
-            f"{n:,}" + ("" if n <= fit["measured_to"] else " *") for n in fit["largest"].values()
-        ]
-        rows.append([name, *cells])
-    return markdown(head, rows)
-
-
 def targets(cases: list[dict], memory: dict | None) -> str:
-    """The plan's CPU targets, what was measured, and the next step for what is not met."""
+    """The plan's CPU targets and what was measured."""
     case = next((c for c in cases if c["rows"] == 8192 and c["dim"] == 360), None)
     if case is None:
         raise FileNotFoundError("a case of N = 8192, d = 360")
     rows, variants = [], case["variants"]
 
-    def line(what: str, must: str, stretch: str, value: float | None, need: float, key: str, form):
-        if value is None:
-            rows.append([what, must, stretch, "-", "not measured", ""])
-            return
-        met = value >= need
-        rows.append(
-            [
-                what,
-                must,
-                stretch,
-                form(value),
-                "met" if met else "not met",
-                "" if met else NEXT[key],
-            ]
-        )
+    def line(what: str, must: str, stretch: str, value: float | None, need: float, form: str):
+        word = "not measured" if value is None else "met" if value >= need else "not met"
+        rows.append([what, must, stretch, "-" if value is None else form.format(value), word])
 
     def ratio(other: str, own: str = "cpu") -> float | None:
         return timing.ratio(variants.get(other, {}), variants.get(own, {}))
 
-    fold = "{:.2f}x".format
-    line(
-        "share of the FMA peak at 8c", "60 %", "80 %", variants["cpu"].get("of_roof"), 0.6,
-        "of the FMA peak", lambda v: f"{100 * v:.0f} %",
-    )  # fmt: skip
-    line("against the released loss", "7x", "12x", ratio("released"), 7.0, "x released", fold)
-    line("against torch.compile", "2.5x", "4x", ratio("compiled"), 2.5, "x compiled", fold)
-    line("bf16 against our fp32", "1x", "1.3x", ratio("cpu", "cpu bf16"), 1.0, "bf16", fold)
+    of_peak = variants["cpu"].get("of_roof")
+    percent = None if of_peak is None else 100 * of_peak
+    what = "share of the FMA peak, counting 8·N²·d operations"
+    line(what, "60 %", "80 %", percent, 60, "{:.0f} %")
+    line("against the released loss", "7x", "12x", ratio("released"), 7, "{:.2f}x")
+    line("against torch.compile", "2.5x", "4x", ratio("compiled"), 2.5, "{:.2f}x")
+    line("bf16 against our fp32", "1x", "1.3x", ratio("cpu", "cpu bf16"), 1, "{:.2f}x")
     if memory is not None:
         last = [c for c in memory["cases"] if "cpu" in c["peak_mib"]][-1]
         extra = last["peak_mib"]["cpu"] - last["gradients_mib"] - last["z_and_dz_mib"]
         word = "met" if extra <= 256 else "not met"
         what = f"memory beyond z, dz and gradients, N = {last['rows']}"
-        rows.append([what, "256 MiB", "64 MiB", f"{extra:.0f} MiB", word, ""])
-    return markdown(["N = 8192, d = 360, fp32", "must", "stretch", "measured", "", "next"], rows)
+        rows.append([what, "256 MiB", "64 MiB", f"{extra:.0f} MiB", word])
+    return markdown(["N = 8192, d = 360, fp32", "must", "stretch", "measured", ""], rows)
 
 
 def stages(data: dict) -> str:
     """Time and rate of each native stage."""
-    peak, whole = data["fma_peak"], data["seconds"]
+    case = data.get("cases", [data])[0]  # files of before a study had cases have one at the top
+    peak, whole = case["fma_peak"], case["seconds"]
     rows = [
         [
             line["stage"],
@@ -189,12 +151,14 @@ def stages(data: dict) -> str:
             f"{line['gflops']:.0f}",
             f"{100 * line['of_peak']:.0f} %",
         ]
-        for line in data["stages"]
+        for line in case["stages"]
     ]
     n, d = data["settings"]["n"], data["settings"]["d"]
     rate = 8 * n * n * d / whole
     share = f"{100 * rate / peak:.0f} %"
-    rows.append(["all, at 8c", f"{1e3 * whole:.3g}", "", f"{rate / 1e9:.0f}", share])
+    rows.append(
+        ["all, counting 8·N²·d operations", f"{1e3 * whole:.3g}", "", f"{rate / 1e9:.0f}", share]
+    )
     return markdown(["stage", "ms", "share", "GFLOP/s", "of the FMA peak"], rows)
 
 
@@ -246,7 +210,6 @@ def blocks(results: Path) -> dict[str, str]:
         "both": lambda: loss_both(cases("both.json")),
         "targets": lambda: targets(cases("loss-*.json"), optional("memory.json")),
         "memory": lambda: peaks(read("memory.json")),
-        "largest": lambda: largest(read("memory.json")),
         "stages": lambda: stages(read("stages.json")),
         "trainer": lambda: trainer(read("trainer.json")),
     }
@@ -264,15 +227,15 @@ def fill(text: str, tables: dict[str, str]) -> str:
 
     def replaced(match: re.Match) -> str:
         name = match[1]
-        if name not in tables:
-            return match[0]
-        return f"<!-- {name} -->\n{tables[name]}\n<!-- end {name} -->"
+        return (
+            f"<!-- {name} -->\n{tables[name]}\n<!-- end {name} -->" if name in tables else match[0]
+        )
 
     return re.sub(r"<!-- ([\w-]+) -->\n.*?<!-- end \1 -->", replaced, text, flags=re.S)
 
 
 def main() -> None:
-    """Fills both pages."""
+    """Fills both pages and draws the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path, help="folder of the machine's result files")
     arguments = parser.parse_args()
@@ -281,6 +244,9 @@ def main() -> None:
         path = ROOT / page
         path.write_text(fill(path.read_text(), tables))
     print(f"filled: {', '.join(tables) or 'nothing'}")
+    if files := sorted(arguments.results.glob("loss-*.json")):
+        stem = arguments.results.resolve().name.partition("-")[0]
+        report.figures(report.load(files), ROOT / "docs", stem)
 
 
 if __name__ == "__main__":

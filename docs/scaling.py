@@ -167,7 +167,7 @@ def table() -> str:
 
 
 def measured(path: str) -> str:
-    """Markdown: the times in a file of bench/distributed.py, and the model with its constants."""
+    """Markdown: the times in a file of `bench.processes`, and the model with its constants."""
     heads = ("N", "gather", "one process, ms", "two, ms", "faster")
     heads += ("processor seconds of each, less", "model, ms", "model, faster")
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
@@ -214,7 +214,7 @@ def main() -> None:
     """Prints a table; draws where --out says."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", help="the figure's file")
-    parser.add_argument("--measured", metavar="FILE", help="of bench/distributed.py: beside these")
+    parser.add_argument("--measured", metavar="FILE", help="of bench.processes: beside these")
     arguments = parser.parse_args()
     print(measured(arguments.measured) if arguments.measured else table())
     if arguments.out:

@@ -1,7 +1,7 @@
 """Tile choices: one fixed table per architecture, each row with its reason.
 
-Nothing is tuned at run time. ``bench/tune_triton.py`` measures candidates on a GPU and prints rows
-for this table; until a result file backs a row its reason is arithmetic, and says so.
+Nothing is tuned at run time. ``directclr_fast/bench/tune.py`` measures candidates on a GPU and
+prints rows for this table; until a result file backs a row its reason is arithmetic, and says so.
 """
 
 from __future__ import annotations
@@ -87,9 +87,9 @@ _TABLE = {
     ("products", "gfx942", 4): Tile(64, 64, 32, 4, 1),
 }
 # Two exponentials an element, the triangle's mask, or maxima beside the sums want more registers:
-# there the tiles above spill. Every row here and above is free of spills with each Triton in
-# bench/triton_gate.py's record; what decides is often the oldest (sm_80's tf32x3 products, the
-# triangle on sm_100, whose unbounded sums in turn want fewer anchors with 3.7).
+# there the tiles above spill. Every row here and above is free of spills with each Triton in the
+# record of tests/gates/triton_kernels.py; what decides is often the oldest (sm_80's tf32x3
+# products, the triangle on sm_100, whose unbounded sums in turn want fewer anchors with 3.7).
 _CROWDED = {
     ("weights", "sm_86", 4): Tile(64, 64, 16, 8, 2),
     **{("weights", "sm_90", size): Tile(128, 128, 64, 8, 4, tma=True) for size in (1, 2)},

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
+import importlib.machinery
 import importlib.util
 import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -18,7 +22,17 @@ import torch
 import waiting
 
 from directclr_fast import cli
-from directclr_fast.bench import against, command, grid, memory, report, timing, variants
+from directclr_fast.bench import (
+    command,
+    grid,
+    memory,
+    regressions,
+    report,
+    study,
+    timing,
+    trainer,
+    variants,
+)
 from directclr_fast.bench.variants import ALLOWED, Case, Variant
 
 ROOT = Path(__file__).parent.parent
@@ -83,8 +97,8 @@ def roof_of(result: dict, case: dict) -> float:
 def test_nothing_but_times_is_worse_than_in_the_baseline(tiny):
     """Failures, peaks of memory and errors, against those of another machine."""
     old, new = (report.load([path]) for path in (BASELINE, tiny[1] / "bench.json"))
-    changes = against.compare(old, new, relative=1.0, absolute=0.1)
-    assert "2 cases compared" in against.summary(changes, old, new)
+    changes = regressions.compare(old, new, relative=1.0, absolute=0.1)
+    assert "2 cases compared" in regressions.summary(changes, old, new)
     timed = ("time / eager's", "roof / rate")
     assert not [str(c) for c in changes if c.worse and c.what not in timed]
 
@@ -165,7 +179,7 @@ def run_with(monkeypatch, extra: list[Variant], rows=(32,), **settings) -> dict:
     def catalogue(case, precisions=None):
         return [v for v in variants.plain(case) if v.name == "eager"] + extra
 
-    monkeypatch.setattr(grid.variants, "catalogue", catalogue)
+    monkeypatch.setattr(variants, "catalogue", catalogue)
     monkeypatch.setattr(grid.ceilings, "of_machine", lambda device: {"square fp32": 1e11})
     monkeypatch.setattr(grid.ceilings, "fma_peak", lambda rounds: None)
     wanted = grid.Settings(
@@ -268,25 +282,27 @@ def test_what_does_not_fit_is_a_result_and_the_next_one_runs(monkeypatch):
     assert 30 < found[1]["peak_mib"] < 180 and seen == [0, 1]
 
 
-def test_growth_finds_the_terms_and_the_largest_size():
-    points = [(n, 20 + 0.03 * n + 12 / 2**20 * n * n) for n in (1024, 4096, 16384, 32768)]
-    fit = memory.growth(points)
-    assert fit == pytest.approx((20, 0.03, 12 / 2**20), rel=1e-6)
-    assert memory.growth([(n, 0.022 * n) for n in (1024, 4096)]) == pytest.approx((0, 0.022, 0))
-    noisy = [(1024, 22.8), (4096, 89.1), (16384, 363.0), (32768, 715.0)]  # one part in a hundred
-    assert memory.growth(noisy)[2] == 0 and memory.growth(noisy)[1] == pytest.approx(
-        0.022, rel=0.02
-    )
-    n = memory.largest(fit, 8192.0, 0.01)
-    assert (
-        20 + 0.04 * n + 12 / 2**20 * n**2 <= 8192 < 20 + 0.04 * (n + 1) + 12 / 2**20 * (n + 1) ** 2
-    )
-    assert memory.largest((10, 0.01, 0), 5.0) == 0
-    fits = memory.fits({"eager": [(64, 900.0), *points], "few": points[:3]}, row_mib=0.01)
-    assert list(fits) == []  # 4 sizes within a factor 8 are needed
-    fits = memory.fits({"eager": [(8192, 20 + 0.03 * 8192 + 768), *points]}, row_mib=0.01)
-    assert fits["eager"]["bytes_per_pair"] == pytest.approx(12, rel=1e-3)
-    assert fits["eager"]["largest"]["8"] == pytest.approx(n, abs=2)
+@linux
+def test_a_variant_that_ran_out_of_memory_is_not_tried_at_a_larger_size(monkeypatch):
+    """Peaks by N above what a step must hold, or the reason."""
+    asked = []
+
+    def in_processes(jobs):
+        asked.append([(case.rows, name) for case, name in jobs])
+        fits = {"peak_mib": 1.0}
+        return [
+            fits if case.rows < 64 or name == "torch" else {"failed": "boom"} for case, name in jobs
+        ]
+
+    monkeypatch.setattr(memory, "in_processes", in_processes)
+    words = "--rows 64 32 128 --variants eager torch nobody".split()
+    found = [case for case, _ in memory.measure(study.parser(memory).parse_args(words))]
+    assert asked == [
+        [(n, v) for v in ("eager", "torch") if v == "torch" or n < 128] for n in (32, 64, 128)
+    ]
+    assert [case["failed"].get("eager") for case in found] == [None, "boom", "failed at N = 64"]
+    assert found[0]["peak_mib"] == {"eager": 1.0, "torch": 1.0}
+    assert found[2]["gradients_mib"] == 2.0
 
 
 # ------------------------------------------------------------------------ comparison
@@ -325,14 +341,14 @@ def slower(result: dict, name: str, factor: float) -> dict:
 
 
 def worse(old: dict, new: dict, **options) -> list[str]:
-    return [f"{c.variant} {c.what}" for c in against.compare(old, new, **options) if c.worse]
+    return [f"{c.variant} {c.what}" for c in regressions.compare(old, new, **options) if c.worse]
 
 
 def test_a_machine_that_is_slower_throughout_is_no_regression():
     new = made_up()
     for name in ("eager", "cpu", "torch"):
         new = slower(new, name, 3.0)
-    assert against.compare(made_up(), new) == []
+    assert regressions.compare(made_up(), new) == []
     assert len(worse(made_up(), new, milliseconds=True)) == 3
 
 
@@ -342,7 +358,7 @@ def test_both_thresholds_must_be_passed():
     assert worse(made_up(), new, relative=0.4) == []
     assert worse(made_up(), new, absolute=0.1) == []
     assert worse(new, made_up()) == []
-    (better,) = against.compare(new, made_up())
+    (better,) = regressions.compare(new, made_up())
     assert better.worse is False and "-23 %" in str(better)
 
 
@@ -360,10 +376,10 @@ def test_memory_errors_failures_and_absences():
     failed = {"family": "ours", "precision": "fp32", "failed": "boom", "out_of_memory": False}
     rows["torch"] = failed
     assert sorted(worse(made_up(), new)) == ["cpu error", "cpu peak MiB", "torch fails now: boom"]
-    assert [c.worse for c in against.compare(new, made_up()) if c.variant == "torch"] == [False]
+    assert [c.worse for c in regressions.compare(new, made_up()) if c.variant == "torch"] == [False]
     rows["torch"] = {"family": "ours", "precision": "fp32", "why_not": ["not built"]}
     rows["cpu"] = made_up()["cases"][0]["variants"]["cpu"]
-    (note,) = against.compare(made_up(), new)
+    (note,) = regressions.compare(made_up(), new)
     assert note.worse is None and "not built" in str(note)
     rows["cpu"]["peak_mib"] = 115.0  # 15 %, and less than 16 MiB
     assert worse(made_up(), new) == []
@@ -373,9 +389,9 @@ def test_results_without_a_common_case_and_bad_thresholds_are_refused():
     other = made_up()
     other["cases"][0]["rows"] = 77
     with pytest.raises(ValueError, match="common case"):
-        against.compare(made_up(), other)
+        regressions.compare(made_up(), other)
     with pytest.raises(ValueError, match="relative: expected at least 0"):
-        against.compare(made_up(), made_up(), relative=-1)
+        regressions.compare(made_up(), made_up(), relative=-1)
 
 
 def test_exit_codes_and_messages_of_the_command(tmp_path, capsys):
@@ -420,65 +436,100 @@ def test_files_of_two_machines_are_not_mixed(tmp_path):
 # ------------------------------------------------------------------------ scripts
 
 
-@pytest.mark.parametrize(
-    "suite,words", [("gpu_suite.sh", ["all", "OUT"]), ("cpu_suite.sh", ["OUT"])]
-)
-def test_every_piece_of_a_suite_is_a_command_that_parses(suite, words):
-    """The sizes, names and flags are good; nothing is measured."""
-    done = subprocess.run(
-        ["bash", str(ROOT / "bench" / suite), *words],
-        capture_output=True, text=True,
-        env={**os.environ, "DRY": "1", "PYTHON": sys.executable},
+def make(*words: str, file: Path = ROOT / "bench" / "Makefile") -> subprocess.CompletedProcess:
+    """make with these words, in the file's folder; not as a part of a make around the suite."""
+    if shutil.which("make") is None or shutil.which("timeout") is None:
+        pytest.skip("needs make and timeout")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
+    return subprocess.run(
+        ["make", "-C", file.parent, "-f", file.name, *words, f"PYTHON={sys.executable}"],
+        capture_output=True, text=True, env=environment,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("target,count", [("cpu", 14), ("gpu", 16)])
+def test_every_piece_of_a_suite_is_a_command_that_parses(target, count):
+    """The sizes, names and flags are good; nothing is measured."""
+    done = make("-n", "-B", target, "GPU=results/none")
     assert done.returncode == 0, done.stderr
-    pieces = dict(line.split(": ", 1) for line in done.stdout.splitlines())
-    assert len(pieces) >= 10
-    for piece in pieces.values():
+    pieces = re.findall(r"timeout \d+ (.*?) 2>&1 \| tee", done.stdout)
+    assert len(pieces) == count
+    for piece in pieces:
         words = shlex.split(piece)
         if "directclr_fast" in words:
             arguments = cli._parser().parse_args(words[words.index("directclr_fast") + 1 :])
             if words[words.index("directclr_fast") + 1] == "bench":
-                wanted = command.settings(arguments)
+                wanted = command.asked(arguments)
                 wanted = dataclasses.replace(wanted, dtype=wanted.dtype or "bfloat16")
                 assert all(wanted.catalogue(case) for case in wanted.cases())
-        for path in (word for word in words if word.startswith(("bench/", "tests/"))):
-            assert (ROOT / path).exists() or path.startswith("bench/results"), path
-            if path.endswith(".py") and path.startswith("bench/"):
-                source = (ROOT / path).read_text()
-                for flag in (w for w in words[words.index(path) :] if w.startswith("--")):
-                    assert f'"{flag}"' in source, (path, flag)
+        for word in (word for word in words if word.startswith("directclr_fast.bench.")):
+            study.parser(importlib.import_module(word)).parse_args(words[words.index(word) + 1 :])
+        for word in re.findall(r"\.\./(?!build)[\w/]+\.py", piece):
+            assert (ROOT / "bench" / word).exists(), word
+
+
+def test_pieces_come_in_the_order_that_is_written(tmp_path):
+    """What may fail first comes first: kernels, tests and sanitizers before any time."""
+    out = make("-n", "gpu", f"GPU={tmp_path}").stdout
+    logs = re.findall(r"\| tee \S+/logs/([\w-]+)\.log \|\|", out)
+    order = ["build", "doctor", "test_backends_gpu", "memcheck", "racecheck", "loss-360", "both"]
+    assert [name for name in logs if name in order] == order
+    assert logs[-2:] == ["trainer-resnet18", "trainer-small"]
 
 
 def test_a_suite_skips_what_is_there_and_runs_again_what_failed(tmp_path):
-    lines = [
-        f"out={tmp_path}; . {ROOT}/bench/pieces.sh",
-        "piece good good.json bash -c 'echo 1 >> $0/good.json' $out",
-        "piece log - echo hello",
-        "piece bad bad.json bash -c 'echo half > $0/bad.json; exit 3' $out",
-        "report_failed",
-    ]
+    file, folder = tmp_path / "Makefile", tmp_path / "out"
 
-    def run(**env) -> tuple[int, str]:
-        done = subprocess.run(
-            ["bash", "-c", "\n".join(lines)], capture_output=True, text=True,
-            env={**os.environ, **env},
-        )  # fmt: skip
+    def run(*words: str, bad: str) -> tuple[int, str]:
+        lines = [
+            f"include {ROOT}/bench/Makefile",
+            f"all: {folder}/bad.json {folder}/good.json {folder}/logs/hello.log",
+            f"{folder}/bad.json: ; $(call piece,bash -c '{bad}')",
+            f"{folder}/good.json: ; $(call piece,bash -c 'echo 1 >> $@')",
+            f"{folder}/logs/hello.log: ; $(call piece,echo hello)",
+        ]
+        file.write_text("\n".join(lines) + "\n")
+        done = make(*(words or ["all"]), "-k", file=file)
         return done.returncode, done.stdout
 
-    code, text = run()
-    assert code == 1 and "failed: bad" in text and "bad failed (3)" in text
-    assert (tmp_path / "bad.json.partial").exists() and not (tmp_path / "bad.json").exists()
-    lines[3] = "piece bad bad.json bash -c 'echo whole > $0/bad.json' $out"
-    code, text = run()
-    assert code == 0 and "good.json is there" in text and "log: done before" in text
-    assert (tmp_path / "good.json").read_text() == "1\n"
-    assert (tmp_path / "bad.json").read_text() == "whole\n"
-    assert run(FORCE="good")[0] == 0 and (tmp_path / "good.json").read_text() == "1\n1\n"
+    code, text = run(bad="echo half > $@; exit 3")
+    assert code == 2 and "bad.json: failed (3)" in text and "good.json: done" in text
+    assert (folder / "bad.json.partial").exists() and not (folder / "bad.json").exists()
+    code, text = run(f"{folder}/bad.json", "LIMIT=1", bad="echo half > $@; sleep 60")
+    assert code == 2 and "bad.json: failed (124)" in text
+    code, text = run(bad="echo whole > $@")
+    assert code == 0 and "good.json" not in text and "hello" not in text
+    assert (folder / "good.json").read_text() == "1\n"
+    assert (folder / "bad.json").read_text() == "whole\n"
+    assert run("-B", f"{folder}/good.json", bad="exit 1")[0] == 0
+    assert (folder / "good.json").read_text() == "1\n1\n"
+
+
+def test_a_study_leaves_what_it_measured_before_it_failed(tmp_path, capsys):
+    """One case and its text at a time; the file says how it was made."""
+    out = tmp_path / "new" / "made-up.json"
+
+    def measure(arguments):
+        for rows in arguments.rows:
+            if rows > 2:
+                raise MemoryError
+            yield {"rows": rows}, f"N {rows}"
+
+    made_up = types.ModuleType("made_up", "Words.")
+    made_up.__spec__ = importlib.machinery.ModuleSpec("made.up", None)
+    made_up.measure, made_up.FLAGS = measure, {"--rows": {"type": int, "nargs": "+"}}
+    with pytest.raises(MemoryError):
+        study.main(made_up, ["--rows", "1", "2", "3", "--out", str(out)])
+    result = json.loads(out.read_text())
+    assert result["cases"] == [{"rows": 1}, {"rows": 2}]
+    assert result["command"][:3] == ["made.up", "--rows", "1"]
+    assert result["settings"] == {"rows": [1, 2, 3]} and "processor" in result["machine"]
+    assert capsys.readouterr().out == "N 1\nN 2\n"
 
 
 def test_trainer_bench_measures_step_encoder_and_both_losses(tmp_path, capsys):
     out = tmp_path / "trainer.json"
-    assert script("trainer").main(["--rows", "64", "--rounds", "2", "--out", str(out)]) == 0
+    study.main(trainer, ["--rows", "64", "--rounds", "2", "--out", str(out)])
     (case,) = json.loads(out.read_text())["cases"]
     assert len(case["variants"]) == 6
     for loss in ("fast", "reference"):

@@ -1,20 +1,14 @@
-"""The Hopper kernels built for sm_90a on a machine without a GPU (bench/cuda_gate.py)."""
+"""The Hopper kernels built for sm_90a on a machine without a GPU (gates/cuda_kernels.py)."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-SCRIPT = Path(__file__).parents[1] / "bench" / "cuda_gate.py"
-_spec = importlib.util.spec_from_file_location("cuda_gate", SCRIPT)
-gate = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(gate)
+from gates import cuda_kernels as gate
 
 
 @pytest.mark.slow
@@ -24,7 +18,7 @@ def test_everything_builds_without_spills_and_with_hopper_instructions(tmp_path)
         pytest.skip("needs nvcc and CUTLASS's headers")
     if shutil.which("ldd") is None:
         pytest.skip("no ldd")
-    command = [sys.executable, str(SCRIPT), "--json", str(tmp_path / "records.json")]
+    command = [sys.executable, gate.__file__, "--json", str(tmp_path / "records.json")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found = json.loads((tmp_path / "records.json").read_text())

@@ -1,5 +1,5 @@
 """Runs ended from outside: signals, kill -9, full and read-only disks; the short form of
-bench/faults.py, whose long one is in bench/results."""
+tests/gates/faults.py, whose long one is in bench/results."""
 
 from __future__ import annotations
 
@@ -291,7 +291,7 @@ def state(process):
 
 def test_short_campaigns(tmp_path):
     out = tmp_path / "faults.json"
-    command = [sys.executable, ROOT / "bench" / "faults.py", "--kills", "6", "--rank-kills", "2"]
+    command = [sys.executable, ROOT / "tests/gates/faults.py", "--kills", "6", "--rank-kills", "2"]
     command += ["--epochs", "8", "--timeout", waiting.STILL, "--out", out]
     # Their runs write below tmp_path too, which is how it is seen that they get on.
     done = waiting.process(command, tmp_path, env={**os.environ, "TMPDIR": str(tmp_path)})

@@ -1,4 +1,4 @@
-"""Every Triton kernel that ships, compiled for GPUs that are not there (bench/triton_gate.py).
+"""Every Triton kernel that ships, compiled for GPUs that are not there (gates/triton_kernels.py).
 
 What the record holds for the installed Triton is read from it; the rest, all of it with a Triton
 that was never judged, is compiled here.
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-SCRIPT = Path(__file__).parents[1] / "bench" / "triton_gate.py"
+SCRIPT = Path(__file__).parent / "gates" / "triton_kernels.py"
 MATRIX = {
     "sm_80": "HMMA",
     "sm_89": "HMMA",
@@ -72,17 +72,15 @@ def test_the_record_is_what_the_compiler_makes(gate):
 
 
 def run(code: str) -> None:
-    """Python code in a process of its own, with the script's folder for ``{folder!r}``."""
-    code = code.format(folder=str(SCRIPT.parent))
-    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True)
+    """Python code in a process of its own, in the folder of the gates' folder."""
+    command, folder = [sys.executable, "-c", code], Path(__file__).parent
+    done = subprocess.run(command, env=ENVIRONMENT, cwd=folder, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
 
 
 def test_the_gate_sees_a_spill_and_a_missing_instruction():
     code = """
-import sys
-sys.path.insert(0, {folder!r})
-import triton_gate as gate
+from gates import triton_kernels as gate
 entry = gate.Launch("sums", "_sums_kernel", ("*fp16", "*fp16"), (True, True),
                     (("PRECISION", "ieee"),), 8, 3)
 good = dict(spills=0, stack=0, shared=1000, matrix=["HGMMA"])
@@ -92,9 +90,9 @@ assert "shared" in gate._problems(good | dict(shared=2**18), entry, "sm_90")[0]
 assert "HGMMA" in gate._problems(good | dict(matrix=["HMMA"]), entry, "sm_90")[0]
 assert "compile" in gate._problems(dict(error="does not compile"), entry, "sm_90")[0]
 other = gate.Launch(entry.module, entry.kernel, entry.types, entry.aligned, entry.constants, 4, 3)
-assert len({{entry.key("sm_90"), entry.key("sm_80"), other.key("sm_90")}}) == 3
+assert len({entry.key("sm_90"), entry.key("sm_80"), other.key("sm_90")}) == 3
 told = [1000, 90, 0, 2, ["HGMMA"]]
-row, = gate.judged([(entry, "sm_90")], {{entry.key("sm_90"): told}}, 1, False, 0)
+row, = gate.judged([(entry, "sm_90")], {entry.key("sm_90"): told}, 1, False, 0)
 assert "spills" in row["problems"][0] and not row["compiled"]
 """
     run(code)
@@ -102,9 +100,7 @@ assert "spills" in row["problems"][0] and not row["compiled"]
 
 def test_the_key_follows_the_code_and_not_the_words():
     code = """
-import sys
-sys.path.insert(0, {folder!r})
-import triton_gate as gate
+from gates import triton_kernels as gate
 def key(text):
     gate.ROOT.text = text
     gate.definitions.cache_clear(), gate.code_of.cache_clear()

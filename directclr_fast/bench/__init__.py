@@ -1,5 +1,7 @@
-"""Benchmarks of the loss beside its peers: ``directclr-fast bench``, and the helpers of bench/.
+"""Everything that times: ``directclr-fast bench``, and the studies.
 
-timing times, machine and ceilings say on what, variants says who, memory measures peaks, grid runs
-the cases, report prints and draws them, against compares two result files.
+The command is command, what it measures settings; grid runs the cases over the variants of
+variants; ceilings measures what the machine can do; report prints and draws a result, regressions
+compares two. Studies are memory, trainer, stages, processes, gradcache and tune, in the frame of
+study. timing times for all of them.
 """

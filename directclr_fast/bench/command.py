@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import os
 import sys
 from pathlib import Path
 
 from ..progress import Progress
+from .settings import QUICK, Settings
 
 DESCRIPTION = """\
 Times the loss (forward and backward) beside the peers that are installed, on this machine: its
@@ -18,61 +17,53 @@ four figures to DIR and prints the table."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the command; what is not given stays as grid.Settings has it."""
+    """Flags of the command: a flag for each field of Settings, and what is done with a result."""
     parser.description = DESCRIPTION
     add = parser.add_argument
     add("result", nargs="?", help="with --against: a result file to compare, instead of a run")
     add("--quick", action="store_true", help="a small grid, under 5 minutes on 2 cores")
     add("--out", default="runs/bench", metavar="DIR", help="folder of the results")
     add("--name", default="bench", help="stem of the files, default bench")
-    add("--rows", type=int, nargs="+", metavar="N", help="rows of each view")
-    add("--dim", type=int, nargs="+", dest="dims", metavar="D", help="columns taken, default 360")
-    add("--width", type=int, metavar="R", help="columns of a representation, default 2048")
-    add("--negatives", choices=("cross", "both"), help="default cross")
-    add(
-        "--both-rows", type=int, nargs="*", metavar="N",
-        help="sizes also measured with negatives both, default 128 1024",
-    )  # fmt: skip
-    add("--dtype", help="float32, bfloat16, float16 (default: bfloat16 on a GPU)")
-    add("--device", help="cpu or cuda (default: cuda where there is one)")
-    add("--precisions", nargs="+", metavar="P", help="of this package's backends: auto, bf16, ...")
-    add("--variants", nargs="+", dest="names", metavar="V", help="only these; --list shows them")
-    add("--rounds", type=int, help="turns that count, default 7")
-    add("--budget", type=float, help="seconds of turns for a case, after 3 (default: none)")
-    add("--no-memory", dest="memory", action="store_false", default=None, help="times only")
+    for field in dataclasses.fields(Settings):
+        flag = {"name": f"--{field.name.replace('_', '-')}", **field.metadata["flag"]}
+        add(flag.pop("name"), dest=field.name, default=None, **flag)
     add("--no-figures", dest="figures", action="store_false", help="the table and the file only")
     add("--list", action="store_true", help="the variants here, and why not; measures nothing")
     add("--against", metavar="FILE", help="compare with this result file; exit code 1 if worse")
-    add("--relative", type=float, help="change that counts, share of the old figure (0.15)")
-    add("--absolute", type=float, help="and in times of eager PyTorch (0.02; ms with --ms)")
+    add(
+        "--relative", type=float,
+        help="smallest change that counts, as a share of the old figure (default 0.15)",
+    )  # fmt: skip
+    add(
+        "--absolute", type=float,
+        help="smallest change that counts, as a share of eager PyTorch's time (default 0.02; in "
+        "ms with --ms)",
+    )  # fmt: skip
     add("--ms", action="store_true", help="compare milliseconds, for one quiet machine")
 
 
-def settings(arguments: argparse.Namespace):
-    """The grid.Settings that the flags ask for."""
-    from . import grid
-
-    base = grid.QUICK if arguments.quick else grid.Settings()
+def asked(arguments: argparse.Namespace) -> Settings:
+    """The settings that the flags ask for; what is not given stays as it is."""
     given = {
-        field.name: tuple(value) if isinstance(value, list) else value
-        for field in dataclasses.fields(base)
-        if (value := getattr(arguments, field.name, None)) is not None
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in vars(arguments).items()
+        if name in Settings.__dataclass_fields__ and value is not None
     }
     # Sizes named by hand are all that is measured.
     if "rows" in given:
         given.setdefault("both_rows", ())
-    return dataclasses.replace(base, **given)
+    return dataclasses.replace(QUICK if arguments.quick else Settings(), **given)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Runs the command. ValueError for flags that do not fit; against.Regressed where figures got
-    worse than those of ``--against``."""
-    from . import against, report
+    """Runs the command. ValueError for flags that do not fit; Regressed where figures got worse
+    than those of ``--against``."""
+    from . import regressions, report
 
     if arguments.result is not None and arguments.against is None:
         raise ValueError("result: expected --against FILE to compare it with, got none")
     if arguments.list:
-        print("\n".join(listing(settings(arguments))))
+        print("\n".join(listing(asked(arguments))))
         return
     # The old file is read before anything is measured: a bad name costs no minutes.
     old = report.load([arguments.against]) if arguments.against else None
@@ -84,29 +75,22 @@ def run(arguments: argparse.Namespace) -> None:
         for key in ("relative", "absolute")
         if (value := getattr(arguments, key)) is not None
     }
-    changes = against.compare(old, new, milliseconds=arguments.ms, **thresholds)
-    print(against.summary(changes, old, new))
+    changes = regressions.compare(old, new, milliseconds=arguments.ms, **thresholds)
+    print(regressions.summary(changes, old, new))
     if worse := sum(change.worse is True for change in changes):
-        raise against.Regressed(
+        raise regressions.Regressed(
             f"bench: expected figures as in {arguments.against}, got {worse} worse"
         )
 
 
 def _measured(arguments: argparse.Namespace) -> dict:
     """A new run, written and printed."""
-    from . import grid, report
+    from . import grid, report, study
 
-    wanted = settings(arguments).resolved()
+    wanted = asked(arguments).resolved()
     out = Path(arguments.out)
-    out.mkdir(parents=True, exist_ok=True)
     path = out / f"{arguments.name}.json"
-    partial = path.with_suffix(".json.partial")
-    partial.touch()  # a folder that cannot be written is said before anything long
-
-    def save(result: dict) -> None:
-        partial.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(partial, path)
-
+    save = study.writer(path)
     command = ["directclr-fast", *sys.argv[1:]]
     form = "{percentage:3.0f}% |{bar}| {elapsed}{postfix}"
     with Progress(100, file=sys.stderr, bar_format=form) as progress:
@@ -126,7 +110,7 @@ def _measured(arguments: argparse.Namespace) -> dict:
     return result
 
 
-def listing(wanted) -> list[str]:
+def listing(wanted: Settings) -> list[str]:
     """A line for each variant: its precision, and available or why not."""
     wanted = wanted.resolved()
     reasons: dict[str, tuple] = {}

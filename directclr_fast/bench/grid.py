@@ -2,8 +2,9 @@
 
 A result is {"format", "machine", "command", "settings", "ceilings", "cases"}; a case carries its
 fields, the ceilings of its own size, and a row for each variant: either its figures ("median",
-"quartiles", "seconds" by round, "rate" in operations/s at 8c, "of_roof", "peak_mib", "error" of the
-gradient and "value_error" of the loss against fp64) or why there are none ("why_not", "failed").
+"quartiles", "seconds" by round, "rate" in operations/s counting 8 N^2 d, its share "of_roof" and
+"of_library", "peak_mib", "error" of the gradient and "value_error" of the loss against fp64) or why
+there are none ("why_not", "failed").
 """
 
 from __future__ import annotations
@@ -18,87 +19,13 @@ import torch
 from .. import machine
 from ..loss import fast_directclr_loss
 from ..testing import evaluate, relative_error
-from . import ceilings, memory, timing, variants
+from . import ceilings, memory, timing
+from .settings import Settings
 from .variants import ALLOWED, Case, Variant
 
 FORMAT = 2
 CHECKED_ROWS = 1024  # a size that grids hold, so that nothing is compiled for the check alone
 SHORT = 1e-3  # seconds; a step below is timed with a backlog too, on a GPU
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What is measured: the product of sizes, and how long.
-
-    ``dtype`` None takes bfloat16 on a GPU and float32 elsewhere. ``both_rows``: sizes also measured
-    with negatives "both", next to ``negatives``. ``names``: variants wanted, None for all.
-    ``budget``: seconds of rounds for each case, None for all ``rounds``.
-    """
-
-    rows: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192)
-    dims: tuple[int, ...] = (360,)
-    width: int = 2048
-    negatives: str = "cross"
-    both_rows: tuple[int, ...] = (128, 1024)
-    dtype: str | None = None
-    device: str = "auto"
-    precisions: tuple[str, ...] | None = None
-    names: tuple[str, ...] | None = None
-    rounds: int = 7
-    budget: float | None = None
-    memory: bool = True
-
-    def resolved(self) -> Settings:
-        """With the device and dtype of this machine. ValueError for what cannot be."""
-        device = self.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device not in ("cpu", "cuda"):
-            raise ValueError(f"device: expected auto, cpu or cuda, got {device!r}")
-        if device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device: expected one of this machine, got 'cuda'")
-        dtype = self.dtype or ("bfloat16" if device == "cuda" else "float32")
-        if dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype!r}")
-        for name, least in (("rows", 2), ("dims", 1), ("both_rows", 2)):
-            for value in getattr(self, name):
-                if value < least:
-                    raise ValueError(f"{name}: expected at least {least}, got {value}")
-        if not self.rows or not self.dims:
-            raise ValueError("rows: expected at least one size, got none")
-        if self.rounds < 1:
-            raise ValueError(f"rounds: expected at least 1, got {self.rounds}")
-        if self.negatives not in ("cross", "both"):
-            raise ValueError(f"negatives: expected 'cross' or 'both', got {self.negatives!r}")
-        return dataclasses.replace(self, device=device, dtype=dtype)
-
-    def cases(self) -> list[Case]:
-        """The grid, small sizes first."""
-        found = []
-        pairs = [(self.negatives, self.rows)]
-        if self.negatives == "cross":
-            pairs.append(("both", self.both_rows))
-        for negatives, sizes in pairs:
-            for dim in self.dims:
-                for rows in sizes:
-                    width = max(self.width, dim)
-                    found.append(Case(rows, width, dim, self.dtype, self.device, negatives))
-        return found
-
-    def catalogue(self, case: Case) -> list[Variant]:
-        """The variants wanted for a case. ValueError for a name that none has."""
-        found = variants.catalogue(case, self.precisions)
-        if self.names is None:
-            return found
-        known = {v.name for v in found}
-        if unknown := [name for name in self.names if name not in known]:
-            raise ValueError(
-                f"variants: expected names of {', '.join(sorted(known))}, got {', '.join(unknown)}"
-            )
-        return [v for v in found if v.name in self.names]
-
-
-QUICK = Settings(rows=(256, 1024, 4096), both_rows=(128, 1024), rounds=5, budget=8.0)
 
 
 def run(
@@ -123,20 +50,23 @@ def run(
     progress("ceilings", 0.0)
     result["ceilings"] = ceilings.of_machine(settings.device)
     rows = [{v.name: _row(v, v.why_not(case)) for v in plan} for case, plan in zip(cases, plans)]
-    share = _Share(cases, rows, settings.memory and settings.device == "cpu")
-    if share.memory:
-        _peaks(cases, rows, lambda text: progress(text, share.peaked()))
+    # The share of the work that is done is guessed: peaks are a quarter, where there are any; a
+    # case costs its operations and a fixed part for checks and compilers.
+    begin = 0.0
+    if settings.memory and settings.device == "cpu" and memory.supported():
+        begin = 0.25
+        _peaks(cases, rows, lambda text, share: progress(text, begin * share))
+    costs = [2e9 + case.work for case in cases]
     checked: dict[tuple, dict] = {}
     for number, (case, plan) in enumerate(zip(cases, plans)):
-        text = f"N {case.rows}, d {case.dim}, {case.negatives}"
+        share = begin + (1 - begin) * (sum(costs[:number]) + costs[number] / 2) / sum(costs)
 
-        def tick(name: str, text=text, number=number) -> None:
-            progress(f"{text}: {name}", share.of(number))
+        def tick(name: str, case=case, share=share) -> None:
+            progress(f"N {case.rows}, d {case.dim}, {case.negatives}: {name}", share)
 
         tick("checks")
         found = _measure(case, plan, rows[number], settings, checked, result["ceilings"], tick)
         result["cases"].append(found)
-        share.done(number)
         save(result)
     progress("done", 1.0)
     return result
@@ -147,31 +77,8 @@ def _row(variant: Variant, reasons: list[str]) -> dict:
     return {**row, "why_not": reasons} if reasons else row
 
 
-class _Share:
-    """The share of the work that is done, by a guess of what each part costs."""
-
-    def __init__(self, cases: list[Case], rows: list[dict], with_memory: bool) -> None:
-        self.memory = with_memory
-        self.costs = [2e9 + case.work for case in cases]  # a fixed part for checks and compilers
-        self.total = sum(self.costs) * (1.3 if with_memory else 1.0)
-        self.before = 0.0
-        self.jobs = max(1, sum("why_not" not in row for found in rows for row in found.values()))
-
-    def peaked(self) -> float:
-        self.before += 0.3 / 1.3 * self.total / self.jobs
-        return min(1.0, self.before / self.total)
-
-    def of(self, number: int) -> float:
-        return min(1.0, (self.before + self.costs[number] / 2) / self.total)
-
-    def done(self, number: int) -> None:
-        self.before += self.costs[number]
-
-
-def _peaks(cases: list[Case], rows: list[dict], tick: Callable[[str], None]) -> None:
+def _peaks(cases: list[Case], rows: list[dict], tick: Callable[[str, float], None]) -> None:
     """Writes the peak of every variant that can run into its row; Linux, CPU."""
-    if not memory.supported():
-        return
     places = [
         (number, name)
         for number, found in enumerate(rows)
@@ -182,9 +89,9 @@ def _peaks(cases: list[Case], rows: list[dict], tick: Callable[[str], None]) -> 
     def keep(job: int, found: dict) -> None:
         number, name = places[job]
         rows[number][name].update(found)
-        tick(f"memory: N {cases[number].rows}, {name}")
+        tick(f"memory: N {cases[number].rows}, {name}", (job + 1) / len(places))
 
-    tick("memory")
+    tick("memory", 0.0)
     memory.in_processes([(cases[number], name) for number, name in places], keep)
 
 
@@ -250,9 +157,9 @@ def _measure(
             roof = ceilings.roof({**of_machine, **own}, precisions[name])
             row["of_roof"] = row["rate"] / roof if roof else None
             products = own.get(f"products {ceilings.unit_of(precisions[name])}")
-            row["rho"] = row["rate"] / products if products else None
+            row["of_library"] = row["rate"] / products if products else None
         rows[name] = row
-    _agree(rows, {v.name: v for v in plan})
+    _disqualify(rows, {v.name: v for v in plan})
     return {**dataclasses.asdict(case), "work": case.work, "ceilings": own, "variants": rows}
 
 
@@ -333,8 +240,8 @@ def errors(case: Case, function, rows: int, seed: int = 1, copies: bool = False)
     return found
 
 
-def _agree(rows: dict[str, dict], plan: dict[str, Variant]) -> None:
-    """Takes the time back from a variant whose loss at full size is not that of the others."""
+def _disqualify(rows: dict[str, dict], plan: dict[str, Variant]) -> None:
+    """Removes the time of a variant whose loss at full size disagrees with the rest."""
     timed = {n: r for n, r in rows.items() if "loss" in r and plan[n].family != "neighbour"}
     if len(timed) < 2:
         return
@@ -342,7 +249,7 @@ def _agree(rows: dict[str, dict], plan: dict[str, Variant]) -> None:
     for name, row in timed.items():
         off = abs(row["loss"] - middle) / max(abs(middle), 1e-30)
         if not off < ALLOWED[plan[name].precision]:
-            for key in ("median", "quartiles", "seconds", "rate", "of_roof", "rho"):
+            for key in ("median", "quartiles", "seconds", "rate", "of_roof", "of_library"):
                 row.pop(key, None)
             row["failed"] = f"not the loss of the others at this size: off by {off:.1e}"
             row["out_of_memory"] = False

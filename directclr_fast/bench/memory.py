@@ -1,5 +1,7 @@
 """Peak memory of a forward and backward pass, above the inputs.
 
+    python -m directclr_fast.bench.memory --out memory.json
+
 On a GPU the allocator says it. On the CPU every step runs in a process of its own, forked from one
 that has imported torch and computed nothing, and the system says it (VmHWM, Linux): memory that an
 earlier step had returned or kept cannot hide any. The process may take what the machine has free
@@ -8,6 +10,7 @@ and no more, so a step that does not fit ends as a result and not with the machi
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
 import dataclasses
@@ -17,16 +20,21 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 
-import numpy as np
 import torch
 
 from .. import machine
-from . import timing, variants
+from . import study, timing, variants
 from .variants import Case, Loss
 
 WARM_ROWS = 64  # loads libraries and starts threads before the step that counts
 MIB = 2**20
-BUDGETS_GIB = (1, 8, 24, 80)
+FLAGS = {
+    "--rows": {"type": int, "nargs": "+", "default": [1024 * 2**i for i in range(6)]},
+    "--width": {"type": int, "default": 2048},
+    "--dim": {"type": int, "default": 360},
+    "--negatives": {"default": "cross", "choices": ("cross", "both")},
+    "--variants": {"nargs": "+", "help": "only these (default: all that can run)"},
+}
 
 
 def on_device(step: Callable[[], object]) -> float:
@@ -61,7 +69,7 @@ def in_processes(
     }
     found: list[dict] = []
     with subprocess.Popen(
-        [sys.executable, "-m", __name__],
+        [sys.executable, "-c", f"from {__spec__.name} import _serve; _serve()"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,  # compilers talk there
@@ -115,80 +123,44 @@ def _status(key: str) -> int | None:
     return None
 
 
-# ------------------------------------------------------------------------ growth with N
+# ------------------------------------------------------------------------ the study
 
 
-def growth(points: list[tuple[int, float]]) -> tuple[float, float, float]:
-    """(MiB, MiB per row, MiB per pair of rows) of the peaks at each N.
-
-    The least squares fit of relative errors whose three terms are not negative.
-    """
-    rows = np.array([n for n, _ in points], dtype=float)
-    peaks = np.array([max(peak, 1e-9) for _, peak in points])
-    terms = np.stack([np.ones_like(rows), rows, rows**2], axis=1) / peaks[:, None]
-    best, least = (0.0, 0.0, 0.0), np.inf
-    for bits in range(1, 8):
-        used = [i for i in range(3) if bits >> i & 1]
-        if len(used) > len(points):
-            continue
-        values = np.zeros(3)
-        values[used] = np.linalg.lstsq(terms[:, used], np.ones(len(rows)), rcond=None)[0]
-        error = float(np.square(terms @ values - 1).sum())
-        # A further term has to earn its place: any one fits the noise a little better.
-        if (values >= 0).all() and error < 0.5 * least - 1e-12:
-            best, least = tuple(float(v) for v in values), error
-    return best
-
-
-def largest(fit: tuple[float, float, float], mib: float, row_mib: float = 0.0) -> int:
-    """The largest N that a fit of :func:`growth` puts into ``mib``, with ``row_mib`` more a row."""
-    fixed, row, pair = fit
-    row, room = row + row_mib, mib - fixed
-    if room <= 0:
-        return 0
-    if pair <= 0:
-        return int(room / row) if row > 0 else sys.maxsize
-    return int((-row + (row**2 + 4 * pair * room) ** 0.5) / (2 * pair))
-
-
-def fits(peaks: dict[str, list[tuple[int, float]]], row_mib: float) -> dict[str, dict]:
-    """What :func:`growth` says of each variant's (N, MiB), and the N it puts into BUDGETS_GIB.
-
-    ``row_mib``: inputs, MiB a row. Only the points within a factor 8 of the largest N are fitted:
-    what is bounded (a workspace, kept tiles) still grows below. Fewer than 4 of them say nothing:
-    the terms cannot be told apart.
-    """
-    found = {}
-    for name, points in peaks.items():
-        last = max(n for n, _ in points)
-        points = [(n, peak) for n, peak in points if 8 * n >= last]
-        if len(points) < 4:
-            continue
-        fit = growth(points)
-        found[name] = {
-            "fixed_mib": fit[0],
-            "kib_per_row": 1024 * fit[1],
-            "bytes_per_pair": MIB * fit[2],
-            "measured_to": last,
-            "largest": {str(g): largest(fit, 1024 * g, row_mib) for g in BUDGETS_GIB},
+def measure(arguments: argparse.Namespace) -> Iterator[tuple[dict, str]]:
+    """Every variant at every N, smallest first, until it runs out of memory."""
+    if not supported():
+        raise SystemExit("memory: expected Linux with /proc/self/clear_refs, got a system without")
+    gone: dict[str, str] = {}
+    for rows in sorted(arguments.rows):
+        case = Case(rows, arguments.width, arguments.dim, negatives=arguments.negatives)
+        names = [v.name for v in variants.catalogue(case) if not v.why_not(case)]
+        names = [n for n in arguments.variants or names if n in names and n not in gone]
+        peaks, failed = {}, dict(gone)
+        for name, found in zip(names, in_processes([(case, name) for name in names])):
+            if "peak_mib" in found:
+                peaks[name] = found["peak_mib"]
+            else:
+                failed[name], gone[name] = found["failed"], f"failed at N = {rows}"
+        record = {
+            "rows": rows,
+            "width": case.width,
+            "dim": case.dim,
+            "negatives": case.negatives,
+            "gradients_mib": 2 * rows * case.width * 4 / MIB,
+            "z_and_dz_mib": 4 * rows * -(-case.dim // 16) * 16 * 4 / MIB,
+            "peak_mib": peaks,
+            "failed": failed,
         }
-    return found
-
-
-def lines(found: dict[str, dict]) -> list[str]:
-    """A line for each fit."""
-    return [
-        f"{name}: {fit['fixed_mib']:.0f} MiB + {fit['kib_per_row']:.1f} KiB N + "
-        f"{fit['bytes_per_pair']:.1f} B N^2 (to N = {fit['measured_to']}); with its inputs N = "
-        + ", ".join(f"{n:,} in {g} GiB" for g, n in fit["largest"].items())
-        for name, fit in found.items()
-    ]
+        must = record["gradients_mib"] + record["z_and_dz_mib"]
+        shown = [f"{name} {peak:.0f} ({peak - must:+.0f})" for name, peak in peaks.items()]
+        shown += [f"{name}: {text}" for name, text in failed.items()]
+        yield record, f"N {rows}: gradients, z and dz {must:.0f} MiB; peak {', '.join(shown)}"
 
 
 # ------------------------------------------------------------------------ the measuring process
 
 
-def _main() -> None:
+def _serve() -> None:
     asked = json.loads(sys.stdin.read())
     for fields, name in asked["jobs"]:
         print(json.dumps(_forked(Case(**fields), name, asked)), flush=True)
@@ -239,4 +211,4 @@ def _peak(case: Case, name: str) -> int:
 
 
 if __name__ == "__main__":
-    _main()
+    study.main(sys.modules[__name__])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..machine import describe
 from ..plots import figure
-from . import ceilings, memory, timing
+from . import ceilings, timing
 from .grid import FORMAT
 
 ORDER = {"ours": 0, "plain": 1, "peer": 2, "neighbour": 3}
@@ -86,7 +86,7 @@ def table(result: dict) -> str:
         )
         lines += ["", f"{title}; {_rates(case['ceilings'], unit, scale)}"]
         lines.append(
-            f"  {'':<22}{'ms':>10}{'quartiles':>19}{unit:>9}{'of roof':>8}{'rho':>6}"
+            f"  {'':<22}{'ms':>10}{'quartiles':>19}{unit:>9}{'of roof':>8}{'of lib':>7}"
             f"{'peak MiB':>10}{'error':>9}  against ours"
         )
         rows = case["variants"]
@@ -97,12 +97,6 @@ def table(result: dict) -> str:
             lines.append(f"  {name:<22}" + _figures(case, name, scale))
     if any((r.get("of_roof") or 0) > 1.2 for c in result["cases"] for r in c["variants"].values()):
         lines += ["", "a rate above its roof: the machine was busy while one of them was measured"]
-    cases = main_cases(result)
-    if cases:
-        row = 2 * cases[0]["width"] * (4 if cases[0]["dtype"] == "float32" else 2) / 2**20
-        fits = memory.fits(_series(cases, "peak_mib"), row)
-        lines += ["", "peak memory by N, fitted:"] if fits else []
-        lines += [f"  {line}" for line in memory.lines(fits)]
     missing = absent(result["cases"])
     if missing:
         lines += ["", "not here:"]
@@ -136,7 +130,7 @@ def _figures(case: dict, name: str, scale: float) -> str:
     low, high = (1e3 * q for q in row["quartiles"])
     quartiles = f"{low:.4g} to {high:.4g}"
     text = f"{1e3 * row['median']:10.4g}{quartiles:>19}{row['rate'] / scale:9.4g}"
-    text += _percent(row.get("of_roof"), 8) + _number(row.get("rho"), 6)
+    text += _percent(row.get("of_roof"), 8) + _number(row.get("of_library"), 7)
     error = f"{row['error']:.1e}" if "error" in row else "-"
     text += f"{peak:>10}{error:>9}"
     if row["family"] == "ours":
@@ -253,7 +247,7 @@ def draw_memory(result: dict, cases: list[dict], path: Path) -> bool:
 
 
 def draw_roofline(result: dict, cases: list[dict], path: Path) -> bool:
-    """Rate at 8c against the operations per byte that the problem itself must move."""
+    """Rate, counting 8 N^2 d operations, against those per byte that the problem must move."""
     if not _series(cases, "rate") or "copy" not in result["ceilings"]:
         return False
     gpu = "gpu" in result["machine"]
@@ -265,7 +259,7 @@ def draw_roofline(result: dict, cases: list[dict], path: Path) -> bool:
         return case["work"] / moved
 
     by_rows = {case["rows"]: intensity(case) for case in cases}
-    with figure(path, _title(result, cases, "Roofline, rates at 8c")) as axes:
+    with figure(path, _title(result, cases, "Roofline, counting 8 N² d operations")) as axes:
         for name, points in _series(cases, "rate").items():
             x = [by_rows[n] for n, _ in points]
             axes.plot(x, [r / scale for _, r in points], label=name, **_style(cases, name))
@@ -285,14 +279,16 @@ def draw_roofline(result: dict, cases: list[dict], path: Path) -> bool:
         axes.set_yscale("log")
         axes.set_xlim(*edges)
         axes.set_ylim(top=top)
-        axes.set_xlabel("operations at 8c per byte that must move (slices read, gradients written)")
+        axes.set_xlabel(
+            "8 N² d operations per byte that must move (slices read, gradients written)"
+        )
         axes.set_ylabel(unit)
         axes.legend(fontsize="small")
     return True
 
 
 def draw_accuracy(result: dict, cases: list[dict], path: Path) -> bool:
-    """Relative error of the gradient against milliseconds, at the largest N most can do."""
+    """Relative error of the gradient against ms, at the largest N that most variants completed."""
     points: dict[str, tuple[float, float]] = {}
     for case in cases:
         found = {

@@ -49,7 +49,7 @@ class Case:
 
     @property
     def work(self) -> int:
-        """Operations of forward and backward: 8c for "cross", 16c for "both"."""
+        """Operations of forward and backward: 8 N^2 d for "cross", 16 N^2 d for "both"."""
         return flops.total(self.rows, self.rows, self.dim, self.negatives)
 
     def views(self, rows: int | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -133,10 +133,9 @@ def plain(case: Case) -> list[Variant]:
     for mixed in (False, True) if case.dtype == "float32" else (True,):
         suffix = " bf16" if mixed and case.dtype == "float32" else ""
         precision = "bf16" if mixed else "fp32"
-        for name, function in (("released", _released), ("eager", _eager), ("compiled", _compiled)):
-            build = _autocast(function) if mixed else function
-            against = _cross_only if name == "released" else _nothing
-            found.append(Variant(name + suffix, "plain", precision, build, against))
+        for name in ("released", "eager", "compiled"):
+            why_not = _cross_only if name == "released" else _nothing
+            found.append(Variant(name + suffix, "plain", precision, _plain(name, mixed), why_not))
     return found
 
 
@@ -148,32 +147,20 @@ def _cross_only(case: Case) -> list[str]:
     return [] if case.negatives == "cross" else ["it has negatives 'cross' only"]
 
 
-def _released(case: Case) -> Loss:
-    return lambda a, b: released_loss(a, b, case.dim, case.temperature)
-
-
-def _eager(case: Case) -> Loss:
-    return lambda a, b: eager_loss(
-        a, b, case.dim, case.temperature, negatives=case.negatives
-    )  # fmt: skip
-
-
-def _compiled(case: Case) -> Loss:
-    compiled = torch.compile(eager_loss, dynamic=False)
-    return lambda a, b: compiled(a, b, case.dim, case.temperature, negatives=case.negatives)
-
-
-def _autocast(build: Callable[[Case], Loss]) -> Callable[[Case], Loss]:
-    def wrapped(case: Case) -> Loss:
-        function = build(case)
+def _plain(name: str, mixed: bool) -> Callable[[Case], Loss]:
+    def build(case: Case) -> Loss:
+        function, options = released_loss, {}
+        if name != "released":
+            function, options = eager_loss, {"negatives": case.negatives}
+        if name == "compiled":
+            function = torch.compile(function, dynamic=False)
 
         def run(a: Tensor, b: Tensor) -> Tensor:
-            with torch.autocast(case.device, torch.bfloat16):
-                return function(a, b)
+            return function(a, b, case.dim, case.temperature, **options)
 
-        return run
+        return torch.autocast(case.device, torch.bfloat16)(run) if mixed else run
 
-    return wrapped
+    return build
 
 
 # ------------------------------------------------------------------------ this package

@@ -170,7 +170,7 @@ class Trainer:
         self.cache = None
         if config.chunk_size is not None:
             self.cache = GradientCache(
-                self.model, self.module, config.chunk_size, config.cache_bn, self._autocast, ranks
+                self.model, self.module, config.chunk_size, config.cache_bn, self.autocast, ranks
             )
         self.step = 0
         log = self.folder / "log.jsonl" if ranks.rank == 0 else None
@@ -227,7 +227,7 @@ class Trainer:
             self.model.train()
             while self.step < last:
                 for images, labels, _ in self.batches:
-                    values = self._train_step(images, labels)
+                    values = self.train_step(images, labels)
                     self.step += 1
                     self.log.tick()
                     end = self.step == last
@@ -250,7 +250,7 @@ class Trainer:
         last_line = {**self.log.record, "step": self.step}
         return {**last_line, "backend": last_backend(), "folder": str(self.folder)}
 
-    def _train_step(self, images, labels) -> tuple[float, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def train_step(self, images, labels) -> tuple[float, torch.Tensor, torch.Tensor, torch.Tensor]:
         """One update; learning rate and, on the device, loss, online accuracy, steps skipped."""
         config = self.config
         rate = learning_rate(
@@ -261,20 +261,20 @@ class Trainer:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        make = self._views(images)
+        make = self.views_of(images)
         self.optimizer.zero_grad(set_to_none=True)
         self.guard.start()
         if self.cache is not None:
             loss, accuracy = self.cache.backward(make, labels, self.scaler.scale)
         else:
             view1, view2 = (make(which, slice(0, len(images))) for which in (0, 1))
-            with self._autocast():
+            with self.autocast():
                 loss, head_loss, accuracy = self.module(view1, view2, labels)
             self.scaler.scale(loss + head_loss).backward()
         self.guard.step(loss)
         return rate, loss.detach(), accuracy, self.guard.counts[0].clone()
 
-    def _views(self, images) -> Callable[[int, slice], torch.Tensor]:
+    def views_of(self, images) -> Callable[[int, slice], torch.Tensor]:
         """``make(which, rows)``: these rows of view 0 or 1 of ``images``, this rank's, in the
         encoder's layout. What they depend on is drawn here, for the batch of all ranks."""
         batch, config = self.config.batch_size, self.config
@@ -289,7 +289,8 @@ class Trainer:
 
         return make
 
-    def _autocast(self):
+    def autocast(self):
+        """Where the encoder and the loss run: as ``amp`` says."""
         dtype = torch.float16 if self.config.amp == "fp16" else torch.bfloat16
         return torch.autocast(self.device.type, dtype, enabled=self.config.amp != "none")
 

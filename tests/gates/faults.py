@@ -1,6 +1,6 @@
 """Training under kill -9: whole runs at random moments, and one rank of two under torchrun.
 
-    python bench/faults.py --out bench/results/cpu-2core-zen5/faults.json
+    python tests/gates/faults.py --out bench/results/cpu-2core-zen5/faults.json
 
 A tiny run that saves at every step, so that much of its time goes into saving. First campaign: the
 run is killed at a random moment, its checkpoint read, the run resumed, and so on; each run that

@@ -1,6 +1,6 @@
 """Times candidate tiles of one Triton kernel on this GPU and prints the rows for the table.
 
-    python bench/tune_triton.py --kernel sums weights products --dim 360 --out tune.json
+    python -m directclr_fast.bench.tune --kernel sums weights products --dim 360 --out tune.json
 
 Nothing is tuned while the loss runs: what this prints is put into ``kernels/configs.py`` by hand,
 with the file it came from as the reason. A candidate that does not compile or needs too much shared
@@ -12,18 +12,25 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import json
 import sys
-from pathlib import Path
+from collections.abc import Iterator
 
 import torch
-from directclr_fast.kernels import configs, normalize, products, sums, weights
-from directclr_fast.kernels.common import Layout
-from directclr_fast.kernels.configs import Tile
 
-from directclr_fast.backends.triton import Triton
-from directclr_fast.bench.timing import interleaved
-from directclr_fast.machine import machine
+from ..backends.triton import Triton
+from ..kernels import configs, normalize, products, sums, weights
+from ..kernels.common import Layout
+from ..kernels.configs import Tile
+from . import study
+from .timing import failure, interleaved
+
+KERNELS = ("sums", "weights", "products")
+FLAGS = {
+    "--kernel": {"nargs": "+", "choices": KERNELS, "default": KERNELS},
+    "--dim": {"type": int, "nargs": "+", "default": [360]},
+    "--rows": {"type": int, "default": 16384},
+    "--precision": {"default": "fp16", "choices": ("fp16", "bf16", "fp8")},
+}
 
 
 def candidates(kernel: str, hopper: bool) -> list[Tile]:
@@ -85,56 +92,37 @@ def runner(kernel: str, layout: Layout, rows: int, tile: Tile):
     )
 
 
-def milliseconds(function, rounds: int = 9) -> float:
-    """Median of device events, the L2 cache cold. RuntimeError where the tile does not run."""
-    found = interleaved({"tile": function}, rounds, warmup=2, device="cuda")["tile"]
+def timed(kernel: str, layout: Layout, rows: int, tile: Tile) -> dict:
+    """{"ms", "tflops"}, the L2 cache cold; {"failed"} where the tile does not compile or run."""
+    try:
+        function, operations = runner(kernel, layout, rows, tile)
+        found = interleaved({"tile": function}, 9, warmup=2, device="cuda")["tile"]
+    except Exception as error:
+        found = failure(error)
     if "failed" in found:
-        raise RuntimeError(found["failed"])
-    return 1e3 * found["median"]
+        return {"failed": found["failed"]}
+    ms = 1e3 * found["median"]
+    return {"ms": ms, "tflops": operations / ms / 1e9}
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Tunes the kernels asked for; best first."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = ["sums", "weights", "products"]
-    parser.add_argument("--kernel", nargs="+", choices=names, default=names)
-    parser.add_argument("--dim", type=int, nargs="+", default=[360])
-    parser.add_argument("--rows", type=int, default=16384)
-    parser.add_argument("--precision", default="fp16", choices=["fp16", "bf16", "fp8"])
-    parser.add_argument("--out", help="JSON file")
-    arguments = parser.parse_args(argv)
+def measure(arguments: argparse.Namespace) -> Iterator[tuple[dict, str]]:
+    """Every kernel at every d, the best tiles first."""
     arch = configs.architecture(torch.device("cuda", 0))[0]
-    results = {"machine": machine(), "arch": arch, "command": sys.argv[1:], "cases": []}
-    # The library's product is timed beside ours, not instead of it.
-    library = products._library_adds
     for dim, kernel in itertools.product(arguments.dim, arguments.kernel):
-        layout = Layout(arguments.precision, dim)
+        size = (kernel, Layout(arguments.precision, dim), arguments.rows)
         rows = []
-        if kernel == "products":
-            function, operations = runner(kernel, layout, arguments.rows, Tile(128, 128, 64, 8, 3))
-            best = milliseconds(function)
-            print(f"library {best:.3f} ms {operations / best / 1e9:.0f} TFLOP/s")
-            rows.append({"tile": "library", "tflops": operations / best / 1e9})
+        library = products._library_adds
+        if kernel == "products":  # the library's product is timed beside ours, not instead of it
+            rows.append({"tile": "library", **timed(*size, Tile(128, 128, 64, 8, 3))})
             products._library_adds = lambda *_: False
         for tile in candidates(kernel, arch in ("sm_90", "sm_100")):
-            row = {"tile": dataclasses.asdict(tile)}
-            try:
-                function, operations = runner(kernel, layout, arguments.rows, tile)
-                row["ms"] = milliseconds(function)
-                row["tflops"] = operations / row["ms"] / 1e9
-            except Exception as error:
-                row["failed"] = (str(error).splitlines() or [type(error).__name__])[0][:200]
-            rows.append(row)
+            rows.append({"tile": dataclasses.asdict(tile), **timed(*size, tile)})
         products._library_adds = library
         rows.sort(key=lambda row: -row.get("tflops", 0.0))
-        results["cases"].append({"kernel": kernel, "dim": dim, "rows": rows})
-        print(f"{kernel}, d {dim}, {arguments.precision}, {arch}")
-        for row in rows[:8]:
-            print(f"  {row.get('tflops', 0):7.1f} TFLOP/s  {row['tile']}", flush=True)
-        if arguments.out:
-            Path(arguments.out).write_text(json.dumps(results, indent=1) + "\n")
-    return 0
+        lines = [f"{kernel}, d {dim}, {arguments.precision}, {arch}"]
+        lines += [f"  {row.get('tflops', 0):7.1f} TFLOP/s  {row['tile']}" for row in rows[:8]]
+        yield {"kernel": kernel, "dim": dim, "arch": arch, "rows": rows}, "\n".join(lines)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    study.main(sys.modules[__name__])

@@ -1,9 +1,9 @@
 """Compiles every Triton kernel a call would launch, for GPUs that need not be there, and reads the
 binaries: registers, stack, shared memory, matrix instructions.
 
-    python bench/triton_gate.py                       # what is not in the record yet, a summary
-    python bench/triton_gate.py --anew --arch sm_90   # everything again, without the record
-    python bench/triton_gate.py --triton 3.6.0 3.9.0 --write --out docs/triton-kernels.md
+    python tests/gates/triton_kernels.py                      # what is not in the record, a summary
+    python tests/gates/triton_kernels.py --anew --arch sm_90  # everything again, without the record
+    python tests/gates/triton_kernels.py --triton 3.6.0 3.9.0 --write --out docs/triton-kernels.md
 
 The launches are those of the backend itself, recorded instead of run, so what is checked is what
 ships. Exit status 1 if a kernel spills, needs more shared memory than the chip has, or a tile
@@ -43,7 +43,7 @@ from directclr_fast.backends.triton import Triton
 from directclr_fast.problem import Problem
 from directclr_fast.world import ALONE
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "bench/results/triton_gate.json"
 READ = ("shared", "registers", "stack", "spills", "matrix")  # what a binary tells
 
@@ -361,7 +361,7 @@ What Triton makes of every kernel that ships, read off the binaries; no GPU is n
 rows for each Triton that has judged all of them (PyTorch 2.11 brings 3.6, 2.12 and 2.13 bring 3.7,
 2.14 brings 3.8, 2.15 brings 3.9). Every single kernel, with its registers, stack, shared memory and matrix
 instructions, is in [bench/results/triton_gate.json](../bench/results/triton_gate.json);
-`python bench/triton_gate.py --list` prints those of the installed Triton as a table.
+`python tests/gates/triton_kernels.py --list` prints those of the installed Triton as a table.
 
 | Triton | architecture | kernels | most registers, tile products | most shared memory, KiB | spill | with problems | matrix instructions |
 |---|---|---|---|---|---|---|---|

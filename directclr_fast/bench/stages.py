@@ -1,41 +1,40 @@
 """Where the CPU backend's time goes: each native stage beside the FMA peak of the same run.
 
-    python bench/cpu_stages.py --n 8192 --d 360 --width 2048 --threads 2
-                                [--bf16] [--keep 0.5] [--isa avx2]
+    python -m directclr_fast.bench.stages --n 8192 --d 360 --width 2048 --threads 2
+                                          [--bf16] [--keep 0.5] [--isa avx2]
 
 Every round measures the peak, then every stage once, so that all figures share the machine's state;
-medians over the rounds. Prints one table; --json FILE writes it with the machine.
+medians over the rounds.
 """
 
+from __future__ import annotations
+
 import argparse
-import json
-import platform
 import sys
-from pathlib import Path
+from collections.abc import Iterator
 
 import torch
 
-from directclr_fast import _cpu
-from directclr_fast.bench.timing import interleaved
-from directclr_fast.machine import machine
+from ..machine import processor
+from . import study
+from .timing import interleaved
 
-
-def arguments():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--n", type=int, default=4096)
-    parser.add_argument("--d", type=int, default=360)
-    parser.add_argument("--width", type=int, default=2048)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--keep", type=float, default=0.0, help="fraction of S kept for backward")
-    parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--isa", default="")
-    parser.add_argument("--json")
-    return parser.parse_args()
+FLAGS = {
+    "--n": {"type": int, "default": 4096},
+    "--d": {"type": int, "default": 360},
+    "--width": {"type": int, "default": 2048},
+    "--threads": {"type": int, "default": torch.get_num_threads()},
+    "--rounds": {"type": int, "default": 7},
+    "--keep": {"type": float, "default": 0.0, "help": "fraction of S kept for backward"},
+    "--bf16": {"action": "store_true"},
+    "--isa": {"default": ""},
+}
 
 
 def stages(args):
     """(name, operations, bytes that must move, call) of each stage."""
+    from .. import _cpu
+
     n, d, width, threads = args.n, args.d, args.width, args.threads
     eps, scale = 1e-12, 10.0
     pitch = _cpu.pitch(d)
@@ -104,53 +103,41 @@ def stages(args):
     ]  # fmt: skip
 
 
-def main():
-    args = arguments()
+def measure(args: argparse.Namespace) -> Iterator[tuple[dict, str]]:
+    """One case, as a table."""
+    from .. import _cpu
+
     _cpu.force_isa(args.isa)
     table = stages(args)
-    operations = 0
-
-    def peak_loop():
-        nonlocal operations
-        operations = _cpu.fma_peak(threads=args.threads, iterations=500_000)
-
-    calls = {"peak": peak_loop} | {name: call for name, _, _, call in table}
+    iterations = 500_000
+    calls = {"peak": lambda: _cpu.fma_peak(threads=args.threads, iterations=iterations)}
+    operations = calls["peak"]()
+    calls |= {name: call for name, _, _, call in table}
     medians = {name: found["median"] for name, found in interleaved(calls, args.rounds).items()}
     peak = operations / medians.pop("peak")
     both = sum(medians.values())
-    print(
-        f"{platform.processor() or platform.machine()}, {_cpu.isa()}, {args.threads} threads, "
-        f"N = {args.n}, d = {args.d} of {args.width}, bf16 {args.bf16}, kept {args.keep}, "
-        f"fp32 FMA peak {peak / 1e9:.0f} GFLOP/s"
-    )
-    print(f"{'stage':10} {'ms':>9} {'share':>6} {'GFLOP/s':>8} {'of peak':>8} {'GB/s':>6}")
+    text = [
+        f"{processor()}, {_cpu.isa()}, {args.threads} threads, N = {args.n}, d = {args.d} of "
+        f"{args.width}, bf16 {args.bf16}, kept {args.keep}, fp32 FMA peak {peak / 1e9:.0f} GFLOP/s",
+        f"{'stage':10} {'ms':>9} {'share':>6} {'GFLOP/s':>8} {'of peak':>8} {'GB/s':>6}",
+    ]
     lines = []
     for name, operations, moved, _ in table:
         s = medians[name]
         rate = operations / s
-        print(
+        text.append(
             f"{name:10} {1e3 * s:9.3f} {s / both:6.1%} {rate / 1e9:8.1f} {rate / peak:8.1%} "
             f"{moved / s / 1e9:6.1f}"
         )
         lines.append({"stage": name, "seconds": s, "gflops": rate / 1e9, "of_peak": rate / peak})
-    c = 2.0 * args.n * args.n * args.d
-    rate = 4 * c / both
-    print(
-        f"both: {1e3 * both:.2f} ms, 8c at {rate / 1e9:.0f} GFLOP/s, {rate / peak:.1%} of the peak"
+    rate = 8 * args.n * args.n * args.d / both
+    text.append(
+        f"all: {1e3 * both:.2f} ms, {rate / 1e9:.0f} GFLOP/s counting 8 N^2 d operations, "
+        f"{rate / peak:.1%} of the peak"
     )
-    if args.json:
-        result = {
-            "machine": machine(),
-            "command": ["bench/cpu_stages.py", *sys.argv[1:]],
-            "settings": {key: value for key, value in vars(args).items() if key != "json"},
-            "isa": _cpu.isa(),
-            "fma_peak": peak,
-            "seconds": both,
-            "stages": lines,
-        }
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+    case = {"isa": _cpu.isa(), "fma_peak": peak, "seconds": both, "stages": lines}
+    yield case, "\n".join(text)
 
 
 if __name__ == "__main__":
-    main()
+    study.main(sys.modules[__name__])

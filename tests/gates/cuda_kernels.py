@@ -1,8 +1,8 @@
 """Builds the Hopper kernels for sm_90a, with no GPU needed, and reads the binaries: registers,
 stack, spills, matrix instructions.
 
-    python bench/cuda_gate.py                                # a table
-    python bench/cuda_gate.py --out docs/cuda-kernels.md
+    python tests/gates/cuda_kernels.py                                # a table
+    python tests/gates/cuda_kernels.py --out docs/cuda-kernels.md
 
 Exit status 1 if a kernel spills or has a stack, if ptxas serialises its wgmma (C75xx), if a tile
 product lacks Hopper's matrix instruction, TMA or multicast, or if the linked module does not load
@@ -24,7 +24,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-CSRC = Path(__file__).parents[1] / "csrc"
+CSRC = Path(__file__).parents[2] / "csrc"
 SYSTEM = "linux-vdso libstdc++ libgcc_s libc. libm. ld-linux libpthread libdl librt".split()
 _spec = importlib.util.spec_from_file_location("directclr_fast_build", CSRC / "build.py")
 _build = importlib.util.module_from_spec(_spec)
@@ -176,8 +176,8 @@ def main() -> int:
         text = (
             "# The Hopper kernels, read off their binaries\n\n"
             f"nvcc {release}, {build_cuda.cutlass_package.replace('==', ' ')}, sm_90a; counts of "
-            "instructions in the machine code. Written by `python bench/cuda_gate.py --out "
-            "docs/cuda-kernels.md`, no GPU needed. Tile products have 384 threads and, after "
+            "instructions in the machine code. Written by `python tests/gates/cuda_kernels.py "
+            "--out docs/cuda-kernels.md`, no GPU needed. Tile products have 384 threads and, after "
             "`setmaxnreg`, more registers in their consumers than the 168 they start with.\n\n"
         )
         Path(arguments.out).write_text(text + "\n".join(rows) + "\n")

@@ -1,0 +1,69 @@
+"""Peak memory of training steps with gradient caching, each run in a process of its own.
+
+    python -m directclr_fast.bench.gradcache --out gradcache_memory.json
+
+Runs `train` on N = 16,384 made-up 32 x 32 colour images in chunks of 512, two steps of the whole
+batch, and prints the resident peak of the process (ru_maxrss: interpreter, libraries, images and
+checkpoint included) beside the same at smaller N and beside plain steps. Linux.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+
+from ..train.config import TrainConfig
+from ..train.loop import Trainer
+from . import memory, study, timing
+
+FLAGS = {
+    "--rows": {"type": int, "nargs": "+", "default": [2048, 16384]},
+    "--plain-rows": {"type": int, "nargs": "*", "default": [512, 2048, 16384]},
+    "--chunk-size": {"type": int, "default": 512},
+    "--cache-bn": {"default": "chunk"},
+    "--encoder": {"default": "small"},
+    "--gib": {"type": float, "default": 4.0, "help": "what a run may allocate"},
+}
+
+
+def train(rows: int, encoder: str, chunks: dict, gib: float) -> dict:
+    """Peak MiB, seconds a step and loss of two steps of all images; fails beyond ``gib``."""
+    import resource
+
+    with tempfile.TemporaryDirectory() as folder, memory.limited(int(gib * 2**30)):
+        config = TrainConfig(
+            data=f"fake:n={rows},size=32", encoder=encoder, batch_size=rows, epochs=2,
+            optimizer="sgd", learning_rate=0.05, checkpoint_dir=folder, **chunks,
+        )  # fmt: skip
+        trainer = Trainer(config, progress=False)
+        start = time.perf_counter()
+        result = trainer.run()
+        seconds = (time.perf_counter() - start) / result["step"]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"peak_mib": peak, "seconds_per_step": seconds, "loss": result["loss"]}
+
+
+def measure(arguments: argparse.Namespace) -> Iterator[tuple[dict, str]]:
+    """Every N in chunks, then every N as plain steps."""
+    sizes = [(n, arguments.chunk_size) for n in arguments.rows]
+    for n, chunk in sizes + [(n, None) for n in arguments.plain_rows]:
+        rule = arguments.cache_bn if chunk else None
+        chunks = {"chunk_size": chunk, "cache_bn": rule} if chunk else {}
+        case = {"rows": n, "chunk_size": chunk, "cache_bn": rule, "encoder": arguments.encoder}
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            try:
+                case |= pool.submit(train, n, arguments.encoder, chunks, arguments.gib).result()
+                shown = f"peak {case['peak_mib']:.0f} MiB, {case['seconds_per_step']:.1f} s a step"
+            except Exception as error:  # out of memory, or a process that the system ended
+                case["failed"] = shown = timing.failure(error)["failed"]
+        how = f"chunks of {chunk}" if chunk else "plain"
+        yield case, f"N {n}, {arguments.encoder}, {how}: {shown}"
+
+
+if __name__ == "__main__":
+    study.main(sys.modules[__name__])

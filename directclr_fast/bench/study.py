@@ -1,0 +1,57 @@
+"""The frame of a study: its flags, one JSON file written after every case, what is printed of each.
+
+A study is a module with FLAGS (a flag's name, and how argparse takes it) and ``measure``, which
+yields each case as plain values with the text to print of it. It runs as
+``python -m directclr_fast.bench.NAME``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+from ..machine import machine
+
+
+def parser(study: ModuleType) -> argparse.ArgumentParser:
+    """The flags of a study, and --out."""
+    made = argparse.ArgumentParser(
+        prog=f"python -m {study.__spec__.name}", description=study.__doc__.partition("\n")[0]
+    )
+    for flag, how in study.FLAGS.items():
+        made.add_argument(flag, **how)
+    made.add_argument("--out", metavar="FILE", help="JSON file, written after every case")
+    return made
+
+
+def main(study: ModuleType, argv: list[str] | None = None) -> None:
+    """Measures what the flags ask for; the file is there as soon as the first case is."""
+    words = sys.argv[1:] if argv is None else argv
+    arguments = parser(study).parse_args(words)
+    settings = {name: value for name, value in vars(arguments).items() if name != "out"}
+    head = {"command": [study.__spec__.name, *words], "settings": settings}
+    write = writer(arguments.out) if arguments.out else lambda result: None
+    cases = []
+    for case, text in study.measure(arguments):
+        cases.append(case)
+        print(text, flush=True)
+        write({"machine": machine(), **head, "cases": cases})
+
+
+def writer(path: str | Path) -> Callable[[dict], None]:
+    """What puts a result there, whole each time. A place that cannot be written is said at once."""
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial.touch()
+
+    def write(result: dict) -> None:
+        partial.write_text(json.dumps(result, indent=1) + "\n")
+        os.replace(partial, path)
+
+    return write

@@ -1,0 +1,145 @@
+"""Images/s of the trainer's whole step beside its bare encoder, and the loss's share of it.
+
+    python -m directclr_fast.bench.trainer --rows 4096 8192 16384 --out trainer.json
+
+On made-up images, variants in turn in one process: the step (batch, views, both encodings, loss,
+head, backward, optimiser) with the fast loss and with loss=reference; the encoder's two forward
+and backward passes alone, on views of the same batch; each loss alone, on representations of that
+batch; and the views. An image is one of the batch, seen in two views.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+
+import torch
+
+from ..train.config import TrainConfig
+from ..train.loop import Trainer
+from . import memory, study, timing
+
+LOSSES = ("fast", "reference")
+FLAGS = {
+    "--rows": {"type": int, "nargs": "+", "default": [4096]},
+    "--encoder": {"default": "small"},
+    "--image-size": {"type": int, "default": 8, "help": "pixels of a side"},
+    "--amp": {"default": "none", "choices": ("none", "bf16", "fp16")},
+    "--device": {"default": "auto"},
+    "--rounds": {"type": int, "default": 5},
+}
+
+
+def trainer(loss: str, rows: int, arguments: argparse.Namespace, folder: str) -> Trainer:
+    """A run of one batch that has all the images, which is never started."""
+    config = TrainConfig(
+        data=f"fake:n={rows},size={arguments.image_size}",
+        encoder=arguments.encoder,
+        image_size=arguments.image_size,
+        batch_size=rows,
+        epochs=1000,
+        optimizer="lars",
+        loss=loss,
+        amp=arguments.amp,
+        device=arguments.device,
+        checkpoint_dir=folder,
+        name=loss,
+    )
+    made = Trainer(config, progress=False)
+    made.model.train()
+    return made
+
+
+def step(run: Trainer) -> Callable[[], None]:
+    """A call of one whole step, the reading of its batch included."""
+    batches = itertools.chain.from_iterable(run.batches for _ in itertools.count())
+
+    def call() -> None:
+        images, labels, _ = next(batches)
+        run.train_step(images, labels)
+
+    return call
+
+
+def backward(run: Trainer, function: Callable, leaves: list[torch.Tensor], upstream=None):
+    """A call of ``function`` of the leaves, under the run's autocast, and its backward pass."""
+
+    def call() -> None:
+        run.model.zero_grad(set_to_none=True)
+        for leaf in leaves:
+            leaf.grad = None
+        with run.autocast():
+            outputs = function(*leaves)
+        torch.autograd.backward(outputs, upstream)
+
+    return call
+
+
+def calls(runs: dict[str, Trainer]) -> dict[str, Callable[[], None]]:
+    """Name to a call of what is timed."""
+    run = runs["fast"]
+    images, _, _ = next(iter(run.batches))
+    whole, encoder = slice(0, len(images)), run.model.encoder
+
+    def views() -> list[torch.Tensor]:
+        make = run.views_of(images)
+        return [make(which, whole) for which in (0, 1)]
+
+    def encode(*both: torch.Tensor) -> list[torch.Tensor]:
+        return [encoder(view) for view in both]
+
+    seen = views()
+    with torch.no_grad(), run.autocast():
+        encoded = encode(*seen)
+    leaves = [r.clone().requires_grad_() for r in encoded]
+    upstream = [torch.randn_like(r) / len(r) for r in encoded]
+    return {
+        **{f"step, {loss}": step(run) for loss, run in runs.items()},
+        "encoder": backward(run, encode, seen, upstream),
+        "views": views,
+        **{f"loss, {k}": backward(r, r.model.objective, leaves) for k, r in runs.items()},
+    }
+
+
+def measure(arguments: argparse.Namespace) -> Iterator[tuple[dict, str]]:
+    """For each N: times, images/s, the loss's share, the step against the bare encoder."""
+    for rows in arguments.rows:
+        with tempfile.TemporaryDirectory() as folder, memory.limited():
+            runs = {loss: trainer(loss, rows, arguments, folder) for loss in LOSSES}
+            model, device = runs["fast"].model, runs["fast"].device.type
+            times = timing.interleaved(calls(runs), arguments.rounds, device=device)
+        case = {"rows": rows, "width": model.width, "dim": model.objective.dim, "device": device}
+        case["variants"] = times
+        lines = [
+            f"N {rows}, {arguments.encoder} (R {case['width']}) on {arguments.image_size} pixels, "
+            f"d {case['dim']}"
+        ]
+        for name, found in times.items():
+            shown = f"{1e3 * found['median']:.1f} ms" if "median" in found else found["failed"]
+            lines.append(f"  {name:<16} {shown}")
+        bare = times["encoder"]
+        if "median" in bare:
+            case["bare_images_per_second"] = rows / bare["median"]
+        for loss in LOSSES:
+            whole, alone = times[f"step, {loss}"], times[f"loss, {loss}"]
+            if "median" not in whole or "median" not in bare:
+                continue
+            case[loss] = found = {
+                "images_per_second": rows / whole["median"],
+                "of_bare_encoder": timing.ratio(bare, whole),
+                "share_of_loss": timing.ratio(alone, whole),
+            }
+            lines.append(
+                f"  with {loss}: {found['images_per_second']:.0f} images/s, "
+                f"{100 * found['of_bare_encoder']:.0f} % of the bare encoder's "
+                f"{case['bare_images_per_second']:.0f}, "
+                f"loss {100 * found['share_of_loss']:.1f} % of the step"
+            )
+        yield case, "\n".join(lines)
+
+
+if __name__ == "__main__":
+    study.main(sys.modules[__name__])
