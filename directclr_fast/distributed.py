@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -189,24 +190,35 @@ def _message(problem: Problem, given: Call) -> dict:
 
 
 # Row counts are host numbers that sizes of tensors depend on, so they are exchanged between hosts:
-# through the group itself where it takes CPU tensors, else (NCCL alone) through a Gloo group of the
-# same processes made at the first call. Reading them from the device would stall it once per step;
-# remembering earlier answers would hang where one process knows a shape and another does not.
-_host_groups: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+# through the group itself where it takes CPU tensors, else (NCCL alone) through Gloo between the
+# same processes, connected at the first call. Reading them from the device would stall it once per
+# step; remembering earlier answers would hang where one process knows a shape and another does not.
+_hosts: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_connected: Counter[str] = Counter()
 
 
-def _host_group(group):
+def _host(group):
+    """Gloo of the processes of ``group``, or the group where it takes CPU tensors."""
     if "cpu:" in dist.get_backend_config(group):
         return group
-    if group not in _host_groups:
+    if group not in _hosts:
         if not dist.is_gloo_available():
             raise NotImplementedError(
                 "group: exchanging row counts needs Gloo, which this PyTorch lacks; pass "
                 "even_batches=True where every process has the same number of rows"
             )
-        ranks = dist.get_process_group_ranks(group)
-        _host_groups[group] = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
-    return _host_groups[group]
+        # Not new_group(use_local_synchronization=True): up to PyTorch 2.13 each member names such a
+        # group by how many groups it is in, and where these differ they wait for each other for
+        # ever. All members know ``group`` by one name, and by how often that was connected.
+        name = f"directclr_fast/{group.group_name}"
+        store = dist.PrefixStore(
+            f"{name}/{_connected[name]}", dist.distributed_c10d._get_default_store()
+        )
+        _connected[name] += 1
+        _hosts[group] = dist.ProcessGroupGloo(
+            store, dist.get_rank(group), dist.get_world_size(group)
+        )
+    return _hosts[group]
 
 
 def _exchange(group, mine: dict) -> list[dict]:
@@ -216,7 +228,11 @@ def _exchange(group, mine: dict) -> list[dict]:
     with torch._C._DisableFuncTorch():  # a transform, which is refused by it, wraps what is made
         everyone = torch.empty(size, dtype=torch.uint8, device="cpu")
         own = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-        dist.all_gather_into_tensor(everyone, own, group=_host_group(group))
+        host = _host(group)
+        if host is group:
+            dist.all_gather_into_tensor(everyone, own, group=group)
+        else:
+            host._allgather_base(everyone, own).wait()
         texts = [bytes(message.numpy()) for message in everyone.split(_MESSAGE_BYTES)]
     return [mine if other == text else json.loads(other) for other in texts]
 

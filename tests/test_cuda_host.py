@@ -69,13 +69,13 @@ def on_the_cpu(module, monkeypatch):
         dz[rows] = dz[rows] + found if add else found
 
     monkeypatch.setattr(hopper, "product", product)
-    plain = backend.why_not
+    plain = backend.BACKEND.why_not
 
     def why_not(problem):
         reasons = plain(problem)
         return [r for r in reasons if "runs on NVIDIA GPUs" not in r]
 
-    monkeypatch.setattr(backend, "why_not", why_not)
+    monkeypatch.setattr(backend.BACKEND, "why_not", why_not)
 
 
 def problem(**changes) -> Problem:
