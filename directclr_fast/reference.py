@@ -64,7 +64,10 @@ def _cosine_logits(problem: Problem, x1: Tensor, x2: Tensor, a: Tensor | float):
     """Logits of both directions: (G, M, candidates of view 1), (G, N, candidates of view 2)."""
     z1, z2 = _unit_rows(x1, problem.eps), _unit_rows(x2, problem.eps)
     s = a * (z1 @ z2.mT)
-    positives = torch.diagonal(s, problem.row_offset, -2, -1)
+    # Not torch.diagonal: Inductor of PyTorch 2.11 compiles its gradient beside logsumexp's wrongly.
+    row = torch.arange(s.shape[-2], device=s.device)[:, None] + problem.row_offset
+    other = row != torch.arange(s.shape[-1], device=s.device)
+    positives = s.masked_fill(other, 0.0).sum(-1)
     if problem.negatives == "cross":
         return s, s.mT, positives
     own1 = _negative_infinity_diagonal(a * (z1 @ z1.mT))
