@@ -26,7 +26,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -q $(if $(LOCK),
 SOURCES := pyproject.toml setup.py $(LOCK) $(shell find csrc -type f \
 	\( -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
 
-.PHONY: demo test bench lint lock clean
+.PHONY: demo test environment bench lint lock clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python -m directclr_fast demo --out runs/demo
@@ -37,6 +37,8 @@ test: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	OMP_NUM_THREADS=$(THREADS) DIRECTCLR_FAST_ISA=$(ISA) \
 		$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(TESTS)
+
+environment: $(VENV)/.installed-test
 
 # Measures every committed CPU result again and fills the tables: about 40 minutes on 2 idle cores.
 bench: $(VENV)/.installed-bench

@@ -112,3 +112,23 @@ def test_groups_of_tests_stay_together(request):
     if not request.config.getoption("loadgroup", False):
         pytest.skip("pytest runs without --dist loadgroup")
     assert request.node.nodeid.endswith("@together")
+
+
+def test_what_is_promised_has_run():
+    """README, pyproject.toml and CI name the versions of docs/testing.md's table, and no others."""
+    table = (ROOT / "docs/testing.md").read_text().partition("## Where all of it has run")[2]
+    rows = re.findall(r"^\| `make test[^|]*` \| (3\.\d+) \| (\d\.\d+)", table, re.M)
+    pythons = sorted({python for python, _ in rows}, key=lambda v: int(v[2:]))
+    torches = sorted({torch for _, torch in rows}, key=lambda v: int(v[2:]))
+    project, readme = (ROOT / "pyproject.toml").read_text(), (ROOT / "README.md").read_text()
+    assert re.findall(r"Python :: (3\.\d+)", project) == pythons
+    assert f'requires-python = ">={pythons[0]}"' in project
+    assert f'"torch>={torches[0]}"' in project
+    assert f"Python {pythons[0]} to {pythons[-1]}" in readme
+    assert f"PyTorch {torches[0]} to {torches[-1]}" in readme
+    assert f"oldest={torches[0]}." in (ROOT / ".ci/run").read_text()
+
+
+def test_one_version_of_ruff():
+    pinned = re.search(r"ruff==([\d.]+)", (ROOT / "pyproject.toml").read_text())[1]
+    assert f"rev: v{pinned} " in (ROOT / ".pre-commit-config.yaml").read_text()
