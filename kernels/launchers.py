@@ -10,9 +10,11 @@ from .normalize import normalize_views as normalize_views
 from .normalize import positives as positives
 from .products import product as product
 from .sums import combine as combine
-from .sums import log_sums as log_sums
-from .sums import partial_sums as partial_sums
-from .sums import strips as strips
+from .sums import combine_blocks as combine_blocks
+from .sums import fold as fold
+from .sums import lines as lines
+from .sums import sums as sums
+from .sums import total as total
 from .weights import factors as factors
 from .weights import weights as weights
 

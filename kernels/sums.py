@@ -22,7 +22,6 @@ written as the tile has it, so that a candidate equal to the positive ties with 
 from __future__ import annotations
 
 import numpy as np
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -41,7 +40,6 @@ from .common import (
 )
 from .configs import Tile
 
-PARTIAL_BYTES = 64 * 2**20
 PARTS, BLOCK = 8, 64
 
 
@@ -310,41 +308,20 @@ def _total_kernel(parts, loss, n, factor, BLOCK: tl.constexpr):
     tl.store(loss, (tl.sum(total) / factor).to(tl.float32))
 
 
-class Partials:
-    """The partial sums of one strip of fixed rows, and what is needed to add them up."""
-
-    def __init__(self, rows: int, n: int, shares: int, tile: Tile, moving: bool, peaks: bool, z):
-        self.blocks = cdiv(rows, tile.rows)
-        self.shares = shares
-        self.row_stride = self.blocks * tile.rows
-
-        def buffer(lines: int, length: int) -> Tensor:
-            return torch.empty(lines * length, dtype=torch.float32, device=z.device)
-
-        self.row_sum = buffer(shares, self.row_stride)
-        self.col_sum = buffer(self.blocks, n) if moving else self.row_sum
-        self.row_max, self.col_max = self.row_sum, self.col_sum
-        if peaks:
-            self.row_max = buffer(shares, self.row_stride)
-            self.col_max = buffer(self.blocks, n) if moving else self.row_max
-
-    def raise_tops(self, row: Tensor, col: Tensor | None) -> None:
-        """``row`` (rows of the strip,) and ``col`` (n,) to the maxima here where these are more."""
-        torch.maximum(row, self.row_max.view(self.shares, -1).amax(0)[: len(row)], out=row)
-        if col is not None:
-            torch.maximum(col, self.col_max.view(self.blocks, -1).amax(0), out=col)
+def lines(tile: Tile, strip: slice, columns: int, programs: int, upper: bool):
+    """(lines by row, their length, lines by column, first column) of one launch's partials."""
+    blocks = cdiv(strip.stop - strip.start, tile.rows)
+    shares = cdiv(cdiv(columns, tile.columns), _share(tile, blocks, columns, programs))
+    return shares, blocks * tile.rows, blocks, 0
 
 
-def strips(m: int, n: int, tile: Tile, moving: bool, peaks: bool) -> list[slice]:
-    """The fixed rows in strips whose partials stay within PARTIAL_BYTES."""
-    rows = m
-    if moving:
-        line = 4 * n * (2 if peaks else 1)
-        rows = max(1, PARTIAL_BYTES // line) * tile.rows
-    return [slice(start, min(start + rows, m)) for start in range(0, m, rows)]
+def _share(tile: Tile, blocks: int, columns: int, programs: int) -> int:
+    """Tiles of candidates that one program walks."""
+    tiles = cdiv(columns, tile.columns)
+    return cdiv(tiles, max(1, min(tiles, cdiv(programs, blocks))))
 
 
-def partial_sums(
+def sums(
     layout: Layout,
     z1: Tensor,
     z2: Tensor,
@@ -353,42 +330,35 @@ def partial_sums(
     offset: int,
     tile: Tile,
     programs: int,
+    parts,
+    own: Tensor | None,
     *,
-    moving: bool,
     bounded: bool,
-    upper: bool = False,
-    tops=None,
-) -> Partials:
-    """One launch: partials of the anchors in ``strip`` (z1) against all candidates (z2).
-
-    ``tops`` (``base.Tops``) is raised to the largest logits of these, in base 2.
-    """
-    n = len(z2)
-    tiles = cdiv(n, tile.columns)
-    blocks = cdiv(strip.stop - strip.start, tile.rows)
-    share_tiles = cdiv(tiles, max(1, min(tiles, cdiv(programs, blocks))))
-    shares = cdiv(tiles, share_tiles)
-    peaks = tops is not None or not bounded
-    parts = Partials(strip.stop - strip.start, n, shares, tile, moving, peaks, z1)
+    upper: bool,
+    tops: bool,
+) -> None:
+    """One launch: ``parts`` (``packed.Partials``) of the anchors in ``strip`` (z1) against all
+    candidates (z2). ``tops``: with maxima in either form; ``own`` (M,) gets the positives' logits,
+    in base 2."""
+    n, blocks = len(z2), cdiv(strip.stop - strip.start, tile.rows)
+    moving = parts.col_sum is not None
     if upper:  # tiles below the diagonal are not visited
         parts.col_sum.zero_()
-        if peaks:
-            parts.col_max.fill_(float("-inf"))
-    own = parts.row_sum  # not written
-    if tops is not None and not upper:
-        own = torch.empty_like(tops.row) if tops.own is None else tops.own
+        if parts.col_peak is not None:
+            parts.col_peak.fill_(float("-inf"))
     fixed, walked = layout.operand(z1), layout.operand(z2)
     fp8 = layout.precision == "fp8"
+    nothing = parts.row_sum
     launch(
         _sums_kernel,
-        (blocks * shares,),
+        (blocks * len(parts.row_sum),),
         tile_source(fixed, tile.rows, tile.inner, tile.tma),
         tile_source(walked, tile.columns, tile.inner, tile.tma),
         parts.row_sum,
-        parts.row_max,
-        parts.col_sum,
-        parts.col_max,
-        own,
+        nothing if parts.row_peak is None else parts.row_peak,
+        parts.col_sum if moving else nothing,
+        parts.col_peak if moving and parts.col_peak is not None else nothing,
+        nothing if own is None else own,
         scale,
         strip.start,
         len(z1),
@@ -396,7 +366,7 @@ def partial_sums(
         fixed.stride(0),
         offset,
         blocks,
-        share_tiles,
+        _share(tile, blocks, n, programs),
         layout.fp8_scale**-2 if fp8 else 1.0,
         D=layout.pitch,
         BLOCK_T=tile.columns,
@@ -405,7 +375,7 @@ def partial_sums(
         MOVING=moving,
         BOUNDED=bounded,
         UPPER=upper,
-        TOP1=tops is not None,
+        TOP1=tops,
         SCALE_TENSOR=isinstance(scale, Tensor),
         TMA=tile.tma,
         FLATTEN=tile.flatten,
@@ -413,22 +383,18 @@ def partial_sums(
         warps=tile.warps,
         stages=tile.stages,
     )
-    if tops is not None:
-        parts.raise_tops(tops.row[strip], tops.col)
-    return parts
 
 
-def fold(sums: Tensor, peaks: Tensor, into: Tensor, parts: int, stride: int, first, bounded):
-    """``into`` (n,) fp64 log-sums: set (``first``) or increased by lines of partials."""
+def fold(sums: Tensor, peaks: Tensor | None, into: Tensor, first: bool, bounded: bool) -> None:
+    """``into`` (n,) fp64 log-sums: set (``first``) or increased by the lines of ``sums``."""
     launch(
         _fold_kernel,
         (cdiv(len(into), BLOCK),),
         sums,
-        peaks,
+        sums if peaks is None else peaks,
         into,
         len(into),
-        parts,
-        stride,
+        *sums.shape,
         FIRST=first,
         BOUNDED=bounded,
         PARTS=PARTS,
@@ -438,78 +404,50 @@ def fold(sums: Tensor, peaks: Tensor, into: Tensor, parts: int, stride: int, fir
     )
 
 
-def log_sums(
-    layout: Layout, z1, z2, scale, offset, tile, programs, *, moving, bounded, upper=False,
-    tops=None,
-):  # fmt: skip
-    """(rest_row (M,), rest_col (N,) or None) in fp64, over strips."""
-    row = torch.empty(len(z1), dtype=torch.float64, device=z1.device)
-    col = torch.empty(len(z2), dtype=torch.float64, device=z1.device) if moving else None
-    for strip in strips(len(z1), len(z2), tile, moving, tops is not None or not bounded):
-        parts = partial_sums(
-            layout, z1, z2, strip, scale, offset, tile, programs,
-            moving=moving, bounded=bounded, upper=upper, tops=tops,
-        )  # fmt: skip
-        fold(
-            parts.row_sum, parts.row_max, row[strip], parts.shares, parts.row_stride, True, bounded
-        )
-        if moving:
-            first = strip.start == 0
-            fold(parts.col_sum, parts.col_max, col, parts.blocks, len(z2), first, bounded)
-    return row, col
+def combine_blocks(n: int) -> int:
+    """Losses that ``combine`` writes where they are to be summed."""
+    return cdiv(n, BLOCK)
 
 
-def combine(problem, positives, scale, *, bounded, parts: Partials | None, rest=(None, None)):
-    """Loss (scalar or (M,), fp32), row_lse, col_lse, nll_row, nll_col in one or two launches.
-
-    From the partials of a single strip, or from ``rest``, the log-sums of several.
-    """
-    m, n, device = problem.rows, problem.candidates, positives.device
-
-    def statistic(length: int) -> Tensor:
-        return torch.empty(length, dtype=torch.float64, device=device)
-
-    row_lse, nll_row = statistic(m), statistic(m)
-    col_lse = statistic(n if problem.symmetric else 0)
-    nll_col = statistic(m if problem.symmetric else 0)
-    per_row = problem.reduction == "none"
-    blocks = cdiv(n, BLOCK)
-    if per_row:
-        losses = torch.empty(m, dtype=torch.float32, device=device)
-    else:
-        losses = statistic(blocks)
-    tensor = isinstance(scale, Tensor)
+def combine(problem, positives: Tensor, scale, parts, rest, out, *, bounded: bool) -> None:
+    """One launch: ``out`` (``packed.Combined``) from ``parts``, of one strip, or from ``rest``, the
+    log-sums of several by row and by column. ``positives`` (M,) cosines, fp64."""
+    m, n, symmetric = problem.rows, problem.candidates, problem.symmetric
+    tensor, nothing = isinstance(scale, Tensor), out.losses
     # The positive's logit deserves a in fp64: as the sum of two fp32 arguments.
     high, low = scale, 0.0
     if not tensor:
         high = float(np.float32(scale))
         low = scale - high
+
+    buffers, row_lines, row_stride, col_lines = [nothing] * 4, 0, 0, 0
+    if parts is not None:
+        buffers = [parts.row_sum if buffer is None else buffer for buffer in parts]
+        row_lines, row_stride = parts.row_sum.shape
+        col_lines = len(buffers[2])
     launch(
         _combine_kernel,
-        (blocks,),
-        parts.row_sum if parts else losses,
-        parts.row_max if parts else losses,
-        parts.col_sum if parts else losses,
-        parts.col_max if parts else losses,
-        losses if parts else rest[0],
-        losses if parts or not problem.symmetric else rest[1],
+        (combine_blocks(n),),
+        *buffers,
+        nothing if rest[0] is None else rest[0],
+        nothing if rest[1] is None else rest[1],
         positives,
-        row_lse,
-        col_lse if problem.symmetric else row_lse,
-        nll_row,
-        nll_col if problem.symmetric else nll_row,
-        losses,
+        out.row_lse,
+        out.col_lse if symmetric else out.row_lse,
+        out.nll_row,
+        out.nll_col if symmetric else out.nll_row,
+        out.losses,
         high,
         low,
         m,
         n,
         problem.row_offset,
-        parts.shares if parts else 0,
-        parts.row_stride if parts else 0,
-        parts.blocks if parts else 0,
+        row_lines,
+        row_stride,
+        col_lines,
         FOLDED=parts is None,
-        SYMMETRIC=problem.symmetric,
-        PER_ROW=per_row,
+        SYMMETRIC=symmetric,
+        PER_ROW=problem.reduction == "none",
         BOUNDED=bounded,
         SCALE_TENSOR=tensor,
         PARTS=PARTS,
@@ -517,18 +455,18 @@ def combine(problem, positives, scale, *, bounded, parts: Partials | None, rest=
         warps=4,
         stages=2,
     )
-    if per_row:
-        return losses, row_lse, col_lse, nll_row, nll_col
-    loss = torch.empty((), dtype=torch.float32, device=device)
+
+
+def total(losses: Tensor, loss: Tensor, factor: float) -> None:
+    """One launch: ``loss`` (0-dim) = sum of ``losses`` / factor, in a fixed order."""
     launch(
         _total_kernel,
         (1,),
         losses,
         loss,
-        blocks,
-        float(m) if problem.reduction == "mean" else 1.0,
+        len(losses),
+        factor,
         BLOCK=1024,
         warps=4,
         stages=1,
     )
-    return loss, row_lse, col_lse, nll_row, nll_col

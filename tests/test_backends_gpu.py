@@ -132,14 +132,11 @@ def test_options_at_most_twice_as_wrong_as_eager(negatives, symmetric, dtype):
 
 
 def test_superblocks_and_strips_agree_with_one_of_each(monkeypatch):
-    from directclr_fast.kernels import sums
-
-    from directclr_fast.backends import hopper
+    from directclr_fast.backends import packed
 
     r1, r2 = views(3000, 512)
     whole = ours(r1, r2, 360, precision="fp16")
-    monkeypatch.setattr(sums, "PARTIAL_BYTES", 2**20)
-    monkeypatch.setattr(hopper, "PARTIAL_BYTES", 2**20)
+    monkeypatch.setattr(packed, "PARTIAL_BYTES", 2**20)
     cut = ours(r1, r2, 360, precision="fp16", workspace_bytes=2**20)
     for a, b in zip(whole[:3], cut):
         assert relative_error(a, b) < 1e-5

@@ -18,7 +18,7 @@ import torch
 
 from directclr_fast import dispatch, fast_directclr_loss, last_backend, ops
 from directclr_fast.backends import cuda as backend
-from directclr_fast.backends import hopper
+from directclr_fast.backends import hopper, packed
 from directclr_fast.problem import Options, Problem
 from directclr_fast.testing import eager_loss, evaluate, make_views, relative_error
 from directclr_fast.world import ALONE
@@ -117,7 +117,7 @@ def test_offsets_beyond_two_to_the_31_elements(library):
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_top1_is_that_of_the_rounded_rows(monkeypatch, negatives, symmetric, dim):
     """Strips, ties and ragged edges; operands of fp16, so the reference takes rows so rounded."""
-    monkeypatch.setattr(hopper, "PARTIAL_BYTES", 1)
+    monkeypatch.setattr(packed, "PARTIAL_BYTES", 1)
     r1, r2 = make_views(300, 320, kind="ties", dtype=torch.float32)
     given = {"negatives": negatives, "symmetric": symmetric, "return_stats": True}
     _, found = fast_directclr_loss(r1, r2, dim, backend="cuda", precision="fp16", **given)
@@ -278,7 +278,7 @@ def test_strips_and_superblocks_give_the_same_result(
     r1, r2 = make_views(300, 48, dtype=torch.float32)
     options = {"negatives": negatives, "symmetric": symmetric, "temperature": temperature}
     whole = runs_of(r1, r2, **options)
-    monkeypatch.setattr(hopper, "PARTIAL_BYTES", 1)
+    monkeypatch.setattr(packed, "PARTIAL_BYTES", 1)
     cut = runs_of(r1, r2, workspace_bytes=2 * 256 * 256, **options)
     for a, b in zip(whole[:3], cut):
         assert relative_error(a, b) < 1e-5

@@ -16,6 +16,7 @@ import test_top1 as top1
 import torch
 
 from directclr_fast import dispatch, fast_directclr_loss, last_backend, ops
+from directclr_fast.backends import packed
 from directclr_fast.backends import triton as backend
 from directclr_fast.problem import Options, Problem
 from directclr_fast.products import fp32_products
@@ -26,7 +27,7 @@ triton = pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("with a GPU, test_backends_gpu.py runs them compiled", allow_module_level=True)
 
-from directclr_fast.kernels import common, configs, sums  # noqa: E402
+from directclr_fast.kernels import common, configs  # noqa: E402
 
 if not common.INTERPRETED.value:
     pytest.skip("Triton was imported before the tests could set it", allow_module_level=True)
@@ -95,7 +96,7 @@ def test_top1_agrees_with_the_reference(name):
 
 def test_top1_over_strips(coarse, monkeypatch):
     """Column maxima of several strips, in both forms of the sums."""
-    monkeypatch.setattr(sums, "PARTIAL_BYTES", 1)
+    monkeypatch.setattr(packed, "PARTIAL_BYTES", 1)
     for name in ("ties", "cold", "both"):
         top1.check_against_the_reference(name, backend="triton", precision="highest")
 
@@ -215,7 +216,7 @@ def test_strips_and_superblocks_give_the_same_result(
     r1, r2 = make_views(100, 48, dtype=torch.float32)
     options = {"negatives": negatives, "symmetric": symmetric, "temperature": temperature}
     whole = runs_of(r1, r2, precision="highest", **options)
-    monkeypatch.setattr(sums, "PARTIAL_BYTES", 1)
+    monkeypatch.setattr(packed, "PARTIAL_BYTES", 1)
     cut = runs_of(r1, r2, precision="highest", workspace_bytes=4 * 32 * 32, **options)
     for a, b in zip(whole[:3], cut):
         assert relative_error(a, b) < 2e-6

@@ -24,12 +24,11 @@ except ImportError as error:
     _cuda = None
     missing = str(error).partition(" (/")[0]
 
-PARTIAL_BYTES = 64 * 2**20
 PINGPONG_PITCH = 256  # by design, not yet by measurement: short products leave exponentials bare
 
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 _OPERANDS = {"fp16": 0, "bf16": 1, "fp8": 2}
-_PARTIALS = ("row_sum", "row_peak", "col_sum", "col_peak", "row_lines", "col_lines")
+_PARTIALS = ("row_sum", "row_peak", "col_sum", "col_peak")
 
 
 def pingpong(layout: Layout) -> bool:
@@ -160,79 +159,41 @@ def positives(layout: Layout, z1: Tensor, z2: Tensor, offset: int) -> Tensor:
 # ------------------------------------------------------------------------------- sums
 
 
-class Partials:
-    """Partial sums of one launch: a line of rows for each tile of columns, and the reverse."""
-
-    def __init__(self, rows: int, columns: int, tile: Tile, moving: bool, peaks: bool, device):
-        self.row_lines, self.column_lines = -(-columns // tile.columns), -(-rows // tile.rows)
-
-        def buffer(lines: int, length: int, there: bool) -> Tensor | None:
-            shape = (lines, length)
-            return torch.empty(shape, dtype=torch.float32, device=device) if there else None
-
-        self.row_sum = buffer(self.row_lines, rows, True)
-        self.row_peak = buffer(self.row_lines, rows, peaks)
-        self.column_sum = buffer(self.column_lines, columns, moving)
-        self.column_peak = buffer(self.column_lines, columns, moving and peaks)
-
-
-def strips(m: int, n: int, tile: Tile, moving: bool, peaks: bool) -> list[slice]:
-    """The anchors in strips whose partials stay within PARTIAL_BYTES, or are of one tile row."""
-    a_row = 4 * (-(-n // tile.columns) + (n / tile.rows if moving else 0)) * (2 if peaks else 1)
-    rows = max(1, int(PARTIAL_BYTES / a_row) // tile.rows) * tile.rows
-    return [slice(start, min(start + rows, m)) for start in range(0, m, rows)]
-
-
-def partial_sums(
-    layout: Layout, z1: Tensor, z2: Tensor, strip: slice, scale, offset: int, tile: Tile,
-    programs: int, *, moving: bool, bounded: bool, upper: bool = False, tops=None,
-) -> Partials:  # fmt: skip
-    """One launch: partials of the anchors in ``strip`` (z1) against all candidates (z2), or, for
-    ``upper``, against those from the strip's first row on.
-
-    ``tops`` (``base.Tops``), without ``bounded`` only, is raised to the largest logits of these.
+def lines(tile: Tile, strip: slice, columns: int, programs: int, upper: bool):
+    """(lines by row, their length, lines by column, first column) of one launch's partials: a line
+    of rows for each tile of columns, and the reverse; for ``upper`` from the strip's first row on.
     """
-    rows = strip.stop - strip.start
-    z2 = z2[strip.start :] if upper else z2
-    parts, on = Partials(rows, len(z2), tile, moving, not bounded, z1.device), _On(z1)
-    own = None if tops is None or tops.own is None else tops.own[strip]
-    by_row, by_column = parts.row_lines * rows, parts.column_lines * len(z2)
+    first, rows = strip.start if upper else 0, strip.stop - strip.start
+    return -(-(columns - first) // tile.columns), rows, -(-rows // tile.rows), first
+
+
+def _parts(on: _On, parts) -> dict[str, int]:
+    """Addresses of ``packed.Partials`` as the binding names them."""
+    return {
+        name: 0 if buffer is None else on.f32(buffer, buffer.numel())
+        for name, buffer in parts._asdict().items()
+    }
+
+
+def sums(
+    layout: Layout, z1: Tensor, z2: Tensor, strip: slice, scale, offset: int, tile: Tile,
+    programs: int, parts, own: Tensor | None, *, bounded: bool, upper: bool, tops: bool,
+) -> None:  # fmt: skip
+    """One launch: ``parts`` of the anchors in ``strip`` (z1) against all candidates (z2), or, for
+    ``upper``, against those from the strip's first row on. ``tops``, without ``bounded`` only:
+    ``own`` (M,) gets the positives' logits, in base 2."""
+    on, own = _On(z1), None if own is None else own[strip]
     arguments = _cuda.SumsArguments(
-        row_sum=on.f32(parts.row_sum, by_row), row_peak=on.f32(parts.row_peak, by_row),
-        col_sum=on.f32(parts.column_sum, by_column), col_peak=on.f32(parts.column_peak, by_column),
-        own=on.f32(own, rows), exponent=on.exponent(layout, scale),
-        step=0 if upper else strip.start + offset, upper=upper, columns=moving, bounded=bounded,
+        **_parts(on, parts), own=on.f32(own, strip.stop - strip.start),
+        exponent=on.exponent(layout, scale), step=0 if upper else strip.start + offset, upper=upper,
+        columns=parts.col_sum is not None, bounded=bounded,
     )  # fmt: skip
+    z2 = z2[strip.start :] if upper else z2
     _cuda.sums(on.operands(layout, z1[strip], z2), arguments, _stream(z1))
-    if tops is not None:
-        column = tops.col[strip.start :] if upper else tops.col
-        for top, peaks in ((tops.row[strip], parts.row_peak), (column, parts.column_peak)):
-            if top is not None:
-                torch.maximum(top, peaks.amax(0), out=top)
-    return parts
 
 
-def log_sums(
-    layout: Layout, z1, z2, scale, offset, tile, programs, *, moving, bounded, upper=False,
-    tops=None,
-):  # fmt: skip
-    """(rest_row (M,), rest_col (N,) or None) in fp64, over strips."""
-    row = torch.empty(len(z1), dtype=torch.float64, device=z1.device)
-    column = torch.empty(len(z2), dtype=torch.float64, device=z1.device) if moving else None
-    for strip in strips(len(z1), len(z2), tile, moving, not bounded):
-        parts = partial_sums(
-            layout, z1, z2, strip, scale, offset, tile, programs,
-            moving=moving, bounded=bounded, upper=upper, tops=tops,
-        )  # fmt: skip
-        _fold(parts.row_sum, parts.row_peak, row[strip], True)
-        if moving:
-            into = column[strip.start :] if upper else column
-            _fold(parts.column_sum, parts.column_peak, into, strip.start == 0)
-    return row, column
-
-
-def _fold(sums: Tensor, peaks: Tensor | None, into: Tensor, first: bool) -> None:
-    """``into`` (n,) fp64 log-sums: set (``first``) or increased by lines of partials."""
+def fold(sums: Tensor, peaks: Tensor | None, into: Tensor, first: bool, bounded: bool) -> None:
+    """``into`` (n,) fp64 log-sums: set (``first``) or increased by the lines of ``sums``."""
     (lines, n), on = sums.shape, _On(sums)
     arguments = _cuda.FoldArguments(
         sums=on.f32(sums, lines * n), peaks=on.f32(peaks, lines * n), into=on.f64(into, n), n=n,
@@ -241,51 +202,41 @@ def _fold(sums: Tensor, peaks: Tensor | None, into: Tensor, first: bool) -> None
     _cuda.fold(arguments, _stream(sums))
 
 
-def combine(problem, positives, scale, *, bounded, parts: Partials | None, rest=(None, None)):
-    """Loss (scalar or (M,), fp32), row_lse, col_lse, nll_row, nll_col in one or two launches.
+def combine_blocks(n: int) -> int:
+    """Losses that ``combine`` writes where they are to be summed."""
+    return _cuda.combine_blocks(n)
 
-    From the partials of a single launch, or from ``rest``, the log-sums of several.
-    """
-    m, n = problem.rows, problem.candidates
 
-    def statistic(length: int) -> Tensor:
-        return torch.empty(length, dtype=torch.float64, device=positives.device)
-
-    row_lse, nll_row = statistic(m), statistic(m)
-    col_lse = statistic(n if problem.symmetric else 0)
-    nll_col = statistic(m if problem.symmetric else 0)
-    per_row, blocks = problem.reduction == "none", _cuda.combine_blocks(n)
-    by_row = positives.new_empty(m, dtype=torch.float32) if per_row else None
-    by_block = None if per_row else statistic(blocks)
-    on, partials = _On(positives), dict.fromkeys(_PARTIALS, 0)
+def combine(problem, positives: Tensor, scale, parts, rest, out, *, bounded: bool) -> None:
+    """One launch: ``out`` (``packed.Combined``) from ``parts``, of one strip, or from ``rest``, the
+    log-sums of several by row and by column. ``positives`` (M,) cosines, fp64."""
+    m, n, on = problem.rows, problem.candidates, _On(positives)
+    per_row = problem.reduction == "none"
+    partials = dict.fromkeys((*_PARTIALS, "row_lines", "col_lines"), 0)
     if parts is not None:
-        by_line, by_column = parts.row_lines * m, parts.column_lines * n
-        partials = {
-            "row_sum": on.f32(parts.row_sum, by_line), "row_peak": on.f32(parts.row_peak, by_line),
-            "col_sum": on.f32(parts.column_sum, by_column),
-            "col_peak": on.f32(parts.column_peak, by_column),
-            "row_lines": parts.row_lines, "col_lines": parts.column_lines,
-        }  # fmt: skip
-    sides = n if problem.symmetric else 0, m if problem.symmetric else 0
+        col_lines = 0 if parts.col_sum is None else len(parts.col_sum)
+        partials = _parts(on, parts) | {"row_lines": len(parts.row_sum), "col_lines": col_lines}
+    columns, own = (n, m) if problem.symmetric else (0, 0)
     scale_at, scale_value = on.scale(scale)
     arguments = _cuda.CombineArguments(
         **partials, rest_row=on.f64(rest[0], m), rest_col=on.f64(rest[1], n),
         positives=on.f64(positives, m), scale=scale_at, scale_value=scale_value,
-        row_lse=on.f64(row_lse, m), col_lse=on.f64(col_lse, sides[0]), nll_row=on.f64(nll_row, m),
-        nll_col=on.f64(nll_col, sides[1]), loss_by_row=on.f32(by_row, m),
-        loss_by_block=on.f64(by_block, blocks), m=m, n=n, offset=problem.row_offset,
-        symmetric=problem.symmetric,
+        row_lse=on.f64(out.row_lse, m), col_lse=on.f64(out.col_lse, columns),
+        nll_row=on.f64(out.nll_row, m), nll_col=on.f64(out.nll_col, own),
+        loss_by_row=on.f32(out.losses, m) if per_row else 0,
+        loss_by_block=0 if per_row else on.f64(out.losses, len(out.losses)), m=m, n=n,
+        offset=problem.row_offset, symmetric=problem.symmetric,
     )  # fmt: skip
     _cuda.combine(arguments, _stream(positives))
-    if per_row:
-        return by_row, row_lse, col_lse, nll_row, nll_col
-    loss = positives.new_empty((), dtype=torch.float32)
-    factor = float(m) if problem.reduction == "mean" else 1.0
+
+
+def total(losses: Tensor, loss: Tensor, factor: float) -> None:
+    """One launch: ``loss`` (0-dim) = sum of ``losses`` / factor, in a fixed order."""
+    on, n = _On(losses), len(losses)
     arguments = _cuda.TotalArguments(
-        parts=on.f64(by_block, blocks), loss=on.f32(loss, 1), n=blocks, factor=factor
+        parts=on.f64(losses, n), loss=on.f32(loss, 1), n=n, factor=factor
     )
-    _cuda.total(arguments, _stream(positives))
-    return loss, row_lse, col_lse, nll_row, nll_col
+    _cuda.total(arguments, _stream(losses))
 
 
 # ------------------------------------------------------------------------------- weights, products

@@ -5,14 +5,15 @@ kernels.
 negatives "cross") takes 4 launches forward and, where the weights fit in one super-block, 5
 backward; the other options go through the driver over the same kernels. A subclass
 says which tiles its kernels take and hands in the kernels: an object with ``device``,
-``normalize``, ``normalize_views``, ``positives``, ``strips``, ``partial_sums``, ``log_sums``,
-``combine``, ``factors``, ``weights``, ``product``, ``finish`` and ``add_positives``, as the modules
-of ``kernels/`` define them.
+``normalize``, ``normalize_views``, ``positives``, ``lines``, ``sums``, ``fold``, ``combine``,
+``combine_blocks``, ``total``, ``factors``, ``weights``, ``product``, ``finish`` and
+``add_positives``, as the modules of ``kernels/`` define them: a launch each, into what is given.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +25,32 @@ from .base import Backend, Pair, Saved, Statistics, Tops
 
 # One super-block of weights: 8192 x 8192 in half precision.
 DEFAULT_WORKSPACE_BYTES = 128 * 2**20
+
+
+# Of one strip of anchors: what is beyond waits for another launch.
+PARTIAL_BYTES = 64 * 2**20
+
+
+class Partials(NamedTuple):
+    """Partial sums of one launch and the maxima they are relative to, or that statistics ask for;
+    fp32. By row (lines, at least the strip's rows), by column (lines, candidates); None where there
+    are none."""
+
+    row_sum: Tensor
+    row_peak: Tensor | None
+    col_sum: Tensor | None
+    col_peak: Tensor | None
+
+
+class Combined(NamedTuple):
+    """What ``combine`` fills: losses (M,) fp32 or, to be summed, (blocks,) fp64; the rest in fp64
+    as in ``base.Saved``."""
+
+    losses: Tensor
+    row_lse: Tensor
+    col_lse: Tensor
+    nll_row: Tensor
+    nll_col: Tensor
 
 
 def precision(problem: Problem) -> str:
@@ -97,21 +124,15 @@ class Packed(Backend):
                 layout, r1, r2, index, offset, problem.eps
             )
             tops = Tops.none_yet(problem, z1, len(z2)) if problem.return_stats else None
-            peaks = problem.return_stats or not bounded
-            strips = self.kernels.strips(len(z1), len(z2), tile, problem.symmetric, peaks)
-            options = {"moving": problem.symmetric, "bounded": bounded, "tops": tops}
-            programs = self._programs(r1.device)
+            options = {"columns": problem.symmetric, "bounded": bounded, "tops": tops}
+            strips = self._strips(z1, z2, tile, problem.symmetric, tops is not None or not bounded)
             parts, rest = None, (None, None)
             if len(strips) == 1:
-                parts = self.kernels.partial_sums(
-                    layout, z1, z2, strips[0], scale, offset, tile, programs, **options
-                )
+                parts, _ = self._partials(layout, z1, z2, strips[0], scale, offset, tile, **options)
             else:
-                rest = self.kernels.log_sums(
-                    layout, z1, z2, scale, offset, tile, programs, **options
-                )
-            loss, row_lse, col_lse, nll_row, nll_col = self.kernels.combine(
-                problem, cosines, scale, bounded=bounded, parts=parts, rest=rest
+                rest = self._fold_strips(layout, z1, z2, scale, offset, tile, strips, **options)
+            loss, row_lse, col_lse, nll_row, nll_col = self._combine(
+                problem, cosines, scale, parts, rest, bounded
             )
             statistics = None
             if tops is not None:
@@ -211,6 +232,92 @@ class Packed(Backend):
                     )  # fmt: skip
         return dz1, dz2
 
+    # ---------------------------------------------------------------- the plan of the sums
+
+    def _strips(self, z1: Tensor, z2: Tensor, tile, columns: bool, peaks: bool) -> list[slice]:
+        """The anchors in strips whose partials are within PARTIAL_BYTES, or are of one tile row."""
+        m, n = len(z1), len(z2)
+        programs = self._programs(z1.device)
+        row_lines, length, col_lines, _ = self.kernels.lines(tile, slice(0, m), n, programs, False)
+        elements = row_lines * length + (col_lines * n if columns else 0)
+        held = 4 * elements * (2 if peaks else 1)
+        rows = m
+        if held > PARTIAL_BYTES:
+            rows = max(1, m * PARTIAL_BYTES // held // tile.rows) * tile.rows
+        return _slices(m, rows)
+
+    def _partials(
+        self, layout, z1, z2, strip, scale, offset, tile, *, columns, bounded, tops, upper=False
+    ) -> tuple[Partials, int]:
+        """One launch over a strip, and the first column that its column sums are of. ``tops`` is
+        raised to the largest logits met, in base 2."""
+        n, programs = len(z2), self._programs(z1.device)
+        row_lines, length, col_lines, first = self.kernels.lines(tile, strip, n, programs, upper)
+
+        def buffer(there: bool, *shape: int) -> Tensor | None:
+            return z1.new_empty(shape, dtype=torch.float32) if there else None
+
+        peaks = tops is not None or not bounded
+        parts = Partials(
+            buffer(True, row_lines, length),
+            buffer(peaks, row_lines, length),
+            buffer(columns, col_lines, n - first),
+            buffer(columns and peaks, col_lines, n - first),
+        )
+        self.kernels.sums(
+            layout, z1, z2, strip, scale, offset, tile, programs, parts, tops and tops.own,
+            bounded=bounded, upper=upper, tops=tops is not None,
+        )  # fmt: skip
+        if tops is not None:
+            row = tops.row[strip]
+            torch.maximum(row, parts.row_peak.amax(0)[: len(row)], out=row)
+            if tops.col is not None:
+                col = tops.col[first:]
+                torch.maximum(col, parts.col_peak.amax(0), out=col)
+        return parts, first
+
+    def _fold_strips(
+        self, layout, z1, z2, scale, offset, tile, strips, *, columns, bounded, tops, upper=False
+    ) -> tuple[Tensor, Tensor | None]:
+        """(rest_row (M,), rest_col (N,) or None) in fp64, strip after strip."""
+        row = z1.new_empty(len(z1), dtype=torch.float64)
+        col = z1.new_empty(len(z2), dtype=torch.float64) if columns else None
+        for strip in strips:
+            parts, first = self._partials(
+                layout, z1, z2, strip, scale, offset, tile,
+                columns=columns, bounded=bounded, tops=tops, upper=upper,
+            )  # fmt: skip
+            self.kernels.fold(parts.row_sum, parts.row_peak, row[strip], True, bounded)
+            if columns:
+                start = strip.start == 0
+                self.kernels.fold(parts.col_sum, parts.col_peak, col[first:], start, bounded)
+        return row, col
+
+    def _combine(self, problem: Problem, cosines: Tensor, scale, parts, rest, bounded: bool):
+        """Loss, row_lse, col_lse, nll_row, nll_col: one launch, or two where losses are summed."""
+        m, n, symmetric = problem.rows, problem.candidates, problem.symmetric
+        per_row = problem.reduction == "none"
+
+        def statistic(length: int) -> Tensor:
+            return cosines.new_empty(length, dtype=torch.float64)
+
+        losses = statistic(0 if per_row else self.kernels.combine_blocks(n))
+        if per_row:
+            losses = cosines.new_empty(m, dtype=torch.float32)
+        out = Combined(
+            losses,
+            statistic(m),
+            statistic(n if symmetric else 0),
+            statistic(m),
+            statistic(m if symmetric else 0),
+        )
+        self.kernels.combine(problem, cosines, scale, parts, rest, out, bounded=bounded)
+        if per_row:
+            return out
+        loss = cosines.new_empty((), dtype=torch.float32)
+        self.kernels.total(losses, loss, float(m) if problem.reduction == "mean" else 1.0)
+        return out._replace(losses=loss)
+
     # ---------------------------------------------------------------- stage by stage
 
     def packed(self, problem: Problem, z: Tensor | None = None) -> tuple[int, torch.dtype]:
@@ -247,14 +354,15 @@ class Packed(Backend):
         """Which form of the sums is taken: kernels may have maxima in one of them only."""
         return problem.bounded(scale)
 
-    def _log_sums(self, problem, z1, z2, scale, offset, moving, tops, upper=False):
+    def _log_sums(self, problem, z1, z2, scale, offset, columns, tops, upper=False):
         layout, bounded = self._layout(problem, z1), self._bounded_sums(problem, scale)
         kernel, plain = "tops" if problem.return_stats else "sums", bounded and not upper
         tile = self._tile(kernel, layout, z1.device, plain)
         with self.kernels.device(z1):
-            return self.kernels.log_sums(
-                layout, z1, z2, scale, offset, tile, self._programs(z1.device),
-                moving=moving, bounded=bounded, upper=upper, tops=tops,
+            strips = self._strips(z1, z2, tile, columns, tops is not None or not bounded)
+            return self._fold_strips(
+                layout, z1, z2, scale, offset, tile, strips,
+                columns=columns, bounded=bounded, tops=tops, upper=upper,
             )  # fmt: skip
 
     def products(

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import torch
 
 from ..backends.triton import Triton
-from ..kernels import configs, normalize, products, sums, weights
+from ..kernels import configs, normalize, products, weights
 from ..kernels.common import Layout
 from ..kernels.configs import Tile
 from . import study
@@ -62,12 +62,12 @@ def runner(kernel: str, layout: Layout, rows: int, tile: Tile):
     z2, _ = normalize.normalize(layout, torch.randn_like(r), None, 1e-12)
     operations = 2 * rows * rows * layout.dim
     if kernel == "sums":
-        programs = Triton()._programs(device)
-        strip = sums.strips(rows, rows, tile, True, False)[0]
+        backend = Triton()
+        strip = backend._strips(z1, z2, tile, True, False)[0]
         operations = operations * (strip.stop - strip.start) // rows
         return (
-            lambda: sums.partial_sums(
-                layout, z1, z2, strip, 10.0, 0, tile, programs, moving=True, bounded=True
+            lambda: backend._partials(
+                layout, z1, z2, strip, 10.0, 0, tile, columns=True, bounded=True, tops=None
             ),
             operations,
         )
