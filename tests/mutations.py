@@ -371,13 +371,13 @@ MUTATIONS = [
     ),
     Mutation(
         "ops: fake column statistics of one direction", "directclr_fast/ops.py",
-        "columns_of = n if problem.symmetric else 0", "columns_of = n",
+        "columns, own = (n, m) if problem.symmetric else (0, 0)", "columns, own = n, m",
         "test_ops.py -k 'opcheck and one-direction and torch'",
     ),
     # -------------------------------------------------------------------------- loss, products
     Mutation(
         "ops: only the temperature wants a gradient", "directclr_fast/ops.py",
-        "for v in (r1, r2, temperature))", "for v in (r1, r2))",
+        "wanted or (temperature is not None and temperature.requires_grad)", "wanted",
         "test_loss_api.py -k 'only_the_temperature and torch'",
     ),
     Mutation(
