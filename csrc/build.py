@@ -44,7 +44,10 @@ class Object(NamedTuple):
 
 
 class Recipe:
-    """How an extension is built from a folder of csrc/. Tools are looked for when they are used."""
+    """How an extension is built from a folder of csrc/. Tools are looked for when they are used.
+
+    What raises ``NotImplementedError`` here is every recipe's to define.
+    """
 
     folder: str
     jobs = 4  # compilers at once, where there are so many cores

@@ -120,22 +120,20 @@ def eager_loss(
     return per_row.mean() if reduction == "mean" else per_row.sum()
 
 
+def problem(**changes) -> Problem:
+    """A small plain fp32 call on the CPU, with ``changes``."""
+    given = {"rows": 64, "candidates": 64, "width": 32, "dim": 16, "dtype": torch.float32}
+    return Problem(**(given | {"device_type": "cpu"} | changes))
+
+
 def backends(device_type: str = "cpu") -> list[str]:
     """Names of the fast backends that run a plain fp32 call on ``device_type`` here."""
-    problem = Problem(
-        rows=64,
-        candidates=64,
-        width=32,
-        dim=16,
-        dtype=torch.float32,
-        device_type=device_type,
-        temperature=0.1,
-    )
+    asked = problem(device_type=device_type)
     found = []
     for name in dispatch.PRIORITY:
         module = dispatch.load(name)
-        if name != "reference" and not module.why_not(problem):
-            if not module.why_not_unasked(problem):
+        if name != "reference" and not module.why_not(asked):
+            if not module.why_not_unasked(asked):
                 found.append(name)
     return found
 

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from directclr_fast import dispatch, fast_directclr_loss, last_backend
-from directclr_fast.problem import Problem
-from directclr_fast.testing import eager_loss, evaluate, make_views, relative_error
+from directclr_fast.testing import eager_loss, evaluate, make_views, problem, relative_error
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
@@ -29,16 +28,8 @@ backend = "triton"  # of the calls below; a name and not a fixture's value, for 
 @pytest.fixture(autouse=True, params=["triton", "cuda"])
 def each_backend(request):
     global backend
-    problem = Problem(
-        rows=64,
-        candidates=64,
-        width=32,
-        dim=16,
-        dtype=torch.float16,
-        device_type=gpu,
-        temperature=0.1,
-    )
-    reasons = dispatch.load(request.param).why_not(problem)
+    asked = problem(dtype=torch.float16, device_type=gpu)
+    reasons = dispatch.load(request.param).why_not(asked)
     if reasons:
         pytest.skip(reasons[0])
     backend = request.param

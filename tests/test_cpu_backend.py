@@ -18,8 +18,8 @@ from test_loss_exact import (
 )
 
 from directclr_fast import dispatch, doctor, fast_directclr_loss, last_backend, ops
-from directclr_fast.problem import Options, Problem
-from directclr_fast.testing import bound, eager_loss, evaluate, make_views, relative_error
+from directclr_fast.problem import Options
+from directclr_fast.testing import bound, eager_loss, evaluate, make_views, problem, relative_error
 from directclr_fast.world import ALONE
 
 _cpu = pytest.importorskip(
@@ -158,17 +158,8 @@ def test_a_larger_workspace_keeps_more_and_never_more_than_asked():
     backend = dispatch.load("cpu")
 
     def kept_bytes(workspace):
-        asked = Problem(
-            rows=500,
-            candidates=700,
-            width=64,
-            dim=64,
-            dtype=torch.float32,
-            device_type="cpu",
-            temperature=0.1,
-            workspace_bytes=workspace,
-            differentiable=True,
-        )
+        sizes = {"rows": 500, "candidates": 700, "width": 64, "dim": 64}
+        asked = problem(**sizes, workspace_bytes=workspace, differentiable=True)
         return 4 * backend.kept_shape(asked)[0]
 
     sizes = [kept_bytes(workspace) for workspace in (0, 10**5, 5 * 10**5, 10**7)]
@@ -210,17 +201,8 @@ def test_a_step_asks_for_each_stage_once_on_all_threads_of_the_widest_body(monke
     assert asked.calls == [(s, 3) for s in ("products", "finish", "finish")]
     assert _cpu.isa() == (os.environ.get("DIRECTCLR_FAST_ISA") or _cpu.available_isas()[0])
     # The tiles of S are kept whole where they fit, and then are not made anew.
-    problem = Problem(
-        rows=1024,
-        candidates=1024,
-        width=48,
-        dim=40,
-        dtype=torch.float32,
-        device_type="cpu",
-        temperature=0.1,
-        differentiable=True,
-    )
-    assert 4 * cpu.BACKEND.kept_shape(problem)[0] >= _cpu.workspace_bytes(1024, 1024)
+    whole = problem(rows=1024, candidates=1024, width=48, dim=40, differentiable=True)
+    assert 4 * cpu.BACKEND.kept_shape(whole)[0] >= _cpu.workspace_bytes(1024, 1024)
 
 
 def test_thread_counts_agree_and_each_repeats_its_bits():
@@ -249,11 +231,11 @@ class GradientOfRows(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> torch.Tensor:
         r1, r2 = make_views(400, 64, dtype=torch.float32, seed=index)
-        problem = ops.problem_of(Options(dim=40, backend="cpu"), r1, r2, None)
-        _, states, _ = ops.forward_body(problem, ALONE, r1, r2, None, None)
+        asked = ops.problem_of(Options(dim=40, backend="cpu"), r1, r2, None)
+        _, states, _ = ops.forward_body(asked, ALONE, r1, r2, None, None)
         need = (True, True, False)
         upstream = torch.ones(())
-        return ops.backward_body(problem, ALONE, upstream, states, None, None, need)[0]
+        return ops.backward_body(asked, ALONE, upstream, states, None, None, need)[0]
 
 
 def test_inside_data_loader_workers_forked_after_use():

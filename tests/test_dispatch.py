@@ -11,20 +11,8 @@ import pytest
 import torch
 
 from directclr_fast import dispatch, doctor
-from directclr_fast.problem import NEGATIVES, PRECISIONS, Problem
-
-
-def problem(**changes) -> Problem:
-    given = {
-        "rows": 64,
-        "candidates": 64,
-        "width": 32,
-        "dim": 16,
-        "dtype": torch.float32,
-        "device_type": "cpu",
-        "temperature": 0.1,
-    }
-    return Problem(**(given | changes))
+from directclr_fast.problem import NEGATIVES, PRECISIONS
+from directclr_fast.testing import problem
 
 
 def test_every_backend_of_the_table_loads_and_answers():

@@ -96,7 +96,10 @@ class Pair(NamedTuple):
 
 
 class Backend:
-    """One implementation of the stages; a new one joins ``dispatch``'s table."""
+    """One implementation of the stages; a new one joins ``dispatch``'s table.
+
+    What raises ``NotImplementedError`` here is every subclass's to define.
+    """
 
     name: str
 
