@@ -13,12 +13,13 @@ from gates import cuda_kernels as gate
 
 @pytest.mark.slow
 def test_everything_builds_without_spills_and_with_hopper_instructions(tmp_path):
-    """Every source and the link; the module loads here and says what it was built with."""
+    """One object where the record is of this code, nvcc and CUTLASS; otherwise every source and
+    the link, and the module loads here."""
     if gate.build_cuda.nvcc() is None or gate.build_cuda.cutlass() is None:
         pytest.skip("needs nvcc and CUTLASS's headers")
     if shutil.which("ldd") is None:
         pytest.skip("no ldd")
-    command = [sys.executable, gate.__file__, "--json", str(tmp_path / "records.json")]
+    command = [sys.executable, gate.__file__, "--recheck", "--json", str(tmp_path / "records.json")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found = json.loads((tmp_path / "records.json").read_text())
@@ -28,6 +29,31 @@ def test_everything_builds_without_spills_and_with_hopper_instructions(tmp_path)
         for stage in ("sums", "weights"):
             assert f"{stage} {operand} {kind}".lower() in names
     assert len(found["kernels"]) == 30
+
+
+@pytest.mark.skipif(gate.build_cuda.nvcc() is None, reason="needs nvcc")
+@pytest.mark.skipif(gate.build_cuda.cutlass() is None, reason="needs CUTLASS's headers")
+def test_the_key_follows_the_code_and_not_the_words(tmp_path, monkeypatch):
+    shutil.copytree(gate.CSRC / "cuda", tmp_path / "cuda")
+    before, source = gate.key(tmp_path / "cuda"), tmp_path / "cuda" / "rows.cu"
+    assert before == gate.key()
+    text = source.read_text()
+    source.write_text("// words\n" + text)
+    assert gate.key(tmp_path / "cuda") == before
+    source.write_text(text.replace("float", "double", 1))
+    assert gate.key(tmp_path / "cuda") != before
+    monkeypatch.setattr(gate.build_cuda, "flags", [*gate.build_cuda.flags, "-G"])
+    assert gate.key() != before
+
+
+def test_a_record_that_the_compiler_does_not_make_is_seen(tmp_path, monkeypatch):
+    good = {"object": gate.RECHECKED, "kernel": "total_kernel", "registers": 20}
+    monkeypatch.setattr(gate.build_cuda, "compile_commands", lambda folder: [])
+    monkeypatch.setattr(gate, "compile_objects", lambda commands, jobs: {gate.RECHECKED: ""})
+    monkeypatch.setattr(gate, "kernels", lambda name, said, binary: [good])
+    assert gate.recheck(tmp_path, [good], 1) == []
+    assert "registers" in gate.recheck(tmp_path, [good | {"registers": 24}], 1)[0]
+    assert "0 kernels" in gate.recheck(tmp_path, [], 1)[0]
 
 
 def test_the_gate_sees_what_it_is_for():

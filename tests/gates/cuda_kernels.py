@@ -2,7 +2,12 @@
 stack, spills, matrix instructions.
 
     python tests/gates/cuda_kernels.py                                # a table
-    python tests/gates/cuda_kernels.py --out docs/cuda-kernels.md
+    python tests/gates/cuda_kernels.py --write --out docs/cuda-kernels.md
+    python tests/gates/cuda_kernels.py --recheck      # what the suite runs
+
+``--write`` records what was found beside this file, under a key of all it follows from: the code,
+the flags, nvcc and CUTLASS. ``--recheck`` builds one object and compares it where the key is still
+the record's, and everything where it is not.
 
 Exit status 1 if a kernel spills or has a stack, if ptxas serialises its wgmma (C75xx), if a tile
 product lacks Hopper's matrix instruction, TMA or multicast, or if the linked module does not load
@@ -12,6 +17,7 @@ or names a library beyond the system's own.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import os
@@ -21,6 +27,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,10 +37,29 @@ _spec = importlib.util.spec_from_file_location("directclr_fast_build", CSRC / "b
 _build = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_build)
 build_cuda = _build.CUDA
+RECORD = Path(__file__).with_suffix(".json")
+RECHECKED = "rows.o"  # the quickest object with kernels
 
 
-def build(folder: Path, jobs: int) -> tuple[dict[str, str], Path]:
-    """Compiles and links; (what the compiler said by object, the module)."""
+def nvcc_says() -> str:
+    """The compiler's own name of its version."""
+    command = [build_cuda.compiler(), "--version"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def key(folder: Path = CSRC / "cuda") -> str:
+    """Digest of the code in ``folder`` without its comments, flags, compiler and CUTLASS."""
+    parts = [nvcc_says(), (build_cuda.cutlass() / "cutlass/version.h").read_text()]
+    for command, _, target in build_cuda.compile_commands(Path()):
+        parts += [target.name, *(word for word in command if "/" not in word)]
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".cu", ".cuh", ".cpp", ".h") and path.stem != "stages_host":
+            parts += [path.name, *re.sub(r"//.*", "", path.read_text()).split()]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def compile_objects(commands: Sequence, jobs: int) -> dict[str, str]:
+    """What the compiler said by object."""
 
     def run(entry) -> tuple[str, str]:
         command, _, target = entry
@@ -42,13 +68,16 @@ def build(folder: Path, jobs: int) -> tuple[dict[str, str], Path]:
             raise RuntimeError(f"{target.name}: {done.stderr[-2000:]}")
         return target.name, done.stdout + done.stderr
 
-    commands = build_cuda.compile_commands(folder)
     with ThreadPoolExecutor(jobs) as pool:
-        said = dict(pool.map(run, commands))
+        return dict(pool.map(run, commands))
+
+
+def link(folder: Path) -> Path:
+    """The module, of all objects."""
     module = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-    objects = [str(target) for _, _, target in commands]
+    objects = [str(target) for _, _, target in build_cuda.compile_commands(folder)]
     subprocess.run([*build_cuda.link_command(), *objects, "-o", str(module)], check=True)
-    return said, module
+    return module
 
 
 def tool(name: str) -> str:
@@ -139,48 +168,71 @@ def loads(module: Path) -> list[str]:
     return found
 
 
+def recheck(folder: Path, recorded: list[dict], jobs: int) -> list[str]:
+    """How the kernels of one object, compiled now, differ from the record of them."""
+    commands = [c for c in build_cuda.compile_commands(folder) if c.target.name == RECHECKED]
+    said = compile_objects(commands, jobs)[RECHECKED]
+    now = kernels(RECHECKED, said, folder / RECHECKED)
+    then = [record for record in recorded if record["object"] == RECHECKED]
+    differ = [f"recorded {a}, found {b}" for a, b in zip(then, now) if a != b]
+    if len(then) != len(now):
+        differ.append(f"recorded {len(then)} kernels of {RECHECKED}, found {len(now)}")
+    return differ
+
+
+def table(records: list[dict]) -> str:
+    heads = "kernel|registers|spills|matrix|TMA|EX2|SHFL|16-byte stores"
+    keys = "kernel registers spills matrix tma exponentials shuffles wide_stores".split()
+    rows = [f"| {heads.replace('|', ' | ')} |", "|" + "---|" * len(keys)]
+    for record in records:
+        values = [" ".join(v) if isinstance(v := record[k], list) else str(v) for k in keys]
+        rows.append(f"| {' | '.join(values)} |")
+    return "\n".join(rows)
+
+
 def main() -> int:
     """Builds, prints the table, writes it where asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", help="markdown file")
     parser.add_argument("--json", help="file of the records")
+    parser.add_argument("--write", action="store_true", help="record what is found")
+    parser.add_argument("--recheck", action="store_true", help="trust the record where it holds")
     parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 4))
     arguments = parser.parse_args()
     begin = time.monotonic()
+    record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    holds = arguments.recheck and record.get("key") == key()
+    records, wrong, said = record.get("kernels", []), [], {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        said, module = build(folder, arguments.jobs)
-        seconds = time.monotonic() - begin
-        records, wrong = [], loads(module)
-        for target, text in said.items():
-            if "Compiling entry function" not in text:
-                continue
-            for record in kernels(target, text, folder / target):
-                records.append(record)
-                wrong += [f"{record['kernel']}: {p}" for p in problems(record, text)]
-    heads = "kernel|registers|spills|matrix|TMA|EX2|SHFL|16-byte stores"
-    keys = "kernel registers spills matrix tma exponentials shuffles wide_stores".split()
-    rows = [f"| {heads.replace('|', ' | ')} |", "|" + "---|" * len(keys)]
-    for record in records:
-        values = [" ".join(v) if isinstance(v := record[key], list) else str(v) for key in keys]
-        rows.append(f"| {' | '.join(values)} |")
-    last = f"{len(records)} kernels, {len(wrong)} problems, built in {seconds:.0f} s"
-    print("\n".join([*rows, "", *wrong, last]))
+        if holds:
+            wrong += recheck(folder, records, arguments.jobs)
+        else:
+            said = compile_objects(build_cuda.compile_commands(folder), arguments.jobs)
+            wrong += loads(link(folder))
+            texts = {k: v for k, v in said.items() if "Compiling entry function" in v}
+            records = [r for k, v in texts.items() for r in kernels(k, v, folder / k)]
+    for one in records:
+        wrong += [f"{one['kernel']}: {p}" for p in problems(one, said.get(one["object"], ""))]
+    how = "recorded" if holds else "built"
+    seconds = time.monotonic() - begin
+    last = f"{len(records)} kernels, {len(wrong)} problems, {how}, {seconds:.0f} s"
+    print("\n".join([table(records), "", *wrong, last]))
+    if arguments.write and not wrong:
+        RECORD.write_text(json.dumps({"key": key(), "kernels": records}, indent=1) + "\n")
     if arguments.json:
         Path(arguments.json).write_text(json.dumps({"kernels": records, "wrong": wrong}, indent=1))
     if arguments.out:
-        version = subprocess.run(
-            [build_cuda.compiler(), "--version"], capture_output=True, text=True
-        ).stdout
-        release = re.search(r"release ([\d.]+)", version)[1]
+        release = re.search(r"release ([\d.]+)", nvcc_says())[1]
         text = (
             "# The Hopper kernels, read off their binaries\n\n"
             f"nvcc {release}, {build_cuda.cutlass_package.replace('==', ' ')}, sm_90a; counts of "
             "instructions in the machine code. Written by `python tests/gates/cuda_kernels.py "
-            "--out docs/cuda-kernels.md`, no GPU needed. Tile products have 384 threads and, after "
-            "`setmaxnreg`, more registers in their consumers than the 168 they start with.\n\n"
+            "--write --out docs/cuda-kernels.md`, no GPU needed. Tile products have 384 threads "
+            "and, after `setmaxnreg`, more registers in their consumers than the 168 they start "
+            "with.\n\n"
         )
-        Path(arguments.out).write_text(text + "\n".join(rows) + "\n")
+        Path(arguments.out).write_text(text + table(records) + "\n")
     return 1 if wrong else 0
 
 
