@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -203,6 +204,12 @@ def test_a_step_asks_for_each_stage_once_on_all_threads_of_the_widest_body(monke
     # The tiles of S are kept whole where they fit, and then are not made anew.
     whole = problem(rows=1024, candidates=1024, width=48, dim=40, differentiable=True)
     assert 4 * cpu.BACKEND.kept_shape(whole)[0] >= _cpu.workspace_bytes(1024, 1024)
+
+
+@pytest.mark.skipif("avx512_bf16" not in _cpu.available_isas(), reason="no bf16 dot product here")
+def test_the_bf16_dot_product_is_the_best_body_s_only_where_it_is_faster():
+    amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    assert (_cpu.available_isas()[0] == "avx512_bf16") == amd
 
 
 def test_thread_counts_agree_and_each_repeats_its_bits():

@@ -74,7 +74,10 @@ class Cpu(Backend):
         if problem.negatives == "same":
             reasons.append("negatives 'same' is in the reference backend only")
         if problem.precision == "bf16" and not _cpu.has_bf16():
-            reasons.append(f"precision 'bf16': {_cpu.isa()} has no bf16 dot product")
+            reasons.append(
+                f"precision 'bf16': here it computes with {_cpu.isa()}, which has no bf16 dot "
+                "product faster than fp32"
+            )
         elif problem.precision not in ("auto", "highest", "bf16"):
             reasons.append(f"precision {problem.precision!r}: it computes in fp32 or bf16")
         if problem.temperature is not None and 1.0 / problem.temperature > MAX_SCALE:
