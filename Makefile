@@ -26,7 +26,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -q $(if $(LOCK),
 SOURCES := pyproject.toml setup.py $(LOCK) $(shell find csrc -type f \
 	\( -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
 
-.PHONY: demo test environment bench lint lock clean
+.PHONY: demo test environment bench gpu-kit lint lock clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python -m directclr_fast demo --out runs/demo
@@ -43,6 +43,11 @@ environment: $(VENV)/.installed-test
 # Measures every committed CPU result again and fills the tables: about 40 minutes on 2 idle cores.
 bench: $(VENV)/.installed-bench
 	$(MAKE) -C bench -B -k cpu PYTHON=$(CURDIR)/$(BIN)/python
+
+# What a GPU machine without compiler and network needs, in build/gpu-kit: bench/Makefile says how it
+# is used there. In an environment like that machine's, e.g. PYTHON=python3.12 TORCH=2.11.0.
+gpu-kit: $(VENV)/.installed-test
+	$(BIN)/python bench/gpu_kit.py build/gpu-kit
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .

@@ -155,3 +155,11 @@ def _card() -> dict:
         return {}
     first = text.strip().splitlines()[0] if text.strip() else ""
     return dict(zip(_GPU_FIELDS, (part.strip() for part in first.split(","))))
+
+
+def short_name(gpu: str) -> str:
+    """What to call the results of a GPU: "h100" of "NVIDIA H100 80GB HBM3"."""
+    words = re.sub(r"[^a-z0-9]+", " ", gpu.lower()).split()
+    maker = {"nvidia", "amd", "tesla", "geforce", "instinct", "radeon"}
+    form = re.compile(r"\d+gb|hbm\d*e?|pcie|sxm\d*|nvl|oam|graphics")
+    return "-".join(word for word in words if word not in maker and not form.fullmatch(word))

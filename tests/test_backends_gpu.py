@@ -105,7 +105,8 @@ def test_options_at_most_twice_as_wrong_as_eager(negatives, symmetric, dtype):
         floor = max(floor, 1e-3)  # its products are half-precision ones
     for more in (
         {"dim": 360},
-        {"dim": 360, "temperature": 0.005},
+        # Colder, the negatives of these rows end below what P holds in half precision (7e-12).
+        {"dim": 360, "temperature": 0.05},
         {"dim": 360, "temperature": torch.tensor(0.07, device=gpu)},
         {"dim": 360, "reduction": "none"},
         {"dim": None, "columns": columns},
@@ -162,8 +163,13 @@ def test_nothing_waits_for_the_device(temperature):
         torch.cuda.set_sync_debug_mode("default")
 
 
+OWN = ("normalize", "sums", "combine", "total", "factors", "weights", "finish", "device_kernel")
+
+
 def test_launch_counts_seen_by_the_profiler():
+    """Four launches forward; backward three of ours and the library's, which may split one."""
     r1, r2 = (r.requires_grad_() for r in views(4096, 2048))
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a launch for each torch.empty
     loss_of(r1, r2, 360, precision="fp16").backward()
 
     def kernels(function) -> list[str]:
@@ -174,7 +180,6 @@ def test_launch_counts_seen_by_the_profiler():
         events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
         return [e.name for e in events if not e.name.startswith("Mem")]
 
-    found = {}
     one = torch.ones((), device=gpu)
     loss = None
 
@@ -182,10 +187,11 @@ def test_launch_counts_seen_by_the_profiler():
         nonlocal loss
         loss = loss_of(r1, r2, 360, precision="fp16")
 
-    found["forward"] = kernels(forward)
-    found["backward"] = kernels(lambda: torch.autograd.grad(loss, (r1, r2), one))
-    assert 1 <= len(found["forward"]) <= 4, found
-    assert 1 <= len(found["backward"]) <= 5, found
+    there = kernels(forward)
+    assert len(there) == 4, there
+    back = kernels(lambda: torch.autograd.grad(loss, (r1, r2), one))
+    ours = [name for name in back if any(word in name for word in OWN)]
+    assert len(ours) == 3 and 2 <= len(back) - 3 <= 4, back
 
 
 def test_graph_capture_and_replay():

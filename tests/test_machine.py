@@ -63,3 +63,19 @@ def test_older_result_files_are_described():
     for path in (ROOT / "bench/results").rglob("*.json"):
         if values := json.loads(path.read_text()).get("machine"):
             assert f"torch {values['torch']}" in machine.describe(values), path
+
+
+@pytest.mark.parametrize(
+    "gpu,name",
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA H100 PCIe", "h100"),
+        ("NVIDIA GeForce RTX 4090", "rtx-4090"),
+        ("AMD Instinct MI300X", "mi300x"),
+        ("Tesla T4", "t4"),
+    ],
+)
+def test_results_are_named_by_the_gpu(gpu, name):
+    assert machine.short_name(gpu) == name

@@ -4,6 +4,7 @@ binaries: registers, stack, shared memory, matrix instructions.
     python tests/gates/triton_kernels.py                      # what is not in the record, a summary
     python tests/gates/triton_kernels.py --anew --arch sm_90  # everything again, without the record
     python tests/gates/triton_kernels.py --triton 3.6.0 3.9.0 --write --out docs/triton-kernels.md
+    python tests/gates/triton_kernels.py --fill FOLDER --arch sm_90  # a cache for such a GPU
 
 The launches are those of the backend itself, recorded instead of run, so what is checked is what
 ships. Exit status 1 if a kernel spills, needs more shared memory than the chip has, or a tile
@@ -215,6 +216,48 @@ def cases(arch: str) -> list[dict]:
     return found + [{"precision": "fp16", **options} for options in fp16]
 
 
+class _Elsewhere:
+    """The driver of a GPU that is not here: Triton compiles for it and launches nothing."""
+
+    def __init__(self, arch: str) -> None:
+        self.target = TARGETS[arch]
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+# Columns of the GPU tests and of the benchmark, beside those of `cases`.
+FILLED = (1, 16, 129, 256, 768, 2047)
+
+
+def fill(folder: str, arch: str) -> int:
+    """Puts into ``folder``, a TRITON_CACHE_DIR, what Triton itself would compile for the calls of
+    :func:`cases` and the widths FILLED on a GPU of ``arch``; the number of kernels there."""
+    os.environ["TRITON_CACHE_DIR"] = str(Path(folder).resolve())
+    triton.runtime.driver.set_active(_Elsewhere(arch))
+    seen = set()
+
+    def compile_only(kernel, grid, args, warps, stages, constants):
+        options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+        seen.add(kernel.warmup(*args, grid=grid, **constants, **options).hash)
+
+    common.launch.recorder = compile_only
+    try:
+        calls = cases(arch)
+        calls += [{"dim": d, "precision": p} for d in FILLED for p in ("fp16", "bf16", "highest")]
+        for options in calls:
+            _call(Triton(arch), **options)
+    finally:
+        common.launch.recorder = None
+    return len(seen)
+
+
 def _call(backend: Triton, **changes) -> None:
     given = {
         "rows": 4096,
@@ -390,7 +433,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="print a line for each kernel")
     parser.add_argument("--json", help="write the rows here")
     parser.add_argument("--out", help="write the summary of all recorded versions here")
+    parser.add_argument("--fill", metavar="FOLDER", help="a Triton cache for GPUs of each --arch")
     arguments = parser.parse_args(argv)
+    if arguments.fill:
+        for arch in arguments.arch:
+            print(f"Triton {triton.__version__}, {arch}: {fill(arguments.fill, arch)} kernels")
+        return 0
     if arguments.triton:
         return _each(arguments.triton, argv or sys.argv[1:])
     version = triton.__version__

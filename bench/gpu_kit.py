@@ -1,0 +1,107 @@
+"""Prepares what a GPU machine without a compiler and a network needs, in one folder.
+
+    python bench/gpu_kit.py build/gpu-kit [--arch sm_90]
+
+The folder holds ``env.sh`` (to be sourced in the checkout there), the Hopper extension built for
+this Python, a cache of Triton kernels compiled by this Triton, and the peers of the benchmark, so
+this Python and Triton have to be that machine's. A part that cannot be made is left out, and said;
+then it is made or missed there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PEERS = ("memeff==0.3.1", "inf_cl==1.2.1")
+ENV = """# source build/gpu-kit/env.sh, in the folder of the checkout
+kit=$PWD/{folder}
+cp $kit/_cuda*.so directclr_fast/ 2> /dev/null
+[ -e directclr_fast/kernels ] || ln -s ../kernels directclr_fast/kernels
+export PYTHONPATH=$PWD:$kit/peers PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 DIRECTCLR_COMMIT={commit}
+export TRITON_CACHE_DIR=$kit/triton
+echo "kit: $(ls $kit/triton 2> /dev/null | wc -l) kernels cached"
+"""
+
+
+def extension(folder: Path) -> str:
+    """The compiled module, built as an installation builds it."""
+    command = [sys.executable, str(ROOT / "csrc/build.py"), str(folder / "build"), "cuda"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise OSError((done.stderr or done.stdout).strip().splitlines()[-1])
+    (module,) = (folder / "build").glob("_cuda*.so")
+    shutil.copy(module, folder)
+    shutil.rmtree(folder / "build")
+    return module.name
+
+
+def kernels(folder: Path, arch: str) -> str:
+    """A Triton cache; compiled in a process of its own, where kernels are not interpreted."""
+    gate = ROOT / "tests/gates/triton_kernels.py"
+    command = [sys.executable, str(gate), "--fill", str(folder / "triton"), "--arch", arch]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(done.stderr.strip().splitlines()[-1])
+    for path in (folder / "triton").rglob("*"):  # what only a reader wants, and locks
+        if path.suffix in (".ttir", ".ttgir", ".llir", ".ptx", ".source", ".lock"):
+            path.unlink()
+    return done.stdout.strip()
+
+
+def peers(folder: Path) -> str:
+    """The benchmark's peers, unpacked: they are pure Python."""
+    command = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check"]
+    wheels = folder / "wheels"
+    done = subprocess.run([*command, "--no-deps", "-d", str(wheels), *PEERS])
+    if done.returncode:
+        raise OSError(f"pip download of {', '.join(PEERS)} failed")
+    for wheel in wheels.glob("*.whl"):
+        zipfile.ZipFile(wheel).extractall(folder / "peers")
+    shutil.rmtree(wheels)
+    return ", ".join(PEERS)
+
+
+def main() -> int:
+    """Makes every part; 1 if one is missing."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--arch", default="sm_90")
+    arguments = parser.parse_args()
+    folder = arguments.folder.resolve()
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    (folder / "env.sh").write_text(
+        ENV.format(folder=os.path.relpath(folder, ROOT), commit=commit or "unknown")
+    )
+    missing = 0
+    parts = {
+        "extension": lambda: extension(folder),
+        "kernels": lambda: kernels(folder, arguments.arch),
+        "peers": lambda: peers(folder),
+    }
+    for name, make in parts.items():
+        begin = time.monotonic()
+        try:
+            said = make()
+        except (OSError, ValueError) as error:
+            missing, said = 1, f"left out, {error}"
+        print(f"{name}: {said} ({time.monotonic() - begin:.0f} s)", flush=True)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    print(f"{folder}: {size / 2**20:.1f} MiB")
+    return missing
+
+
+if __name__ == "__main__":
+    sys.exit(main())

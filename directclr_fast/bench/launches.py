@@ -1,0 +1,138 @@
+"""Device time of every launch of a GPU step: which kernel the time is in, at what rate.
+
+    python -m directclr_fast.bench.launches --dim 128 256 360 768 --rows 4096 32768 --out FILE
+
+Each launch of a backend runs between two events, with the L2 cache overwritten before a step; the
+medians of ``--rounds`` steps are shown. Host time between launches is not in them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+
+import torch
+
+from .. import dispatch, driver
+from ..problem import Problem
+from ..world import ALONE
+from . import study
+
+FLAGS = {
+    "--rows": {"type": int, "nargs": "+", "default": [4096, 32768]},
+    "--dim": {"type": int, "nargs": "+", "default": [128, 256, 360, 768]},
+    "--backend": {"nargs": "+", "default": ["cuda", "triton"]},
+    "--precision": {"default": "fp16"},
+    "--rounds": {"type": int, "default": 20},
+    "--device": {"default": "cuda", "help": "cpu: a rehearsal, kernels interpreted, no times"},
+}
+SIMILARITY = ("sums", "weights", "product")  # 2 M N d operations in all of a step, each
+FLUSH_BYTES = 2**28
+
+
+class Spans:
+    """A backend's launchers; each call is a span of device time."""
+
+    def __init__(self, kernels, timed: bool) -> None:
+        self.kernels, self.timed, self.spans = kernels, timed, []
+
+    def __getattr__(self, name: str):
+        function = getattr(self.kernels, name)
+        if not callable(function) or name in ("device", "lines", "padded", "combine_blocks"):
+            return function
+
+        def launch(*args, **options):
+            first, last = (self._event() for _ in range(2))
+            result = function(*args, **options)
+            if self.timed:
+                last.record()
+            self.spans.append((name, first, last))
+            return result
+
+        return launch
+
+    def _event(self):
+        if not self.timed:
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def taken(self) -> dict[str, float]:
+        """Milliseconds by launch since the last call; 0 in a rehearsal."""
+        total = defaultdict(float)
+        if self.timed:
+            torch.cuda.synchronize()
+        for name, first, last in self.spans:
+            total[name] += first.elapsed_time(last) if self.timed else 0.0
+        self.spans.clear()
+        return dict(total)
+
+
+def step_of(name: str, problem: Problem):
+    """(function that does one step, its Spans)."""
+    backend = dispatch.load(name)
+    shape = (problem.rows, problem.width)
+    r1, r2 = (torch.randn(shape, device=problem.device_type) for _ in range(2))
+    upstream = torch.ones((), device=problem.device_type)
+    spans = Spans(backend.kernels, problem.device_type == "cuda")
+    scale, need = 1 / problem.temperature, (True, True, False)
+
+    def step():
+        with torch.no_grad():
+            _, states, _ = driver.forward(backend, problem, ALONE, r1, r2, None, scale)
+            driver.backward(backend, problem, ALONE, upstream, states, None, scale, need)
+
+    def timed_step():
+        backend.kernels, before = spans, backend.kernels
+        try:
+            step()
+        finally:
+            backend.kernels = before
+
+    return timed_step, spans
+
+
+def measure(arguments: argparse.Namespace) -> Iterator[tuple[dict, str]]:
+    """Every backend at every size; one that cannot run is a case with its reasons."""
+    device = arguments.device
+    for rows, dim, name in itertools.product(arguments.rows, arguments.dim, arguments.backend):
+        problem = Problem(
+            rows=rows, candidates=rows, width=dim, dim=dim, dtype=torch.float32, temperature=0.1,
+            device_type=device, differentiable=True, precision=arguments.precision, backend=name,
+        )  # fmt: skip
+        case = {"rows": rows, "dim": dim, "backend": name, "precision": arguments.precision}
+        title = f"{name}, N = {rows}, d = {dim}, {arguments.precision}"
+        if reasons := dispatch.load(name).why_not(problem):
+            yield case | {"why_not": reasons}, f"{title}: {'; '.join(reasons)}"
+            continue
+        step, spans = step_of(name, problem)
+        flush = torch.empty(FLUSH_BYTES if device == "cuda" else 1, device=device).byte()
+        taken = defaultdict(list)
+        for turn in range(3 + arguments.rounds):
+            flush.zero_()
+            step()
+            for launch, ms in spans.taken().items():
+                taken[launch] += [ms] * (turn >= 3)  # warm-up, and kernels are compiled
+        medians = {launch: statistics.median(ms or [0.0]) for launch, ms in taken.items()}
+        operations = 2.0 * rows * rows * dim
+        both = sum(medians.values())
+        lines = [f"{title}: {both:.3f} ms, {rate(4 * operations, both):.0f} TFLOP/s at 8c"]
+        for launch, ms in medians.items():
+            count = 2 if launch == "product" else 1
+            share = f"  {rate(count * operations, ms):7.0f} TFLOP/s" if launch in SIMILARITY else ""
+            lines.append(f"  {launch:16} {ms:9.3f} ms{share}")
+        yield case | {"ms": medians, "total_ms": both}, "\n".join(lines)
+
+
+def rate(operations: float, ms: float) -> float:
+    """TFLOP/s; 0 where nothing was timed."""
+    return operations / ms / 1e9 if ms else 0.0
+
+
+if __name__ == "__main__":
+    study.main(sys.modules[__name__])
