@@ -241,7 +241,7 @@ def test_module_is_the_same_command():
             "--mode byol",
             "mode: expected one of baseline, directclr, single, simclr, group, diagonal",
         ),
-        ("--data mnist", "data: expected one of digits, patches, cifar10,"),
+        ("--data imagenet", "data: expected one of digits, patches, cifar10,"),
         ("--data folder:/nowhere", "data: expected a folder of images, got no folder /nowhere"),
         ("--data cifar10 --data-root /nowhere", "data: expected the folder of cifar10, got no"),
         ("--batch-size 49", "batch size: expected at most 48 (the training images of fake:n=48"),

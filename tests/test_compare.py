@@ -403,7 +403,7 @@ def test_what_diverged_is_in_the_table():
     ("--modes directclr,byol", "modes: expected some of baseline, .*, got 'byol'"),
     ("--modes directclr,directclr", "modes: expected each once, got directclr,directclr"),
     ("--seeds 0", "seeds: expected at least 1, got 0"),
-    ("--data mnist", "data: expected one of digits, patches, .*, got 'mnist'"),
+    ("--data imagenet", "data: expected one of digits, patches, .*, got 'imagenet'"),
     ("--data fake --epochs 0", "epochs: expected at least 1, got 0"),
     ("--data fake --jobs 0", "jobs: expected at least 1, got 0"),
     ("--data fake --encoder vgg", "encoder: expected one of resnet18, .*, got 'vgg'"),

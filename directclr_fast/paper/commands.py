@@ -13,7 +13,7 @@ def add_spectrum(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("checkpoint", help="checkpoint.pt or the folder that holds it")
     add("--data", help="another set than the one trained on")
-    add("--data-root", help="folder of the torchvision sets")
+    add("--data-root", help="folder of the sets that are fetched")
     add("--threshold", type=float, default=1e-8, help="collapsed below this share of the largest")
     add("--device", default="auto")
     add("--workers", type=int, default=0)
@@ -69,8 +69,8 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--out", help="folder of report.md and all runs; default runs/compare")
     add("--data", help="default: cifar10 where it is there, otherwise patches")
-    add("--data-root", help="folder of the torchvision sets")
-    add("--download", action="store_true", help="fetch a missing torchvision set")
+    add("--data-root", help="folder of the sets that are fetched")
+    add("--download", action="store_true", help="fetch a missing set")
     add("--modes", help="comma-separated, default all")
     add("--seeds", type=int, default=3, help="of each mode, default 3")
     add("--encoder", help="default: the budget of the set, as for the next four")

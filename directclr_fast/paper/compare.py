@@ -43,6 +43,7 @@ BUDGETS = {
     "patches": {**_SMALL, "image_size": 24, "epochs": 5, "warmup_epochs": 1},
     "cifar10": {**_SMALL, "image_size": 24, "epochs": 1, "warmup_epochs": 0},
     "cifar100": {**_SMALL, "image_size": 24, "epochs": 1, "warmup_epochs": 0},
+    "fashion-mnist": {**_SMALL, "image_size": 28, "epochs": 1, "warmup_epochs": 0},
     "digits": {**_SMALL, "epochs": 20, "warmup_epochs": 2},
 }
 QUICK = {"epochs": 1, "warmup_epochs": 0, "max_steps": 20}

@@ -54,7 +54,7 @@ def add_probe(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("checkpoint", help="checkpoint.pt or the folder that holds it")
     add("--data", help="another set than the one trained on")
-    add("--data-root", help="folder of the torchvision sets")
+    add("--data-root", help="folder of the sets that are fetched")
     add("--schedule", choices=("constant", "cosine", "both"), default="both")
     add("--epochs", type=int, default=100)
     add("--learning-rate", type=float, default=0.1)
