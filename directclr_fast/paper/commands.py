@@ -10,27 +10,68 @@ from pathlib import Path
 
 
 def add_spectrum(parser: argparse.ArgumentParser) -> None:
+    from ..train.commands import add_foreign
+
     add = parser.add_argument
-    add("checkpoint", help="checkpoint.pt or the folder that holds it")
+    add("source", nargs="+", help="runs and files of features, drawn in one figure")
+    add_foreign(parser)
     add("--data", help="another set than the one trained on")
     add("--data-root", help="folder of the sets that are fetched")
-    add("--threshold", type=float, default=1e-8, help="collapsed below this share of the largest")
+    add(
+        "--threshold",
+        type=float,
+        help="collapsed up to this share of the largest eigenvalue (default 1e-8, or what the "
+        "rounding of the features leaves)",
+    )
     add("--device", default="auto")
     add("--workers", type=int, default=0)
-    add("--out", help="folder (default: that of the checkpoint)")
+    add("--out", help="folder (default: that of the first source)")
 
 
 def run_spectrum(arguments: argparse.Namespace) -> None:
-    from ..train import probe
-    from ..train.commands import folder_of
+    from ..train.commands import folder_of, outputs_of
+    from . import spectrum
+
+    spectrum.check(arguments.threshold)
+    folder_of(arguments)
+    found, titles = {}, []
+    for source in arguments.source:
+        spectra, title = _spectra_of(source, arguments)
+        titles.append(title)
+        start = f"{title}, " if len(arguments.source) > 1 else ""
+        found |= {_unlike(f"{start}{name}", found): values for name, values in spectra.items()}
+    picture, numbers = outputs_of(arguments, "spectrum.png", "spectrum.json")
+    spectrum.save(found, numbers)
+    spectrum.plot(found, picture, titles[0] if len(titles) == 1 else "")
+    print("\n".join(spectrum.lines(found)))
+    print(f"written to {numbers} and {picture}")
+
+
+def _unlike(name: str, others) -> str:
+    """``name``, with a number behind it where it is taken."""
+    names = [name, *(f"{name} ({k})" for k in range(2, len(others) + 3))]
+    return next(n for n in names if n not in others)
+
+
+def _spectra_of(source: str, arguments: argparse.Namespace) -> tuple[dict[str, dict], str]:
+    """Spectra by name of a run or of a file, and what to call it."""
+    from ..train import foreign, probe
     from ..train.config import resolve_device
     from ..train.loop import load_model
     from . import spectrum
 
-    spectrum.check(arguments.threshold)
+    threshold = arguments.threshold
+    if not foreign.is_run(source):
+        parts = foreign.features_in(source, arguments.key, arguments.trust_pickle)
+        spectra = {
+            "features" if len(parts) == 1 else f"features, {part}": spectrum.describe(
+                values.features, threshold
+            )
+            for part, values in parts.items()
+        }
+        return spectra, Path(source).stem
     device = resolve_device(arguments.device)
-    config, model, state = load_model(arguments.checkpoint, device)
-    out = folder_of(arguments)
+    config, model, state = load_model(source, device)
     features = probe.load_features(
         model.encoder,
         config,
@@ -40,11 +81,9 @@ def run_spectrum(arguments: argparse.Namespace) -> None:
         device=device,
         workers=arguments.workers,
     )
-    spectra = spectrum.of_model(model, features.test, arguments.threshold)
-    spectrum.save(spectra, out / "spectrum.json")
-    spectrum.plot(spectra, out / "spectrum.png", f"{config.mode} on {config.data}")
-    print("\n".join(spectrum.lines(spectra)))
-    print(f"written to {out / 'spectrum.json'} and {out / 'spectrum.png'}")
+    spectra = spectrum.of_model(model, features.test, threshold)
+    title = f"{config.mode} on {config.data}"
+    return spectra, config.name if len(arguments.source) > 1 else title
 
 
 def add_toy(parser: argparse.ArgumentParser) -> None:

@@ -50,9 +50,20 @@ def run_train(arguments: argparse.Namespace, on_step=None) -> None:
         print(f"done: step {result['step']}, loss backend {backend}, {result['folder']}")
 
 
+def add_foreign(parser: argparse.ArgumentParser) -> None:
+    """The flags of ``probe`` and ``spectrum`` for what this trainer did not make."""
+    add = parser.add_argument
+    add("--key", help="name of the features in a file that holds more than one matrix")
+    add(
+        "--trust-pickle",
+        action="store_true",
+        help="open files that run code of whoever made them; only for files you trust",
+    )
+
+
 def add_probe(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("checkpoint", help="checkpoint.pt or the folder that holds it")
+    add("source", help="checkpoint.pt or the folder that holds it")
     add("--data", help="another set than the one trained on")
     add("--data-root", help="folder of the sets that are fetched")
     add("--schedule", choices=("constant", "cosine", "both"), default="both")
@@ -77,7 +88,7 @@ def run_probe(arguments: argparse.Namespace) -> None:
     vote = {"k": arguments.k, "temperature": arguments.temperature}
     probe.check(**linear, **vote)
     device = resolve_device(arguments.device)
-    config, model, state = load_model(arguments.checkpoint, device)
+    config, model, state = load_model(arguments.source, device)
     if arguments.dim is not None and not 0 < arguments.dim <= model.width:
         raise ValueError(
             f"dim: expected 1 to {model.width} (the encoder's width), got {arguments.dim}"
@@ -88,7 +99,7 @@ def run_probe(arguments: argparse.Namespace) -> None:
         rows |= baselines(config, state, device)
     schedules = probe.SCHEDULES if arguments.schedule == "both" else (arguments.schedule,)
     result = {
-        "checkpoint": str(arguments.checkpoint),
+        "checkpoint": str(arguments.source),
         "step": state["step"],
         "data": arguments.data or config.data,
         **linear,
@@ -141,5 +152,16 @@ def folder_of(arguments: argparse.Namespace) -> Path:
     """The folder to write to, asked before anything long is done."""
     from .checkpoint import writable
 
-    path = Path(arguments.checkpoint)
+    first = arguments.source[0] if isinstance(arguments.source, list) else arguments.source
+    path = Path(first)
     return writable("out", arguments.out or (path if path.is_dir() else path.parent))
+
+
+def outputs_of(arguments: argparse.Namespace, *names: str) -> list[Path]:
+    """Where these files go. Beside a file of features they bear its name, too."""
+    from . import foreign
+
+    sources = arguments.source if isinstance(arguments.source, list) else [arguments.source]
+    alone = len(sources) == 1 and not foreign.is_run(sources[0]) and not arguments.out
+    start = f"{Path(sources[0]).stem}-" if alone else ""
+    return [folder_of(arguments) / f"{start}{name}" for name in names]
