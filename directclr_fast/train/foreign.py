@@ -1,19 +1,29 @@
-"""What others made, for the probe and the spectrum: files of features.
+"""What others made, for the probe and the spectrum: files of features, weights of other networks.
 
 A file is opened without running code that may be in it: NumPy's without pickled objects, PyTorch's
 with ``weights_only``. One that needs more is refused, unless it is trusted by name.
+
+Weights are found by their names. A checkpoint may hold several networks (MoCo's two encoders, a
+projector, an optimiser), each under a prefix of its own; taken is the prefix under which most of
+the encoder's tensors lie, in their shapes, the first of equals. All of them have to be there: half
+a network would give features that nobody made.
 """
 
 from __future__ import annotations
 
+import importlib
+import os
 import pickle
+import sys
 import zipfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import checkpoint
 
@@ -41,8 +51,9 @@ def is_run(path: str | Path) -> bool:
     """Whether ``path`` is a run of this trainer: its folder, its checkpoint, or nothing at all (the
     reader of checkpoints says what is missing best)."""
     path = Path(path)
-    if not path.is_file() or (path.parent / "config.json").exists():
-        return path.suffix not in SUFFIXES
+    ours = path.name.startswith("checkpoint") and (path.parent / "config.json").exists()
+    if not path.is_file() or ours:
+        return True
     if not zipfile.is_zipfile(path) or path.suffix in SUFFIXES:
         return False
     try:
@@ -153,3 +164,208 @@ def features_in(path: str | Path, key: str | None = None, trust: bool = False) -
 
 def _part(name: str) -> str:
     return "test" if any(word in name.lower() for word in ("test", "val")) else "train"
+
+
+# ---------------------------------------------------------------- networks
+
+
+class Foreign(nn.Module):
+    """A network of others as an encoder: images (n, C, H, W) to rows (n, R), grey ones repeated for
+    a network of three channels. ``said``: where its weights are from; ``width``: R, once
+    :meth:`check` has found it."""
+
+    def __init__(self, network: nn.Module, said: str) -> None:
+        super().__init__()
+        self.network, self.said, self.width = network, said, None
+        convolutions = (m for m in network.modules() if isinstance(m, nn.Conv2d))
+        self.channels = next((m.in_channels for m in convolutions), None)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.channels == 3 and images.shape[1] == 1:
+            images = images.expand(-1, 3, -1, -1)
+        return as_rows(self.network(images))
+
+    def check(self, channels: int, size: int) -> None:
+        """Encodes two images of ``size`` pixels. ValueError where they do not fit."""
+        device = next((p.device for p in self.parameters()), None)
+        images = torch.zeros(2, channels, size, size, device=device)
+        training = self.training
+        try:
+            with torch.no_grad():
+                self.width = self.eval()(images).shape[1]
+        except (RuntimeError, TypeError, AssertionError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            expected = f"one for images of {channels} channels and {size} pixels"
+            raise ValueError(
+                f"encoder: expected {expected}, got: {reason}; --image-size says another size"
+            ) from error
+        finally:
+            self.train(training)
+
+
+def load_encoder(name: str, path: str | Path | None = None, trust: bool = False) -> Foreign:
+    """The network ``name`` without its classifier, with the weights in the file ``path``.
+
+    name: a classification model of torchvision or, where it is installed, timm; or
+    "module:function", which returns a module, taken as it is. path: None leaves the weights it has.
+    Raises ValueError where a weight is missing or of another shape, and as :func:`read`.
+    """
+    network = _build(name)
+    if path is None:
+        return Foreign(network, f"{name} with the weights it starts with")
+    path = Path(path)
+    found = read(path, trust)
+    best = _best(network, found)
+    if _adapt_stem(network, best):
+        best = _best(network, found)
+    lacking = [key for key in _wanted(network) if key not in best.names]
+    if lacking:
+        raise ValueError(_misfit(name, path, network, best, lacking))
+    network.load_state_dict({k: best.tensors[v] for k, v in best.names.items()}, strict=False)
+    return Foreign(network, _said(name, path, best))
+
+
+class Match(NamedTuple):
+    """Where in a file an encoder's tensors are: the place of their mapping, its tensors, the prefix
+    of their names there, and the name there of each."""
+
+    place: str
+    tensors: dict[str, Tensor]
+    prefix: str
+    names: dict[str, str]
+
+
+def _build(name: str) -> nn.Module:
+    module, _, function = name.partition(":")
+    if function:
+        here = os.getcwd()  # where `python -m` would look, too
+        sys.path.insert(0, here)
+        try:
+            network = getattr(importlib.import_module(module), function)()
+        except Exception as error:  # of whoever wrote it
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"encoder: expected a module from {name}(), got {reason}") from error
+        finally:
+            sys.path.remove(here)
+        if not isinstance(network, nn.Module):
+            got = type(network).__name__
+            raise ValueError(f"encoder: expected a module from {name}(), got {got}")
+        return network
+    absent = []
+    try:
+        from torchvision import models
+    except ImportError:
+        absent.append("torchvision")
+    else:
+        if name in models.list_models(module=models):
+            return _without_classifier(models.get_model(name, weights=None), name)
+    try:
+        import timm
+    except ImportError:
+        absent.append("timm")
+    else:
+        if timm.is_model(name):
+            return timm.create_model(name, pretrained=False, num_classes=0)
+    missing = f" ({' and '.join(absent)} not installed)" if absent else ""
+    expected = f"a model of torchvision or timm{missing}, or module:function"
+    raise ValueError(f"encoder: expected {expected}, got {name!r}")
+
+
+def _without_classifier(network: nn.Module, name: str) -> nn.Module:
+    linear = [key for key, part in network.named_modules() if isinstance(part, nn.Linear)]
+    if not linear:
+        raise ValueError(f"encoder: expected a network that ends in a linear layer, got {name}")
+    place, _, last = linear[-1].rpartition(".")
+    setattr(network.get_submodule(place), last, nn.Identity())
+    return network
+
+
+def _wanted(network: nn.Module) -> dict[str, Tensor]:
+    state = network.state_dict()
+    return {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+
+
+def _states(found, place: str = "") -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Every mapping from names to tensors in what a file holds, and where it lies there."""
+    found = found.state_dict() if isinstance(found, nn.Module) else found
+    if not isinstance(found, Mapping):
+        return
+    tensors = {k: v for k, v in found.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    if tensors:
+        yield place, tensors
+    for key, value in found.items():
+        if isinstance(value, Mapping | nn.Module):
+            yield from _states(value, f"{place}.{key}" if place else str(key))
+
+
+def _best(network: nn.Module, found) -> Match:
+    """The mapping, prefix and way of naming under which most of the network's tensors are found."""
+    wanted = _wanted(network)
+    # nn.Sequential(*children) of a network, as lightly's examples have it, numbers what had names.
+    place_of = {child: str(k) for k, (child, _) in enumerate(network.named_children())}
+    numbered = {k: ".".join((place_of.get(k.split(".")[0], ""), *k.split(".")[1:])) for k in wanted}
+    best, most = Match("", {}, "", {}), -1
+    for place, tensors in _states(found):
+        for naming in ({k: k for k in wanted}, numbered):
+            by_end: dict[str, list[str]] = {}
+            for key, other in naming.items():
+                by_end.setdefault(other.rpartition(".")[2], []).append(key)
+            count: Counter[str] = Counter()
+            for name, tensor in tensors.items():
+                for key in by_end.get(name.rpartition(".")[2], ()):
+                    other = naming[key]
+                    whole = name == other or name.endswith("." + other)
+                    if whole and tensor.shape == wanted[key].shape:
+                        count[name[: len(name) - len(other)]] += 1
+            for prefix, _ in count.most_common(1):
+                there = {k: prefix + o for k, o in naming.items() if prefix + o in tensors}
+                fit = {k: n for k, n in there.items() if tensors[n].shape == wanted[k].shape}
+                if len(fit) > most:
+                    best, most = Match(place, tensors, prefix, fit), len(fit)
+    return best
+
+
+def _adapt_stem(network: nn.Module, best: Match) -> bool:
+    """Gives a ResNet the first convolution of the file, where only that has another shape: 3 x 3
+    means the form for small images, of stride 1 and without max-pool. Whether it did."""
+    conv = getattr(network, "conv1", None)
+    names = (f"{best.prefix}conv1.weight", f"{best.prefix}0.weight")
+    there = next((best.tensors[name] for name in names if name in best.tensors), None)
+    if "conv1.weight" in best.names or there is None or there.dim() != 4:
+        return False
+    if not isinstance(conv, nn.Conv2d) or len(there) != conv.out_channels:
+        return False
+    channels, side = there.shape[1], there.shape[2]
+    small = side == 3
+    network.conv1 = nn.Conv2d(
+        channels, len(there), side, 1 if small else conv.stride, side // 2, bias=False
+    )
+    if small and hasattr(network, "maxpool"):
+        network.maxpool = nn.Identity()
+    return True
+
+
+def _misfit(name: str, path: Path, network: nn.Module, best: Match, lacking: list[str]) -> str:
+    wanted = _wanted(network)
+    first = lacking[0]
+    other = best.tensors.get(best.prefix + first)
+    shape = tuple(wanted[first].shape)
+    why = "is not there" if other is None else f"is {tuple(other.shape)} there, {shape} in {name}"
+    under = f" under {best.prefix!r}" if best.prefix else ""
+    return (
+        f"encoder: expected all {len(wanted)} tensors of {name} in {path}, got "
+        f"{len(best.names)}{under}: {first} {why}"
+        + (f", and {len(lacking) - 1} more" if len(lacking) > 1 else "")
+    )
+
+
+def _said(name: str, path: Path, best: Match) -> str:
+    left = [k for k in best.tensors if k not in set(best.names.values())]
+    left = [k for k in left if not k.endswith("num_batches_tracked")]
+    place = f" of {best.place!r}" if best.place else ""
+    under = f" under {best.prefix!r}" if best.prefix else ""
+    text = f"{name} from {path}: {len(best.names)} tensors{place}{under}"
+    if left:
+        own = sorted(left, key=lambda key: not key.startswith(best.prefix))
+        text += f"; {len(left)} left there, such as {', '.join(own[:3])}"
+    return text
