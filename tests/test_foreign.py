@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
 
 from directclr_fast import cli
-from directclr_fast.train import foreign
+from directclr_fast.train import encoders, foreign
 
 
 def features(n=30, width=5, seed=0):
@@ -140,8 +141,6 @@ def test_files_without_features(tmp_path):
 
 
 def test_missing_safetensors_is_named(tmp_path, monkeypatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     (tmp_path / "x.safetensors").write_bytes(b"")
     with pytest.raises(ImportError, match="expected safetensors, got .*: pip install safetensors"):
@@ -172,3 +171,269 @@ def test_spectrum_of_files(tmp_path, capsys):
     assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()[:3]] == names
     assert cli.main(["spectrum", several[0], "--threshold", "1e-12"]) == 0
     assert capsys.readouterr().out.startswith("features: 0 of 64 dimensions collapsed")
+
+
+# ---------------------------------------------------------------- networks
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    """A ResNet-18 of torchvision, every tensor random, and what its features of two images are."""
+    models = pytest.importorskip("torchvision.models")
+    generator = torch.Generator().manual_seed(0)
+    net = models.resnet18(weights=None)
+    for key, value in net.state_dict().items():
+        if value.is_floating_point():
+            value.copy_(0.05 * torch.randn(value.shape, generator=generator))
+            value.abs_() if "running_var" in key else None
+    images = torch.rand(2, 3, 64, 64, generator=generator)
+    state = {k: v.clone() for k, v in net.state_dict().items()}
+    net.fc = torch.nn.Identity()
+    with torch.no_grad():
+        return state, images, net.eval()(images)
+
+
+def under(prefix, state, fc=True):
+    return {prefix + k: v for k, v in state.items() if fc or not k.startswith("fc.")}
+
+
+def others(state):
+    """The same names, other values."""
+    return {k: v + 1 for k, v in state.items()}
+
+
+def numbered(state):
+    """As nn.Sequential(*list(resnet.children())[:-1]) names them."""
+    order = ["conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"]
+    parts = (k.partition(".") for k in state if not k.startswith("fc."))
+    return {f"{order.index(a)}.{b}": state[f"{a}.{b}"] for a, _, b in parts}
+
+
+STYLES = {
+    "torchvision": lambda s: s,
+    "simclr": lambda s: {"state_dict": under("module.backbone.", s), "epoch": 3},
+    "moco": lambda s: {
+        "arch": "resnet18",
+        "state_dict": {
+            **under("module.encoder_q.", s), **under("module.encoder_k.", others(s)),
+            "module.queue": torch.zeros(128, 9), "module.encoder_q.fc.2.weight": torch.ones(3, 3),
+        },
+        "optimizer": {"state": {0: {"momentum_buffer": torch.zeros(3)}}, "param_groups": []},
+    },
+    "lightly": lambda s: {
+        "state_dict": {
+            **under("backbone.", numbered(s)), "projection_head.layers.0.weight": s["fc.weight"],
+        },
+        "pytorch-lightning_version": "2.0.0",
+    },
+    "solo-learn": lambda s: {
+        "state_dict": {
+            **under("backbone.", s, fc=False), **under("momentum_backbone.", others(s), fc=False),
+            "classifier.weight": torch.ones(10, 512),
+        },
+    },
+    "open_clip": lambda s: {
+        "state_dict": {**under("module.visual.trunk.", s), "logit_scale": s["fc.bias"]},
+    },
+    "timm": lambda s: {"state_dict": s, "state_dict_ema": others(s), "arch": "resnet18"},
+    "dino": lambda s: {"student": under("module.backbone.", s, fc=False), "teacher": others(s)},
+    "compiled": lambda s: under("_orig_mod.", s),
+    "no counters": lambda s: {k: v for k, v in s.items() if "num_batches" not in k},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_weights_are_found(style, resnet, tmp_path):
+    """FIELD T12: whatever they lie under, these and no others; what was left is said."""
+    state, images, want = resnet
+    path = write(tmp_path / "weights.pth", STYLES[style](state))
+    assert not foreign.is_run(path)
+    encoder = foreign.load_encoder("resnet18", path).eval()
+    with torch.no_grad():
+        assert torch.equal(encoder(images), want)
+    assert encoder.said.startswith(f"resnet18 from {path}: 100 tensors")
+    if style == "moco":
+        assert "of 'state_dict' under 'module.encoder_q.'; " in encoder.said
+        assert "left there, such as module.encoder_q.fc.weight" in encoder.said
+    if style == "lightly":
+        assert "under 'backbone.'; 1 left there, such as projection_head.layers.0.w" in encoder.said
+
+
+def test_a_whole_pickled_network_needs_trust(resnet, tmp_path):
+    models = pytest.importorskip("torchvision.models")
+    state, images, want = resnet
+    net = models.resnet18(weights=None)
+    net.load_state_dict(state)
+    torch.save(net, tmp_path / "net.pt")
+    with pytest.raises(ValueError, match="^file: expected tensors alone, .*ResNet.*--trust-pickle"):
+        foreign.load_encoder("resnet18", tmp_path / "net.pt")
+    encoder = foreign.load_encoder("resnet18", tmp_path / "net.pt", trust=True).eval()
+    with torch.no_grad():
+        assert torch.equal(encoder(images), want)
+
+
+def test_the_form_for_small_images(tmp_path):
+    """A first convolution of 3 x 3: stride 1, no max-pool, as this trainer's and solo-learn's."""
+    pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    for channels in (3, 1):
+        ours = encoders.build("resnet18", channels=channels, image_size=32).eval()
+        path = write(tmp_path / "small.pt", {"model": under("encoder.", ours.state_dict())})
+        encoder = foreign.load_encoder("resnet18", path).eval()
+        images = torch.rand(2, channels, 32, 32)
+        with torch.no_grad():
+            assert torch.equal(encoder(images), ours(images))
+        assert encoder.channels == channels
+
+
+def test_weights_that_do_not_fit(resnet, tmp_path):
+    state, *_ = resnet
+    path = tmp_path / "x.pt"
+
+    def refused(values, name, text):
+        torch.save(values, path)
+        with pytest.raises(ValueError, match=f"^encoder: expected all {text}"):
+            foreign.load_encoder(name, path)
+
+    few = {k: v for k, v in state.items() if not k.startswith("layer4.1")}
+    refused(few, "resnet18", r"100 tensors of resnet18 in .*, got 90: layer4.1.conv1.weight is not")
+    wide = {**state, "layer1.0.conv1.weight": torch.zeros(64, 64, 1, 1)}
+    refused(wide, "resnet18", r".*got 99: layer1.0.conv1.weight is \(64, 64, 1, 1\) there, \(64, 6")
+    refused(state, "resnet34", "180 tensors of resnet34 in .*, and 79 more$")
+    refused({"epoch": 3}, "resnet18", "100 tensors of resnet18 in .*, got 0: conv1.weight is not")
+
+
+def own_network():
+    return torch.nn.Sequential(torch.nn.Conv2d(3, 6, 3), torch.nn.ReLU())
+
+
+def broken():
+    raise KeyError("no")
+
+
+class Named(torch.nn.Module):
+    def __init__(self, width=6):
+        super().__init__()
+        self.encoder = torch.nn.Conv2d(3, width, 3)
+
+
+def test_prefixes_are_whole_words_and_shapes_count(tmp_path):
+    own = Named()
+    state = own.state_dict()
+    momentum = {f"momentum_{k}": v for k, v in others(state).items()}
+    for first in (momentum, under("big.", Named(7).state_dict())):
+        path = write(tmp_path / "x.pt", {**first, **state})
+        encoder = foreign.load_encoder("test_foreign:Named", path)
+        assert torch.equal(encoder.network.encoder.weight, own.encoder.weight)
+
+
+def test_a_function_makes_the_network(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    torch.save({"net": under("module.", own_network().state_dict())}, tmp_path / "x.pt")
+    saved = foreign.read(tmp_path / "x.pt")["net"]["module.0.weight"]
+    encoder = foreign.load_encoder("test_foreign:own_network", tmp_path / "x.pt")
+    assert torch.equal(encoder.network[0].weight, saved)
+    assert encoder(torch.rand(4, 1, 8, 8)).shape == (4, 6)  # grey ones are repeated
+    encoder = foreign.load_encoder("test_foreign:own_network")
+    assert encoder.said == "test_foreign:own_network with the weights it starts with"
+    encoder.train().check(1, 8)
+    assert encoder.width == 6 and encoder.training
+    with pytest.raises(ValueError, match="^encoder: expected one for images of 3 channels and 2 p"):
+        encoder.check(3, 2)
+    # Of the folder the command was given in.
+    (tmp_path / "mine.py").write_text("from torch import nn\ndef f(): return nn.Flatten()\n")
+    monkeypatch.chdir(tmp_path)
+    assert foreign.load_encoder("mine:f")(torch.ones(2, 1, 3, 3)).shape == (2, 9)
+    for name, text in (("broken", "KeyError"), ("absent", "AttributeError"), ("str", "Attribute")):
+        with pytest.raises(
+            ValueError, match=rf"^encoder: expected a module from .*\(\), got {text}"
+        ):
+            foreign.load_encoder(f"test_foreign:{name}")
+    with pytest.raises(ValueError, match=r"expected a module from builtins:dict\(\), got dict$"):
+        foreign.load_encoder("builtins:dict")
+
+
+def test_names_of_networks(monkeypatch):
+    pytest.importorskip("torchvision")
+    with pytest.raises(
+        ValueError, match="^encoder: expected a model of torchvision or timm.* got 'x"
+    ):
+        foreign.load_encoder("x")
+    with pytest.raises(ValueError, match="ends in a linear layer, got squeezenet1_0"):
+        foreign.load_encoder("squeezenet1_0")
+    for name, width in (("mobilenet_v3_small", 1024), ("convnext_tiny", 768)):
+        encoder = foreign.load_encoder(name)
+        encoder.check(3, 32)
+        assert encoder.width == width
+    made = []
+
+    class Timm:
+        is_model = staticmethod(lambda name: name == "tiny")
+
+        @staticmethod
+        def create_model(name, **how):
+            made.append((name, how))
+            return torch.nn.Flatten()
+
+    monkeypatch.setitem(sys.modules, "timm", Timm)
+    foreign.load_encoder("tiny")
+    assert made == [("tiny", {"pretrained": False, "num_classes": 0})]
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(
+        ValueError, match=r"torchvision or timm \(timm not installed\), or module:f"
+    ):
+        foreign.load_encoder("tiny")
+
+
+SET = ["--data", "fake:n=48,size=32,channels=1", "--image-size", "32"]
+
+
+def test_commands_on_weights_of_others(resnet, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    state, *_ = resnet
+    path = str(write(tmp_path / "moco.pth", STYLES["moco"](state)))
+    assert cli.main(["spectrum", path, "--encoder", "resnet18", *SET]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith(
+        f"resnet18 from {path}: 100 tensors of 'state_dict' under 'module.enc"
+    )
+    assert said[1].startswith("representation: ") and "of 512 dimensions" in said[1]
+    found = json.loads((tmp_path / "moco-spectrum.json").read_text())
+    assert found["representation"]["samples"] == 48
+    flags = ["--epochs", "2", "--schedule", "cosine", "--baselines", "--dim", "9"]
+    assert cli.main(["probe", path, "--encoder", "resnet18", *SET, *flags]) == 0
+    found = json.loads((tmp_path / "moco-probe.json").read_text())
+    rows = ["encoder", "encoder, r[:, :9]", "untrained encoder", "untrained encoder, r[:, :9]"]
+    assert list(found["accuracy"]) == [*rows, "raw pixels"]
+    assert found["encoder"].startswith("resnet18 from") and "step" not in found
+    capsys.readouterr()
+
+
+def test_command_on_a_network_without_a_file(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    flags = ["--encoder", "test_foreign:own_network", *SET, "--out", "out"]
+    assert cli.main(["spectrum", *flags]) == 0
+    assert (
+        json.loads((tmp_path / "out/spectrum.json").read_text())["representation"]["dimensions"]
+        == 6
+    )
+    assert "with the weights it starts with" in capsys.readouterr().out
+    assert cli.main(["probe", *flags, "--epochs", "1"]) == 0
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(("flags", "text"), [
+    ("spectrum", "source: expected runs, files, or --encoder, got none"),
+    ("probe", "source: expected a run, a file, or --encoder, got none"),
+    ("spectrum x.pt --encoder resnet18", "data: expected a set for the encoder to see, got none"),
+    ("spectrum x.pt", "file: expected one matrix of features, or --key NAME, "),
+    ("spectrum x.pt --encoder vgg1 --data fake", "encoder: expected a model of torchvision or"),
+    ("probe --encoder resnet18 --data fake --dim 513", "dim: expected 1 to 512"),
+])  # fmt: skip
+def test_command_errors(flags, text, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("torchvision")
+    monkeypatch.chdir(tmp_path)
+    torch.save({"a": features(), "b": features()}, "x.pt")
+    assert cli.main(flags.split()) == 2
+    assert capsys.readouterr().err.startswith(f"directclr-fast: error: {text}")

@@ -13,7 +13,7 @@ def add_spectrum(parser: argparse.ArgumentParser) -> None:
     from ..train.commands import add_foreign
 
     add = parser.add_argument
-    add("source", nargs="+", help="runs and files of features, drawn in one figure")
+    add("source", nargs="*", help="runs, files of features or of weights: in one figure")
     add_foreign(parser)
     add("--data", help="another set than the one trained on")
     add("--data-root", help="folder of the sets that are fetched")
@@ -33,12 +33,15 @@ def run_spectrum(arguments: argparse.Namespace) -> None:
     from . import spectrum
 
     spectrum.check(arguments.threshold)
+    if not arguments.source and arguments.encoder is None:
+        raise ValueError("source: expected runs, files, or --encoder, got none")
+    sources = arguments.source or [None]
     folder_of(arguments)
     found, titles = {}, []
-    for source in arguments.source:
+    for source in sources:
         spectra, title = _spectra_of(source, arguments)
         titles.append(title)
-        start = f"{title}, " if len(arguments.source) > 1 else ""
+        start = f"{title}, " if len(sources) > 1 else ""
         found |= {_unlike(f"{start}{name}", found): values for name, values in spectra.items()}
     picture, numbers = outputs_of(arguments, "spectrum.png", "spectrum.json")
     spectrum.save(found, numbers)
@@ -53,37 +56,42 @@ def _unlike(name: str, others) -> str:
     return next(n for n in names if n not in others)
 
 
-def _spectra_of(source: str, arguments: argparse.Namespace) -> tuple[dict[str, dict], str]:
-    """Spectra by name of a run or of a file, and what to call it."""
+def _spectra_of(source: str | None, arguments) -> tuple[dict[str, dict], str]:
+    """Spectra by name of a run or of a file, and what to call it; None is the encoder alone."""
     from ..train import foreign, probe
+    from ..train.commands import load_foreign
     from ..train.config import resolve_device
     from ..train.loop import load_model
     from . import spectrum
 
     threshold = arguments.threshold
-    if not foreign.is_run(source):
+    run = source is not None and foreign.is_run(source)
+    if not run and arguments.encoder is None:
         parts = foreign.features_in(source, arguments.key, arguments.trust_pickle)
-        spectra = {
-            "features" if len(parts) == 1 else f"features, {part}": spectrum.describe(
-                values.features, threshold
-            )
-            for part, values in parts.items()
-        }
-        return spectra, Path(source).stem
+        names = ["features"] if len(parts) == 1 else [f"features, {part}" for part in parts]
+        spectra = [spectrum.describe(values.features, threshold) for values in parts.values()]
+        return dict(zip(names, spectra)), Path(source).stem
     device = resolve_device(arguments.device)
+    place = {"device": device, "workers": arguments.workers}
+    if not run:
+        config, encoder = load_foreign(arguments, source, device)
+        features, *_ = probe.load_part(encoder, config, False, **place)
+        spectra = {"representation": spectrum.describe(features, threshold)}
+        name = arguments.encoder if source is None else Path(source).stem
+        return spectra, f"{name} on {config.data}"
     config, model, state = load_model(source, device)
-    features = probe.load_features(
+    features, *_ = probe.load_part(
         model.encoder,
         config,
+        False,
         spec=arguments.data,
         root=arguments.data_root,
         channels=state["channels"],
-        device=device,
-        workers=arguments.workers,
+        **place,
     )
-    spectra = spectrum.of_model(model, features.test, threshold)
-    title = f"{config.mode} on {config.data}"
-    return spectra, config.name if len(arguments.source) > 1 else title
+    spectra = spectrum.of_model(model, features, threshold)
+    alone = len(arguments.source) == 1
+    return spectra, f"{config.mode} on {config.data}" if alone else config.name
 
 
 def add_toy(parser: argparse.ArgumentParser) -> None:
