@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from directclr_fast import cli
-from directclr_fast.train import encoders, foreign
+from directclr_fast.train import encoders, foreign, probe
 
 
 def features(n=30, width=5, seed=0):
@@ -437,3 +437,88 @@ def test_command_errors(flags, text, tmp_path, capsys, monkeypatch):
     torch.save({"a": features(), "b": features()}, "x.pt")
     assert cli.main(flags.split()) == 2
     assert capsys.readouterr().err.startswith(f"directclr-fast: error: {text}")
+
+
+# ---------------------------------------------------------------- probe of features
+
+
+def clusters(n=60, names=(7, 40, 3), seed=0):
+    """Features around a centre for each label, and labels that do not start at 0."""
+    labels = torch.tensor(names)[torch.arange(n) % len(names)]
+    centres = 3 * torch.eye(5)[torch.arange(n) % len(names)]
+    return centres + 0.3 * features(n, seed=seed), labels
+
+
+def test_probe_of_one_file(tmp_path, capsys):
+    """Of each class the last fifth is tested on; what the probe gives is what it gives here."""
+    x, y = clusters()
+    y[5] = -1
+    path = write(tmp_path / "x.npz", {"features": x, "labels": y})
+    found, tested = foreign.probe_features(path)
+    assert found.classes == 3 and tested == "the last fifth of each class"
+    assert found.test.shape == (12, 5) and len(found.train) == 59 - 12
+    for c, name in enumerate((3, 7, 40)):
+        own = x[y == name]
+        assert torch.equal(found.train[found.train_labels == c], own[: 4 * len(own) // 5])
+        assert torch.equal(found.test[found.test_labels == c], own[4 * len(own) // 5 :])
+    flags = ["--epochs", "20", "--schedule", "cosine", "--k", "3", "--dim", "1"]
+    assert cli.main(["probe", str(path), *flags]) == 0
+    assert capsys.readouterr().out.startswith("3 classes, 47 features to train on, tested on the l")
+    result = json.loads((tmp_path / "x-probe.json").read_text())
+    assert result["accuracy"]["features"] == {"linear, cosine rate": 1.0, "knn": 1.0}
+    assert result["accuracy"]["features, r[:, :1]"]["knn"] < 1
+    assert (result["data"], result["classes"]) == (str(path), 3)
+
+
+@pytest.mark.parametrize("way", ["one file", "two files", "four files", "labels as floats"])
+def test_probe_with_a_part_to_test_on(way, tmp_path):
+    (x, y), (z, w) = clusters(), clusters(15, seed=1)
+    if way == "one file":
+        files = [write(tmp_path / "x.pt", {"train": x, "y": y, "val": z, "y_val": w})]
+    elif way == "two files":
+        a, b = ({"f": f.half(), "l": labels} for f, labels in ((x, y), (z, w)))
+        b = {"train_f": x, "train_l": y, "test_f": b["f"], "test_l": b["l"]}
+        files = [write(tmp_path / "a.npz", a), None, write(tmp_path / "b.npz", b)]
+    else:
+        labels = [y[:, None].double(), w.double()] if "floats" in way else [y, w]
+        values = {"x": x, "y": labels[0], "z": z, "w": labels[1]}
+        files = [write(tmp_path / f"{name}.npy", value) for name, value in values.items()]
+    found, tested = foreign.probe_features(*files)
+    close = {"rtol": 1e-2, "atol": 1e-2} if way == "two files" else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(found.train, x, **close)
+    torch.testing.assert_close(found.test, z, **close)
+    order = torch.tensor([3, 7, 40])
+    assert torch.equal(order[found.train_labels], y) and torch.equal(order[found.test_labels], w)
+    assert tested == str(files[0] if way == "one file" else files[2])
+    assert probe.knn(found, k=3) == 1.0
+
+
+def test_probe_errors_of_features(tmp_path, capsys):
+    x, y = clusters()
+    write(tmp_path / "x.npy", x)
+    write(tmp_path / "y.npy", y[:9])
+    write(tmp_path / "z.npz", {"f": x[:, :3], "l": y})
+    write(tmp_path / "n.npz", {"f": x / 0, "l": y})
+    write(tmp_path / "half.npy", x[:, 0])
+
+    def said(*flags):
+        flags = [str(tmp_path / f) if "." in f else f for f in flags]
+        assert cli.main(["probe", *flags]) == 2
+        return capsys.readouterr().err.removeprefix("directclr-fast: error: ")
+
+    text = "labels: expected one for each of the 60 features in "
+    assert said("x.npy").startswith(text) and said("x.npy").endswith(
+        "none; --labels names a file of them\n"
+    )
+    assert "got 9 in" in said("x.npy", "--labels", "y.npy")
+    assert "--test-labels names" in said("z.npz", "--test", "x.npy")
+    assert said("x.npy", "--labels", "half.npy").startswith("labels: expected whole numbers in")
+    assert said("n.npz").startswith("features: expected finite numbers, got nan or inf in")
+    write(tmp_path / "w.npz", {"f": x, "l": y})
+    text = "features: expected two parts of one width, got 5 and 3"
+    assert said("w.npz", "--test", "z.npz").startswith(text)
+    assert said("w.npz", "--baselines").startswith("baselines: expected a network, got a file of f")
+    assert said("w.npz", "--dim", "6").startswith(
+        "dim: expected 1 to 5 (the features' width), got 6"
+    )
+    assert said(".", "--test", "x.npy").startswith("test: expected a file of features with it, got")

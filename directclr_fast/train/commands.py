@@ -93,8 +93,11 @@ def load_foreign(arguments: argparse.Namespace, source: str | None, device: str)
 
 def add_probe(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("source", nargs="?", help="checkpoint.pt or the folder that holds it; or others' weights")
+    add("source", nargs="?", help="a run; or a file of features and labels, or of weights")
     add_foreign(parser)
+    add("--labels", help="file of the labels, where that of the features has none")
+    add("--test", help="file of features to test on (default: the last fifth of each class)")
+    add("--test-labels", help="file of their labels, where that one has none")
     add("--data", help="another set than the one trained on")
     add("--data-root", help="folder of the sets that are fetched")
     add("--schedule", choices=("constant", "cosine", "both"), default="both")
@@ -170,6 +173,11 @@ def _subject(arguments: argparse.Namespace, device: str) -> Subject:
         raise ValueError("source: expected a run, a file, or --encoder, got none")
     about = {"checkpoint": str(arguments.source)}
     columns = None
+    if arguments.encoder is None and not foreign.is_run(arguments.source):
+        return _subject_of_features(arguments)
+    for name in ("labels", "test", "test_labels"):
+        if getattr(arguments, name) is not None:
+            raise ValueError(f"{name}: expected a file of features with it, got a network")
     if arguments.encoder is not None:
         config, encoder = load_foreign(arguments, arguments.source, device)
         spec, channels, width = config.data, None, encoder.width
@@ -186,8 +194,7 @@ def _subject(arguments: argparse.Namespace, device: str) -> Subject:
             networks |= baselines(config, state, device)
         about |= {"step": state["step"]}
         columns = None if model.objective.dim is None else model.objective.sub_vector
-    if arguments.dim is not None and not 0 < arguments.dim <= width:
-        raise ValueError(f"dim: expected 1 to {width} (the encoder's width), got {arguments.dim}")
+    _check_dim(arguments, width, "the encoder's width")
 
     def features(network) -> Features:
         return probe.load_features(
@@ -202,6 +209,24 @@ def _subject(arguments: argparse.Namespace, device: str) -> Subject:
 
     rows = {name: functools.partial(features, network) for name, network in networks.items()}
     return Subject(rows, columns, about | {"data": spec or config.data})
+
+
+def _subject_of_features(arguments: argparse.Namespace) -> Subject:
+    from . import foreign
+
+    if arguments.baselines:
+        raise ValueError("baselines: expected a network, got a file of features")
+    files = (arguments.source, arguments.labels, arguments.test, arguments.test_labels)
+    found, tested = foreign.probe_features(*files, key=arguments.key, trust=arguments.trust_pickle)
+    _check_dim(arguments, found.train.shape[1], "the features' width")
+    about = {"data": arguments.source, "tested on": tested, "classes": found.classes}
+    print(f"{found.classes} classes, {len(found.train)} features to train on, tested on {tested}")
+    return Subject({"features": lambda: found}, None, about)
+
+
+def _check_dim(arguments: argparse.Namespace, width: int, what: str) -> None:
+    if arguments.dim is not None and not 0 < arguments.dim <= width:
+        raise ValueError(f"dim: expected 1 to {width} ({what}), got {arguments.dim}")
 
 
 def baselines(config, state: dict, device: str) -> dict:

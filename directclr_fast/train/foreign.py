@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint
+from . import checkpoint, probe
 
 SUFFIXES = (".npy", ".npz", ".safetensors")  # of files that PyTorch does not read
 
@@ -160,6 +160,64 @@ def features_in(path: str | Path, key: str | None = None, trust: bool = False) -
             expected += ", or --encoder NAME for the weights of a network"
         raise ValueError(f"file: expected {expected}, in {path}, got {', '.join(shapes[:4])}{more}")
     return parts
+
+
+def labels_in(path: str | Path, trust: bool = False) -> Tensor:
+    """The one vector of whole numbers in a file, int64 (n,). ValueError where there is none."""
+    path = Path(path)
+    tensors = [t.squeeze() for t in _tensors(read(path, trust), path).values()]
+    whole = [t for t in tensors if t.dim() == 1 and (t == t.long()).all()]
+    if len(whole) != 1:
+        got = f"{len(whole)} vectors of them"
+        raise ValueError(f"labels: expected whole numbers in {path}, got {got}")
+    return whole[0].long()
+
+
+def probe_features(
+    path: str | Path,
+    labels: str | Path | None = None,
+    test: str | Path | None = None,
+    test_labels: str | Path | None = None,
+    *,
+    key: str | None = None,
+    trust: bool = False,
+) -> tuple[probe.Features, str]:
+    """What a probe needs, from files of features and labels, and how the part to test on was got.
+
+    A file without such a part is cut in two: of each class the last fifth is tested on. Classes are
+    the different labels there are; negative ones are unknown. ValueError where labels are missing.
+    """
+    parts = features_in(path, key, trust)
+    if test is not None:
+        there = features_in(test, key, trust)
+        parts = {"train": parts["train"], "test": there.get("test", there["train"])}
+    given = {
+        "train": (path, labels, "--labels"),
+        "test": (test or path, test_labels, "--test-labels"),
+    }
+    arrays: list[Tensor] = []
+    for name, (features, own) in parts.items():
+        file, other, flag = given[name]
+        own = own if other is None else labels_in(other, trust)
+        if own is None or len(own) != len(features):
+            got = "none" if own is None else f"{len(own)} in {other}"
+            expected = f"one for each of the {len(features)} features in {file}"
+            raise ValueError(f"labels: expected {expected}, got {got}; {flag} names a file of them")
+        if not features.isfinite().all():
+            raise ValueError(f"features: expected finite numbers, got nan or inf in {file}")
+        arrays += [features.float(), own]
+    known = torch.cat(arrays[1::2])
+    classes = known[known >= 0].unique()
+    for k in range(1, len(arrays), 2):
+        place = torch.searchsorted(classes, arrays[k])
+        arrays[k] = torch.where(arrays[k] >= 0, place, -1)
+    if len(parts) == 1:
+        found = probe.held_out(*arrays, len(classes))
+        return found, "the last fifth of each class"
+    if arrays[0].shape[1] != arrays[2].shape[1]:
+        widths = f"{arrays[0].shape[1]} and {arrays[2].shape[1]}"
+        raise ValueError(f"features: expected two parts of one width, got {widths}")
+    return probe.Features(*arrays, len(classes)), str(test or path)
 
 
 def _part(name: str) -> str:
