@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import pickle
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -119,7 +121,23 @@ def test_settings_beside_features_need_trust(tmp_path):
     assert torch.equal(foreign.features_in(path, trust=True)["train"].features, features())
 
 
+def test_pickles_that_torch_did_not_write(tmp_path):
+    for name in ("x.pkl", "x.pt"):
+        (tmp_path / name).write_bytes(pickle.dumps({"x": features().numpy()}))
+        with pytest.raises(ValueError, match="^file: expected tensors alone, got .*--trust-pickle"):
+            foreign.features_in(tmp_path / name)
+        found = foreign.features_in(tmp_path / name, trust=True)
+        assert torch.equal(found["train"].features, features())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(torch.nn.Linear(3, 4)), tmp_path / "net.pt")
+    with pytest.raises(ValueError, match="^file: expected tensors alone, .*TorchScript.*--trust-p"):
+        foreign.read(tmp_path / "net.pt")
+    assert foreign.read(tmp_path / "net.pt", trust=True).state_dict()["weight"].shape == (4, 3)
+
+
 @pytest.mark.parametrize(("name", "content"), [
+    ("x.pt", b"hello"), ("x.pt", b"\x80\x02"), ("x.bin", b"\xff\xd8\xff\xe0"),
     ("x.npy", b"\x93NUMPY\x01"), ("x.npy", b""), ("x.npz", b"PK\x03\x04"), ("x.pt", b"no"),
     ("x.pt", b""), ("x.pt", b"PK\x03\x04 nothing"),
 ])  # fmt: skip
@@ -257,6 +275,14 @@ def test_weights_are_found(style, resnet, tmp_path):
         assert "left there, such as module.encoder_q.fc.weight" in encoder.said
     if style == "lightly":
         assert "under 'backbone.'; 1 left there, such as projection_head.layers.0.w" in encoder.said
+
+
+def test_old_files_of_torch(resnet, tmp_path):
+    state, images, want = resnet
+    torch.save({"state_dict": state}, tmp_path / "x.pth", _use_new_zipfile_serialization=False)
+    with torch.no_grad():
+        got = foreign.load_encoder("resnet18", tmp_path / "x.pth").eval()(images)
+    assert torch.equal(got, want)
 
 
 def test_a_whole_pickled_network_needs_trust(resnet, tmp_path):

@@ -123,6 +123,8 @@ def test_three_numbers_without_a_threshold():
     point = collapse_report(torch.ones(5, 3))
     assert (point.collapsed, point.effective_rank, point.participation_ratio) == (3, 0, 0)
     assert point.rankme == pytest.approx(1)
+    line = collapse_report(randn(300, 1) @ randn(1, 64, seed=1))
+    assert line.rankme == pytest.approx(1, abs=1e-9) and line.collapsed == 63
 
 
 # ---------------------------------------------------------------- what it takes
@@ -132,6 +134,8 @@ def test_report_of_a_tensor_an_array_and_a_loader():
     x = randn(50, 7).float()
     want = collapse_report(x)
     assert collapse_report(x.numpy()) == want
+    assert collapse_report(x.numpy().astype(">f4")) == want
+    assert collapse_report(x.flip(0).numpy()[::-1]) == want  # strides below zero
     assert collapse_report([x[:20], x[20:]]) == want
     labelled = torch.utils.data.TensorDataset(x, torch.arange(50))
     assert collapse_report(torch.utils.data.DataLoader(labelled, batch_size=8)) == want

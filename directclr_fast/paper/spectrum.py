@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..train.checkpoint import write_json
-from ..train.foreign import as_rows
+from ..train.foreign import as_rows, as_tensor
 
 # In units of the largest eigenvalue. fp32 features leave rounding noise near 1e-14 of it, live
 # directions of a trained network stay above 1e-5 or so; anything between tells the same count.
@@ -112,7 +112,7 @@ def _features(source, encoder, samples: int | None) -> Tensor:
     if samples is not None and samples < 2:
         raise ValueError(f"samples: expected at least 2, got {samples}")
     if isinstance(source, np.ndarray):
-        source = torch.from_numpy(source)
+        source = as_tensor(source)
     if isinstance(source, Tensor):
         if encoder is None:
             return source[:samples]
@@ -156,9 +156,12 @@ def _singular_values(features: Tensor) -> tuple[Tensor, Tensor]:
     if not x.isfinite().all():
         raise ValueError("features: expected finite numbers, got nan or inf")
     mean = x.mean(0, keepdim=True)
-    r = torch.linalg.qr(x - mean, mode="r").R  # one pass over the samples; x'x = r'r + n mean'mean
-    plain = torch.cat((r, math.sqrt(len(x)) * mean))
-    return torch.linalg.svdvals(r), torch.linalg.svdvals(plain)
+    r = torch.linalg.qr(x - mean, mode="r").R
+    # The mean goes back in by x'x = r'r + n mean'mean. Squares will do there: an
+    # entropy does not hear of values below 1e-8 of the largest, which are rounding.
+    squares = torch.linalg.eigvalsh(r.T @ r + len(x) * mean.T @ mean).flip(0)
+    noise = len(squares) * torch.finfo(x.dtype).eps * squares[:1]
+    return torch.linalg.svdvals(r), torch.where(squares > noise, squares, 0).sqrt()
 
 
 def _eigenvalues(centred: Tensor, features: Tensor) -> Tensor:

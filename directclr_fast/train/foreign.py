@@ -15,6 +15,7 @@ import importlib
 import os
 import pickle
 import sys
+import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -47,6 +48,11 @@ def as_rows(output: Tensor) -> Tensor:
     return output
 
 
+def as_tensor(array: np.ndarray) -> Tensor:
+    """The values of an array of numbers, whatever its strides and byte order, in memory it owns."""
+    return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
+
+
 def is_run(path: str | Path) -> bool:
     """Whether ``path`` is a run of this trainer: its folder, its checkpoint, or nothing at all (the
     reader of checkpoints says what is missing best)."""
@@ -72,32 +78,44 @@ def read(path: str | Path, trust: bool = False):
     OSError for an unreadable one, ImportError where safetensors is missing.
     """
     path = Path(path)
-    unsafe = (
-        f"expected tensors alone, got {path}, whose pickled objects run code of whoever made the "
-        "file when they are opened ({}); --trust-pickle opens it all the same"
-    )
     try:
         if path.suffix == ".safetensors":
             return _safetensors(path)
         if path.suffix in SUFFIXES:
-            # Its header decides: with objects inside, NumPy says so before it runs any.
             with open(path, "rb") as file:
                 found = np.load(file, allow_pickle=trust)
                 return dict(found) if path.suffix == ".npz" else found
-        return torch.load(path, map_location="cpu", weights_only=not trust)
-    except ImportError:
-        raise
-    except pickle.UnpicklingError as error:
-        first = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
-        reason = first.splitlines()[0].partition(". ")[0]
-        if "nsupported" not in reason:  # nothing that more trust would help with
-            raise OSError(f"file: expected a readable one, got {path} ({reason})") from error
-        raise ValueError(f"file: {unsafe.format(reason)}") from error
+        return _unpickled(path, trust)
     except Exception as error:  # a damaged file raises nearly anything
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        if "allow_pickle" in reason:
-            raise ValueError(f"file: {unsafe.format('an array of objects')}") from error
+        if isinstance(error, ImportError) and path.suffix == ".safetensors":
+            raise
+        text = str(error).rpartition("WeightsUnpickler error: ")[2].strip() or type(error).__name__
+        reason = text.splitlines()[0].partition(". ")[0]
+        objects = isinstance(error, pickle.UnpicklingError) and path.suffix not in SUFFIXES
+        if not trust and (objects or "allow_pickle" in reason or "TorchScript" in reason):
+            raise ValueError(
+                f"file: expected tensors alone, got {path}, whose pickled objects run code of "
+                f"whoever made the file when they are opened ({reason}); --trust-pickle opens it "
+                "all the same"
+            ) from error
         raise OSError(f"file: expected a readable one, got {path} ({reason})") from error
+
+
+def _unpickled(path: Path, trust: bool):
+    """What torch.save or, where it is trusted, pickle wrote to ``path``."""
+    with open(path, "rb") as file:
+        start = file.read(2)
+    if start[:1] != b"\x80" and start != b"PK":  # of a pickle, of an archive
+        raise ValueError("neither NumPy's, PyTorch's nor safetensors'")
+    try:
+        with warnings.catch_warnings():  # of protocols and archives: what fails is said anyway
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=not trust)
+    except Exception:
+        if not trust or start == b"PK":
+            raise
+        with open(path, "rb") as file:  # one that torch.save did not write
+            return pickle.load(file)
 
 
 def _safetensors(path: Path) -> dict[str, Tensor]:
@@ -119,8 +137,7 @@ def _tensors(found, path: Path) -> dict[str, Tensor]:
     tensors = {}
     for name, value in found.items():
         if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
-            native = value.astype(value.dtype.newbyteorder("="), copy=False)
-            value = torch.from_numpy(np.array(native))
+            value = as_tensor(value)
         if isinstance(value, Tensor) and value.dim() > 0:
             tensors[str(name)] = value
     if not tensors:
