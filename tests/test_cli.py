@@ -155,7 +155,7 @@ def test_spectrum(run, capsys):
     for name, values in found.items():
         text = f"{name}: {values['collapsed']} of {values['dimensions']} dimensions collapsed"
         assert text in output and values["threshold"] == 1e-6 and values["samples"] == 48
-    assert "48 images show at most 47" in output
+    assert "48 samples show at most 47" in output
     assert (run / "spectrum.png").read_bytes().startswith(b"\x89PNG")
 
 

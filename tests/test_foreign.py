@@ -158,6 +158,17 @@ def test_files_without_features(tmp_path):
         foreign.features_in(tmp_path / "x.pt")
 
 
+def test_weights_are_no_features(resnet, tmp_path):
+    """Not even the classifier, which is the one matrix there."""
+    for state in (resnet[0], {"fc.weight": features(), "fc.bias": features()[:, 0]}):
+        torch.save(state, tmp_path / "x.pt")
+        with pytest.raises(ValueError, match=r"^file: expected one matrix .*, or --encoder NAME"):
+            foreign.features_in(tmp_path / "x.pt")
+    torch.save({"state_dict": resnet[0], "epoch": 3}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="got none in .*; --encoder NAME reads the weights of a n"):
+        foreign.features_in(tmp_path / "x.pt")
+
+
 def test_missing_safetensors_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     (tmp_path / "x.safetensors").write_bytes(b"")
@@ -183,9 +194,9 @@ def test_spectrum_of_files(tmp_path, capsys):
 
     several = [str(tmp_path / name) for name in ("flat.pt", "both.npz", "flat.pt")]
     assert cli.main(["spectrum", *several, "--out", str(tmp_path / "out")]) == 0
-    names = ["flat, features", "both, features, train", "both, features, test"]
+    names = ["flat.pt, features", "both.npz, features, train", "both.npz, features, test"]
     found = json.loads((tmp_path / "out/spectrum.json").read_text())
-    assert list(found) == [*names, "flat, features (2)"]
+    assert list(found) == [*names, "flat.pt, features (2)"]
     assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()[:3]] == names
     assert cli.main(["spectrum", several[0], "--threshold", "1e-12"]) == 0
     assert capsys.readouterr().out.startswith("features: 0 of 64 dimensions collapsed")

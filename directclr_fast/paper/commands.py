@@ -70,14 +70,14 @@ def _spectra_of(source: str | None, arguments) -> tuple[dict[str, dict], str]:
         parts = foreign.features_in(source, arguments.key, arguments.trust_pickle)
         names = ["features"] if len(parts) == 1 else [f"features, {part}" for part in parts]
         spectra = [spectrum.describe(values.features, threshold) for values in parts.values()]
-        return dict(zip(names, spectra)), Path(source).stem
+        return dict(zip(names, spectra)), Path(source).name
     device = resolve_device(arguments.device)
     place = {"device": device, "workers": arguments.workers}
     if not run:
         config, encoder = load_foreign(arguments, source, device)
         features, *_ = probe.load_part(encoder, config, False, **place)
         spectra = {"representation": spectrum.describe(features, threshold)}
-        name = arguments.encoder if source is None else Path(source).stem
+        name = arguments.encoder if source is None else Path(source).name
         return spectra, f"{name} on {config.data}"
     config, model, state = load_model(source, device)
     features, *_ = probe.load_part(

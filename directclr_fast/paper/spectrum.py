@@ -57,7 +57,7 @@ class CollapseReport:
     def __str__(self) -> str:
         n, width = self.samples, self.dimensions
         why = f", the rounding of {self.precision}" if self.threshold > THRESHOLD else ""
-        few = f", {n} images show at most {n - 1}" if n <= width else ""
+        few = f", {n} samples show at most {n - 1}" if n <= width else ""
         return (
             f"{self.collapsed} of {width} dimensions collapsed (eigenvalue at most "
             f"{self.threshold:.3g} of the largest{why}{few}), "

@@ -141,7 +141,8 @@ def _tensors(found, path: Path) -> dict[str, Tensor]:
         if isinstance(value, Tensor) and value.dim() > 0:
             tensors[str(name)] = value
     if not tensors:
-        raise ValueError(f"file: expected tensors or arrays, got none in {path}")
+        hint = "; --encoder NAME reads the weights of a network"
+        raise ValueError(f"file: expected tensors or arrays, got none in {path}{hint}")
     return tensors
 
 
@@ -155,6 +156,8 @@ def features_in(path: str | Path, key: str | None = None, trust: bool = False) -
     path = Path(path)
     tensors = _tensors(read(path, trust), path)
     kept = [(n, t) for n, t in tensors.items() if t.dim() == 2 and t.is_floating_point()]
+    if any(name.endswith((".weight", ".bias")) for name in tensors):
+        kept = []  # a network: its last layer is a matrix, but of no samples
     if key is not None:
         kept = [(key, tensors[key])] if key in tensors else []
     labels = [(n, t) for n, t in tensors.items() if t.dim() == 1 and not t.is_floating_point()]
@@ -173,7 +176,7 @@ def features_in(path: str | Path, key: str | None = None, trust: bool = False) -
         shapes = [f"{n or 'a tensor'} {tuple(t.shape)}" for n, t in tensors.items()]
         more = f" and {len(shapes) - 4} more" if len(shapes) > 4 else ""
         expected = f"{key!r}" if key is not None else "one matrix of features, or --key NAME"
-        if key is None and len(shapes) > 4:
+        if key is None:
             expected += ", or --encoder NAME for the weights of a network"
         raise ValueError(f"file: expected {expected}, in {path}, got {', '.join(shapes[:4])}{more}")
     return parts
