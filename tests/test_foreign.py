@@ -6,6 +6,7 @@ import argparse
 import json
 import pickle
 import sys
+import types
 import warnings
 
 import numpy as np
@@ -167,6 +168,18 @@ def test_weights_are_no_features(resnet, tmp_path):
     torch.save({"state_dict": resnet[0], "epoch": 3}, tmp_path / "x.pt")
     with pytest.raises(ValueError, match="got none in .*; --encoder NAME reads the weights of a n"):
         foreign.features_in(tmp_path / "x.pt")
+
+
+def test_safetensors_is_asked_by_its_own_package(tmp_path, monkeypatch):
+    """Where it is not installed; `write` writes real ones where it is."""
+    package = types.ModuleType("safetensors.torch")
+    package.load_file = lambda path: {"x": features(), "name": str(path)}
+    monkeypatch.setitem(sys.modules, "safetensors", types.ModuleType("safetensors"))
+    monkeypatch.setitem(sys.modules, "safetensors.torch", package)
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(b"")
+    assert not foreign.is_run(path) and foreign.read(path)["name"] == str(path)
+    assert torch.equal(foreign.features_in(path)["train"].features, features())
 
 
 def test_missing_safetensors_is_named(tmp_path, monkeypatch):
