@@ -298,6 +298,20 @@ def test_probe_and_spectrum_errors(command, flags, text, run, capsys, monkeypatc
     assert sorted(run.iterdir()) == before
 
 
+def test_runs_and_features_in_one_figure(run, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    torch.save(torch.randn(30, 4), tmp_path / "x.pt")
+    sources = [str(run), str(tmp_path / "x.pt"), str(run / "checkpoint.pt")]
+    assert cli.main(["spectrum", *sources, "--out", str(tmp_path / "out")]) == 0
+    parts = ["representation", "sub-vector", "embedding"]
+    names = [f"tiny, {part}" for part in parts]
+    found = json.loads((tmp_path / "out/spectrum.json").read_text())
+    assert list(found) == [*names, "x.pt, features", *(f"{name} (2)" for name in names)]
+    assert found[names[0]] == found[f"{names[0]} (2)"] and found[names[0]]["dimensions"] == 256
+    assert (tmp_path / "out/spectrum.png").exists() and not list(run.glob("spectrum*"))
+    capsys.readouterr()
+
+
 def test_no_command(capsys):
     assert error_of(capsys) == "the following arguments are required: COMMAND"
 
