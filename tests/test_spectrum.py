@@ -107,7 +107,11 @@ def test_threshold_of_a_shifted_set():
     x = ((randn(500, 5) @ randn(5, 20, seed=1)) + 1e5).float()
     report = collapse_report(x)
     assert report.collapsed == 15 and report.threshold > spectrum.THRESHOLD
-    assert collapse_report(x, threshold=1e-8).collapsed == 0
+    assert "at most" in str(report) and ", the rounding of float32" in str(report)
+    own = collapse_report(x, threshold=1e-8)
+    assert own.collapsed == 0 and own.rounding == report.threshold
+    assert "rounding" not in str(own)
+    assert "rounding" not in str(collapse_report(x, threshold=1e-3))
 
 
 def test_three_numbers_without_a_threshold():

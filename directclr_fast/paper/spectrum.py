@@ -38,7 +38,8 @@ class CollapseReport:
     Attributes:
         dimensions, samples: R and n.
         precision: the dtype whose rounding the features carry, such as "bfloat16".
-        threshold: share of the largest eigenvalue, up to which a direction counts as collapsed.
+        rounding: share of the largest eigenvalue that this may leave in an empty direction.
+        threshold: share of it up to which a direction counts as collapsed.
         collapsed: number of those directions.
         effective_rank, rankme, participation_ratio: see the module.
         spectrum: eigenvalues of the covariance, R floats, descending.
@@ -47,6 +48,7 @@ class CollapseReport:
     dimensions: int
     samples: int
     precision: str
+    rounding: float
     threshold: float
     collapsed: int
     effective_rank: float
@@ -56,7 +58,7 @@ class CollapseReport:
 
     def __str__(self) -> str:
         n, width = self.samples, self.dimensions
-        why = f", the rounding of {self.precision}" if self.threshold > THRESHOLD else ""
+        why = f", the rounding of {self.precision}" if self.threshold == self.rounding else ""
         few = f", {n} samples show at most {n - 1}" if n <= width else ""
         return (
             f"{self.collapsed} of {width} dimensions collapsed (eigenvalue at most "
@@ -91,13 +93,14 @@ def collapse_report(
     centred, plain = _singular_values(features)
     spectrum = _eigenvalues(centred, features)
     kind, noise = precision(features)
-    if threshold is None:
-        threshold = max(THRESHOLD, min(noise / spectrum[0].item(), 0.5) if spectrum[0] > 0 else 0)
+    rounding = min(noise / spectrum[0].item(), 0.5) if spectrum[0] > 0 else 0.0
+    threshold = max(THRESHOLD, rounding) if threshold is None else threshold
     total = spectrum.sum().item()
     return CollapseReport(
         dimensions=features.shape[1],
         samples=features.shape[0],
         precision=str(kind).removeprefix("torch."),
+        rounding=rounding,
         threshold=threshold,
         collapsed=collapsed(spectrum, threshold),
         effective_rank=effective_rank(spectrum),
