@@ -17,12 +17,16 @@ _PUBLIC = {
     "DirectCLRLoss": "loss",
     "LossStats": "loss",
     "last_backend": "dispatch",
+    "collapse_report": "paper.spectrum",
+    "CollapseReport": "paper.spectrum",
 }
 
 __all__ = [
+    "CollapseReport",
     "DirectCLRLoss",
     "LossStats",
     "__version__",
+    "collapse_report",
     "fast_directclr_loss",
     "info_nce",
     "last_backend",
@@ -31,6 +35,7 @@ __all__ = [
 if TYPE_CHECKING:
     from .dispatch import last_backend
     from .loss import DirectCLRLoss, LossStats, fast_directclr_loss, info_nce
+    from .paper.spectrum import CollapseReport, collapse_report
 
 
 def __getattr__(name: str):

@@ -155,7 +155,7 @@ def test_spectrum(run, capsys):
     for name, values in found.items():
         text = f"{name}: {values['collapsed']} of {values['dimensions']} dimensions collapsed"
         assert text in output and values["threshold"] == 1e-6 and values["samples"] == 48
-    assert "48 images show at most 47" in output
+    assert "48 samples show at most 47" in output
     assert (run / "spectrum.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -241,7 +241,7 @@ def test_module_is_the_same_command():
             "--mode byol",
             "mode: expected one of baseline, directclr, single, simclr, group, diagonal",
         ),
-        ("--data mnist", "data: expected one of digits, patches, cifar10,"),
+        ("--data imagenet", "data: expected one of digits, patches, cifar10,"),
         ("--data folder:/nowhere", "data: expected a folder of images, got no folder /nowhere"),
         ("--data cifar10 --data-root /nowhere", "data: expected the folder of cifar10, got no"),
         ("--batch-size 49", "batch size: expected at most 48 (the training images of fake:n=48"),
@@ -296,6 +296,20 @@ def test_probe_and_spectrum_errors(command, flags, text, run, capsys, monkeypatc
     before = sorted(run.iterdir())
     assert error_of(capsys, command, run, *flags.split()).startswith(text)
     assert sorted(run.iterdir()) == before
+
+
+def test_runs_and_features_in_one_figure(run, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    torch.save(torch.randn(30, 4), tmp_path / "x.pt")
+    sources = [str(run), str(tmp_path / "x.pt"), str(run / "checkpoint.pt")]
+    assert cli.main(["spectrum", *sources, "--out", str(tmp_path / "out")]) == 0
+    parts = ["representation", "sub-vector", "embedding"]
+    names = [f"tiny, {part}" for part in parts]
+    found = json.loads((tmp_path / "out/spectrum.json").read_text())
+    assert list(found) == [*names, "x.pt, features", *(f"{name} (2)" for name in names)]
+    assert found[names[0]] == found[f"{names[0]} (2)"] and found[names[0]]["dimensions"] == 256
+    assert (tmp_path / "out/spectrum.png").exists() and not list(run.glob("spectrum*"))
+    capsys.readouterr()
 
 
 def test_no_command(capsys):

@@ -17,6 +17,7 @@ import waiting
 from directclr_fast import cli
 from directclr_fast.paper import compare, report, runs
 from directclr_fast.paper.runs import Run
+from directclr_fast.train import probe
 
 SETTINGS = {"encoder": "small", "image_size": 8, "views": "affine", "batch_size": 16}
 SETTINGS |= {"epochs": 2, "optimizer": "adamw", "warmup_epochs": 0, "learning_rate": 2e-3}
@@ -306,7 +307,7 @@ def test_a_process_that_ends_is_said(tmp_path):
 def test_held_out_is_the_last_fifth_of_each_class():
     labels = torch.tensor([0] * 10 + [1] * 5 + [-1] * 4 + [0] * 5)
     features = torch.arange(len(labels)).float()[:, None]
-    found = runs.held_out(features, labels, 2)
+    found = probe.held_out(features, labels, 2)
     assert found.train.flatten().tolist() == [*range(10), 19, 20, *range(10, 14)]
     assert found.test.flatten().tolist() == [21, 22, 23, 14]
     assert found.test_labels.tolist() == [0, 0, 0, 1] and found.classes == 2
@@ -403,7 +404,7 @@ def test_what_diverged_is_in_the_table():
     ("--modes directclr,byol", "modes: expected some of baseline, .*, got 'byol'"),
     ("--modes directclr,directclr", "modes: expected each once, got directclr,directclr"),
     ("--seeds 0", "seeds: expected at least 1, got 0"),
-    ("--data mnist", "data: expected one of digits, patches, .*, got 'mnist'"),
+    ("--data imagenet", "data: expected one of digits, patches, .*, got 'imagenet'"),
     ("--data fake --epochs 0", "epochs: expected at least 1, got 0"),
     ("--data fake --jobs 0", "jobs: expected at least 1, got 0"),
     ("--data fake --encoder vgg", "encoder: expected one of resnet18, .*, got 'vgg'"),
@@ -422,7 +423,7 @@ def test_directclr_leaves_r_more_directions_than_no_projector(run_dir, one_threa
     rank of 23, with DirectCLR 29 to 33, while the columns it is trained on have 14."""
     pytest.importorskip("sklearn")
     from directclr_fast.paper import spectrum
-    from directclr_fast.train import data, probe
+    from directclr_fast.train import data
     from directclr_fast.train.config import TrainConfig
     from directclr_fast.train.loop import Trainer
 

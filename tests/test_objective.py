@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from test_train_run import assert_same, log_of, one_thread, state_of, train  # noqa: F401
 from torch import nn
 
+from directclr_fast.train.loop import load_model
 from directclr_fast.train.objective import EMBEDDING, GROUPS, MODES, Objective, default_dim
 
 WIDTH = 48
@@ -59,12 +61,14 @@ def by_hand(mode, objective, r1, r2, temperature=0.1):
     if mode == "single":
         return released(r1 @ layers[0].T, r2 @ layers[0].T, temperature)
 
-    norm = objective.projector[1]
+    inner, last = objective.projector[1], objective.projector[4]
+
+    def normalised(h, norm):
+        h = (h - h.mean(0)) / (h.var(0, unbiased=False) + 1e-5).sqrt()
+        return h * norm.weight + norm.bias
 
     def embed(r):
-        h = r @ layers[0].T
-        h = (h - h.mean(0)) / (h.var(0, unbiased=False) + 1e-5).sqrt()
-        return (h * norm.weight + norm.bias).clamp_min(0) @ layers[1].T
+        return normalised(normalised(r @ layers[0].T, inner).clamp_min(0) @ layers[1].T, last)
 
     return released(embed(r1), embed(r2), temperature)
 
@@ -85,7 +89,7 @@ def test_loss_is_the_one_by_hand(mode, backend):
     if mode == "random":
         assert (got[0] != 0).any(0).sum() == 8
     torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-11)
-    trained = {"single": 1, "simclr": 4, "diagonal": 1, "orthogonal": 1}
+    trained = {"single": 1, "simclr": 6, "diagonal": 1, "orthogonal": 1}
     assert len(weights) == trained.get(mode, 0)
 
 
@@ -134,7 +138,7 @@ def test_group_permutation_is_a_function_of_the_seed():
 
 
 @pytest.mark.parametrize(("mode", "names"), [
-    ("baseline", 0), ("directclr", 0), ("group", 1), ("single", 1), ("simclr", 7), ("diagonal", 1),
+    ("baseline", 0), ("directclr", 0), ("group", 1), ("single", 1), ("simclr", 12), ("diagonal", 1),
     ("orthogonal", 2), ("lowrank", 1), ("random", 1),
 ])  # fmt: skip
 def test_what_the_checkpoint_holds(mode, names):
@@ -143,6 +147,23 @@ def test_what_the_checkpoint_holds(mode, names):
     width = {"single": EMBEDDING, "simclr": EMBEDDING, "directclr": 8, "lowrank": 8}
     width = width.get(mode, WIDTH)
     assert objective.embed(views()[0]).shape == (12, width)
+
+
+def test_simclr_projector_is_the_released_one():
+    """By its parameters; its closed form is `by_hand`."""
+    shapes = {name: tuple(p.shape) for name, p in build("simclr").projector.named_parameters()}
+    assert shapes == {
+        "0.weight": (WIDTH, WIDTH),
+        "1.weight": (WIDTH,), "1.bias": (WIDTH,),
+        "3.weight": (EMBEDDING, WIDTH),
+        "4.weight": (EMBEDDING,), "4.bias": (EMBEDDING,),
+    }  # fmt: skip
+    # At the start each column of an embedding has mean 0 and variance 1 over the batch.
+    z = build("simclr").embed(views()[0])
+    torch.testing.assert_close(z.mean(0), torch.zeros(EMBEDDING).double(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        z.var(0, unbiased=False), torch.ones(EMBEDDING).double(), rtol=1e-2, atol=0
+    )
 
 
 def test_orthogonal_projector_stays_orthogonal_and_changes_no_similarity():
@@ -259,6 +280,33 @@ def test_a_mode_learns_and_resumes_to_the_bit(mode, run_dir):
     assert log_of(run_dir / "parts")[1][-1]["loss"] == losses[-1]
     if mode == "random":
         assert trainer.model.objective.draw.draws == 15
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lars"])
+def test_simclr_of_an_older_version_goes_on_as_it_was(optimizer, run_dir, monkeypatch):
+    """A run whose projector ends in a Linear resumes to the bit in that form, which is said."""
+    settings = {"mode": "simclr", "optimizer": optimizer, "epochs": 2}
+    with monkeypatch.context() as older:
+        plain = Objective.__init__
+
+        def init(self, *args, **options):
+            plain(self, *args, **options)
+            self.projector = self.projector[:4]
+
+        older.setattr(Objective, "__init__", init)
+        train(run_dir, "whole", **settings)
+        train(run_dir, "parts", **settings, max_steps=6)
+    with pytest.warns(UserWarning, match="^mode: simclr of an older version, .* keeps that form$"):
+        train(run_dir, "parts", **settings, resume=True)
+    assert_same(state_of(run_dir / "parts"), state_of(run_dir / "whole"))
+    with pytest.warns(UserWarning, match="^mode: simclr of an older version"):
+        _, model, _ = load_model(run_dir / "parts")
+    assert len(model.objective.projector) == 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(run_dir, "new", **settings, max_steps=6)
+        train(run_dir, "new", **settings, resume=True)
+        assert len(load_model(run_dir / "new")[1].objective.projector) == 5
 
 
 def test_random_columns_are_drawn_once_a_step_by_chunks(run_dir):

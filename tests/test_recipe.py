@@ -70,7 +70,8 @@ def test_the_command_in_the_readme_is_the_released_recipe(photographs):
     for words in (probe, spectrum):
         assert words[0] == "directclr-fast"
         arguments = cli._parser().parse_args(words[1:])
-        assert arguments.checkpoint == f"runs/{settings['name']}"
+        run = f"runs/{settings['name']}"
+        assert arguments.source == ([run] if words is spectrum else run)
     arguments = cli._parser().parse_args(probe[1:])
     assert (arguments.epochs, arguments.learning_rate, arguments.schedule) == (100, 0.1, "constant")
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from directclr_fast import plots
+import directclr_fast
+from directclr_fast import collapse_report, plots
 from directclr_fast.paper import spectrum
 from directclr_fast.train.config import TrainConfig
 from directclr_fast.train.loop import Model
@@ -66,6 +67,126 @@ def test_effective_rank():
     assert rank(3.0, 0.0, 0.0) == pytest.approx(1)
     assert rank(0.0, 0.0) == 0
     assert rank(3.0, 1.0) == pytest.approx(4 / 3**0.75)  # exp of the entropy of (3/4, 1/4)
+
+
+# ---------------------------------------------------------------- precision
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("saved", ["as it is", "as fp32"])
+@pytest.mark.parametrize(("n", "rank", "width"), [
+    (2000, 40, 64), (300, 40, 64), (2000, 64, 64), (2000, 1, 64), (4000, 200, 256),
+])  # fmt: skip
+def test_rounding_is_no_dimension(n, rank, width, saved, dtype):
+    """FIELD T14: the count is that of the matrix, whatever it was rounded to."""
+    for seed in range(3):
+        x = (randn(n, rank, seed=seed) @ randn(rank, width, seed=seed + 50)).to(dtype)
+        if saved == "as fp32":
+            x = x.float()
+        report = collapse_report(x)
+        assert report.collapsed == width - rank, (report, seed)
+        if dtype != torch.float64:
+            assert report.precision == str(dtype).removeprefix("torch.")
+        assert ("the rounding of" in str(report)) == (dtype in (torch.bfloat16, torch.float16))
+
+
+def test_noise_is_that_of_rounding():
+    """Beside random errors as large: the largest eigenvalue of what rounding to bf16 adds."""
+    for scale, shift in ((1, 0), (1e-3, 0), (1, 20)):
+        x = randn(4000, 32) * scale + shift
+        kind, noise = spectrum.precision(x.bfloat16().float())
+        assert kind == torch.bfloat16
+        added = spectrum.covariance_spectrum(x.bfloat16().double() - x)[0].item()
+        assert 0.3 * noise < added < noise
+    for exact in (torch.arange(12).view(6, 2), torch.zeros(4, 3), torch.ones(4, 3) > 0):
+        assert spectrum.precision(exact)[1] == 0
+
+
+def test_threshold_of_a_shifted_set():
+    """Rounding follows the values, not their spread: fp32 at 1e5 is as coarse as half precision."""
+    x = ((randn(500, 5) @ randn(5, 20, seed=1)) + 1e5).float()
+    report = collapse_report(x)
+    assert report.collapsed == 15 and report.threshold > spectrum.THRESHOLD
+    assert "at most" in str(report) and ", the rounding of float32" in str(report)
+    own = collapse_report(x, threshold=1e-8)
+    assert own.collapsed == 0 and own.rounding == report.threshold
+    assert "rounding" not in str(own)
+    assert "rounding" not in str(collapse_report(x, threshold=1e-3))
+
+
+def test_three_numbers_without_a_threshold():
+    x = torch.tensor([[1, 1], [1, -1], [-1, 1], [-1, -1]]).double() * torch.tensor([3.0, 1.0])
+    report = collapse_report(x)  # eigenvalues 9 : 1, singular values 3 : 1
+    assert report.participation_ratio == pytest.approx(100 / 82)
+    assert report.effective_rank == pytest.approx(10 / 9**0.9)
+    assert report.rankme == pytest.approx(4 / 3**0.75)
+    shifted = collapse_report(x + 4)
+    assert shifted.effective_rank == pytest.approx(report.effective_rank)
+    values = torch.linalg.svdvals(x + 4)
+    assert shifted.rankme == pytest.approx(spectrum.effective_rank(values)) != report.rankme
+    point = collapse_report(torch.ones(5, 3))
+    assert (point.collapsed, point.effective_rank, point.participation_ratio) == (3, 0, 0)
+    assert point.rankme == pytest.approx(1)
+    line = collapse_report(randn(300, 1) @ randn(1, 64, seed=1))
+    assert line.rankme == pytest.approx(1, abs=1e-9) and line.collapsed == 63
+
+
+# ---------------------------------------------------------------- what it takes
+
+
+def test_report_of_a_tensor_an_array_and_a_loader():
+    x = randn(50, 7).float()
+    want = collapse_report(x)
+    assert collapse_report(x.numpy()) == want
+    assert collapse_report(x.numpy().astype(">f4")) == want
+    assert collapse_report(x.flip(0).numpy()[::-1]) == want  # strides below zero
+    assert collapse_report([x[:20], x[20:]]) == want
+    labelled = torch.utils.data.TensorDataset(x, torch.arange(50))
+    assert collapse_report(torch.utils.data.DataLoader(labelled, batch_size=8)) == want
+    assert collapse_report(x, samples=20) == collapse_report(x[:20])
+    endless = (x[k : k + 15] for k in (0, 15, None))  # the third is one too many
+    assert collapse_report(endless, samples=20) == collapse_report(x[:20])
+    assert str(want).startswith("0 of 7 dimensions collapsed (eigenvalue at most 1e-08 of the larg")
+    assert "spectrum" not in repr(want)
+    assert directclr_fast.collapse_report is collapse_report
+
+
+def test_report_of_a_network():
+    """In eval mode, without gradients, left as it was; maps are averaged."""
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 6, 3), torch.nn.Dropout(0.5), torch.nn.BatchNorm2d(6)
+    )
+    net[2].eval()  # a frozen one stays so
+    images = randn(300, 1, 5, 5).float()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    report = collapse_report([(images[:100], None), (images[100:], None)], net)
+    assert [net.training, net[1].training, net[2].training] == [True, True, False]
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+    with torch.no_grad():
+        want = collapse_report(net.eval()(images).mean((2, 3)))
+    assert report.spectrum == pytest.approx(want.spectrum, rel=1e-5)
+    assert collapse_report(images, net).spectrum == pytest.approx(want.spectrum, rel=1e-5)
+    assert collapse_report(images, lambda x: x.flatten(1)).dimensions == 25
+    with pytest.raises(
+        ValueError, match=r"^encoder: expected an output \(n, R\) .*got \(100, 1, 1, 5"
+    ):
+        collapse_report([images[:100]], lambda x: x[:, :, None])
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "error", "text"),
+    [
+        (3, {}, TypeError, "features: expected a tensor, an array or a loader, got int"),
+        ([], {}, ValueError, "loader: expected at least one batch, got none"),
+        ([{"x": 1}], {}, TypeError, "loader: expected batches that start with a tensor, got dict"),
+        (torch.ones(4, 3), {"samples": 1}, ValueError, "samples: expected at least 2, got 1"),
+        (torch.ones(4, 3), {"threshold": 1}, ValueError, "threshold: expected 0 <= threshold < 1"),
+        (torch.ones(4, 3).cfloat(), {}, TypeError, "features: expected real numbers, got torch.c"),
+    ],
+)
+def test_report_errors(source, options, error, text):
+    with pytest.raises(error, match=f"^{text}"):
+        collapse_report(source, **options)
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
 import pickle
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from directclr_fast.train import data
+from directclr_fast.train.config import TrainConfig
+from directclr_fast.train.loop import Trainer
 
 # ---------------------------------------------------------------- digits and fake
 
@@ -185,7 +189,23 @@ def test_stl10_trains_on_the_unlabelled_too(tmp_path, monkeypatch):
     assert train.shape == (3, 96, 96) and train.images.dtype == torch.uint8
 
 
-@pytest.mark.parametrize("spec", ["cifar10", "cifar100", "stl10"])
+def test_svhn(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("torchvision.datasets")
+    scipy = pytest.importorskip("scipy.io")
+    pixels = np.arange(32 * 32 * 3 * 4, dtype=np.uint8).reshape(32, 32, 3, 4)
+    for part, answers in (("train", [10, 1, 9, 10]), ("test", [1, 2, 3, 10])):
+        scipy.savemat(tmp_path / f"{part}_32x32.mat", {"X": pixels, "y": np.c_[answers]})
+    monkeypatch.setattr(datasets.SVHN, "_check_integrity", lambda self: True)
+    train, test = (data.load("svhn", root=tmp_path, train=t) for t in (True, False))
+    assert train.labels.tolist() == [0, 1, 9, 0] and test.labels.tolist() == [1, 2, 3, 0]
+    assert torch.equal(train.images, torch.from_numpy(pixels).permute(3, 2, 0, 1))
+    assert train.num_classes == 10 and train.name == "svhn" and train.images.is_contiguous()
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    with pytest.raises(ImportError, match=r"data svhn: expected scipy, got .*fast\[train\]"):
+        data.load("svhn", root=tmp_path, train=True)
+
+
+@pytest.mark.parametrize("spec", ["cifar10", "cifar100", "stl10", "svhn"])
 def test_missing_torchvision_files(spec, tmp_path, monkeypatch):
     pytest.importorskip("torchvision")
     with pytest.raises(FileNotFoundError, match=f"data: expected the folder of {spec}, got no"):
@@ -208,9 +228,131 @@ def test_failed_download(tmp_path, monkeypatch):
         data.load("cifar100", root=tmp_path / "new", download=True, train=True)
 
 
+# ---------------------------------------------------------------- MNIST's format
+
+
+def idx(values, kind=8):
+    """An array in MNIST's format: bytes where ``kind`` is 8."""
+    sizes = b"".join(n.to_bytes(4, "big") for n in values.shape)
+    return bytes((0, 0, kind, values.ndim)) + sizes + values.tobytes()
+
+
+def write_idx(folder, n=(6, 4), packed=False):
+    """Both parts of a set, n images each; returns their pixels and labels."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random, parts = np.random.default_rng(0), []
+    for part, count in zip(("train", "t10k"), n):
+        pixels = random.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        answers = np.arange(count, dtype=np.uint8) % 10
+        for name, values in (("images-idx3", pixels), ("labels-idx1", answers)):
+            end, content = (".gz", gzip.compress(idx(values))) if packed else ("", idx(values))
+            (folder / f"{part}-{name}-ubyte{end}").write_bytes(content)
+        parts.append((torch.from_numpy(pixels), answers.tolist()))
+    return parts
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("spec", "folder"), [
+    ("fashion-mnist", "FashionMNIST/raw"), ("mnist", "MNIST/raw"), ("kmnist", "KMNIST/raw"),
+    ("mnist", "."), ("fashion-mnist", "debian"),
+])  # fmt: skip
+def test_sets_in_mnists_format(spec, folder, packed, tmp_path, monkeypatch):
+    """Packed or not; as torchvision lays them, in the folder itself, where Debian has them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "DEBIAN", tmp_path / "debian")
+    debian = folder == "debian"
+    parts = write_idx(tmp_path / folder / (spec if debian else ""), packed=packed)
+    for train, (pixels, answers) in zip((True, False), parts):
+        images = data.load(spec, root=None if debian else tmp_path, train=train)
+        assert torch.equal(images.images, pixels[:, None]) and images.labels.tolist() == answers
+        assert images.images.dtype == torch.uint8 and images.labels.dtype == torch.int64
+        assert images.num_classes == 10 and images.name == spec and images.shape == (1, 28, 28)
+    if debian:  # a folder that is given is where the files have to be
+        with pytest.raises(FileNotFoundError, match="got none$"):
+            data.load(spec, root=tmp_path, train=True)
+
+
+def test_torchvision_reads_the_same(tmp_path):
+    datasets = pytest.importorskip("torchvision.datasets")
+    write_idx(tmp_path / "FashionMNIST/raw")
+    theirs = datasets.FashionMNIST(tmp_path, train=False)
+    ours = data.load("fashion-mnist", root=tmp_path, train=False)
+    assert torch.equal(ours.images[:, 0], theirs.data)
+    assert torch.equal(ours.labels, theirs.targets)
+
+
+def test_set_in_mnists_format_is_fetched_where_it_is_missing(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("torchvision.datasets")
+    asked = []
+
+    def fetch(root, download):
+        asked.append((root, download))
+        write_idx(root / "KMNIST/raw")
+
+    monkeypatch.setattr(datasets, "KMNIST", fetch)
+    for _ in "ab":
+        assert len(data.load("kmnist", root=tmp_path, download=True, train=True)) == 6
+    assert asked == [(tmp_path, True)]
+
+    def offline(root, download):
+        raise OSError("no")
+
+    monkeypatch.setattr(datasets, "MNIST", offline)
+    with pytest.raises(OSError, match="^data: expected to download mnist to .*, got no$"):
+        data.load("mnist", root=tmp_path, download=True, train=True)
+
+
+def test_missing_files_in_mnists_format(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "DEBIAN", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for spec, more in (("mnist", ""), ("fashion-mnist", ", or Debian's package dataset-fashion-m")):
+        with pytest.raises(FileNotFoundError, match=f"^data: expected the files of {spec} in data/"
+                           rf".*raw \(or leave to download them{more}.*got none$"):  # fmt: skip
+            data.load(spec, train=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "text"),
+    [
+        ("images-idx3", lambda raw: raw[:-1], "expected an idx file of bytes in 3 dim.* of 4719 b"),
+        ("images-idx3", lambda raw: raw + b"0", "expected an idx file of bytes in 3 .* of 4721 b"),
+        ("images-idx3", lambda raw: b"", "expected an idx file of bytes in 3 .* of 0 bytes"),
+        ("images-idx3", lambda raw: raw[:2] + b"\x0d" + raw[3:], "expected an idx file of bytes"),
+        ("labels-idx1", lambda raw: idx(np.zeros((6, 1), np.uint8)), "expected an idx .* in 1 dim"),
+        ("labels-idx1", lambda raw: idx(np.zeros(5, np.uint8)), "expected 6 labels .* got 5 up to"),
+        ("labels-idx1", lambda raw: idx(np.full(6, 10, np.uint8)), "expected 6 .* got 6 up to 10"),
+        ("packed", lambda raw: gzip.compress(raw)[:-9], "expected a readable file, got .*gz .*"),
+        ("packed", lambda raw: b"<html>", r"expected a readable file, got .*gz \(Not a gzipped"),
+    ],
+)
+def test_damaged_files_in_mnists_format(name, change, text, tmp_path):
+    write_idx(tmp_path, packed=name == "packed")
+    name = "images-idx3" if name == "packed" else name
+    (path,) = tmp_path.glob(f"train-{name}-ubyte*")
+    raw = path.read_bytes()
+    path.write_bytes(change(raw))
+    with pytest.raises(OSError, match=f"^data: {text}"):
+        data.load("mnist", root=tmp_path, train=True)
+
+
+@pytest.mark.parametrize("spec", ["fashion-mnist", "mnist", "kmnist"])
+def test_recipe_of_a_set_in_mnists_format_trains(spec, tmp_path):
+    write_idx(tmp_path, n=(300, 20))
+    config = TrainConfig(data=spec, data_root=str(tmp_path), epochs=1).resolve()
+    assert (config.encoder, config.image_size, config.batch_size) == ("small", 28, 256)
+    assert config.views == ("small" if spec == "fashion-mnist" else "affine")
+    config = replace(config, checkpoint_dir=str(tmp_path / "runs"), batch_size=16, max_steps=2)
+    assert Trainer(config, progress=False).run()["step"] == 2
+
+
 @pytest.mark.parametrize(
     ("spec", "package"),
-    [("digits", "sklearn.datasets"), ("cifar10", "torchvision"), ("patches", "skimage")],
+    [
+        ("digits", "sklearn.datasets"),
+        ("cifar10", "torchvision"),
+        ("patches", "skimage"),
+        ("svhn", "torchvision"),
+    ],
 )
 def test_missing_package_names_the_extra(spec, package, monkeypatch):
     data._patches.cache_clear()
@@ -219,7 +361,7 @@ def test_missing_package_names_the_extra(spec, package, monkeypatch):
         data.load(spec, train=True)
 
 
-@pytest.mark.parametrize("spec", ["mnist", "folder", "folder:", "digits:8", ""])
+@pytest.mark.parametrize("spec", ["emnist", "folder", "folder:", "digits:8", ""])
 def test_unknown_spec(spec):
     with pytest.raises(ValueError, match=f"data: expected one of digits, .* got '{spec}'"):
         data.load(spec, train=True)

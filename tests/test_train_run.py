@@ -589,7 +589,7 @@ def test_unwritable_folder(tmp_path):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("data", "mnist"), ("data", "/nowhere"), ("encoder", "vit"), ("views", "large"),
+        ("data", "imagenet"), ("data", "/nowhere"), ("encoder", "vit"), ("views", "large"),
         ("mode", "byol"), ("negatives", "none"), ("loss", "slow"), ("optimizer", "adam"),
         ("amp", "fp8"), ("amp", "fp16"), ("device", "gpu"), ("device", "cuda:99"),
         ("batch_size", 1), ("epochs", 0), ("dim", 0), ("image_size", 1), ("workers", -1),

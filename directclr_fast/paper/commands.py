@@ -10,41 +10,88 @@ from pathlib import Path
 
 
 def add_spectrum(parser: argparse.ArgumentParser) -> None:
+    from ..train.commands import add_foreign
+
     add = parser.add_argument
-    add("checkpoint", help="checkpoint.pt or the folder that holds it")
+    add("source", nargs="*", help="runs, files of features or of weights: in one figure")
+    add_foreign(parser)
     add("--data", help="another set than the one trained on")
-    add("--data-root", help="folder of the torchvision sets")
-    add("--threshold", type=float, default=1e-8, help="collapsed below this share of the largest")
+    add("--data-root", help="folder of the sets that are fetched")
+    add(
+        "--threshold",
+        type=float,
+        help="collapsed up to this share of the largest eigenvalue (default 1e-8, or what the "
+        "rounding of the features leaves)",
+    )
     add("--device", default="auto")
     add("--workers", type=int, default=0)
-    add("--out", help="folder (default: that of the checkpoint)")
+    add("--out", help="folder (default: that of the first source)")
 
 
 def run_spectrum(arguments: argparse.Namespace) -> None:
-    from ..train import probe
-    from ..train.commands import folder_of
+    from ..train.commands import folder_of, outputs_of
+    from . import spectrum
+
+    spectrum.check(arguments.threshold)
+    if not arguments.source and arguments.encoder is None:
+        raise ValueError("source: expected runs, files, or --encoder, got none")
+    sources = arguments.source or [None]
+    folder_of(arguments)
+    found, titles = {}, []
+    for source in sources:
+        spectra, title = _spectra_of(source, arguments)
+        titles.append(title)
+        start = f"{title}, " if len(sources) > 1 else ""
+        found |= {_unlike(f"{start}{name}", found): values for name, values in spectra.items()}
+    picture, numbers = outputs_of(arguments, "spectrum.png", "spectrum.json")
+    spectrum.save(found, numbers)
+    spectrum.plot(found, picture, titles[0] if len(titles) == 1 else "")
+    print("\n".join(spectrum.lines(found)))
+    print(f"written to {numbers} and {picture}")
+
+
+def _unlike(name: str, others) -> str:
+    """``name``, with a number behind it where it is taken."""
+    names = [name, *(f"{name} ({k})" for k in range(2, len(others) + 3))]
+    return next(n for n in names if n not in others)
+
+
+def _spectra_of(source: str | None, arguments) -> tuple[dict[str, dict], str]:
+    """Spectra by name of a run or of a file, and what to call it; None is the encoder alone."""
+    from ..train import foreign, probe
+    from ..train.commands import load_foreign
     from ..train.config import resolve_device
     from ..train.loop import load_model
     from . import spectrum
 
-    spectrum.check(arguments.threshold)
+    threshold = arguments.threshold
+    run = source is not None and foreign.is_run(source)
+    if not run and arguments.encoder is None:
+        parts = foreign.features_in(source, arguments.key, arguments.trust_pickle)
+        names = ["features"] if len(parts) == 1 else [f"features, {part}" for part in parts]
+        spectra = [spectrum.describe(values.features, threshold) for values in parts.values()]
+        return dict(zip(names, spectra)), Path(source).name
     device = resolve_device(arguments.device)
-    config, model, state = load_model(arguments.checkpoint, device)
-    out = folder_of(arguments)
-    features = probe.load_features(
+    place = {"device": device, "workers": arguments.workers}
+    if not run:
+        config, encoder = load_foreign(arguments, source, device)
+        features, *_ = probe.load_part(encoder, config, False, **place)
+        spectra = {"representation": spectrum.describe(features, threshold)}
+        name = arguments.encoder if source is None else Path(source).name
+        return spectra, f"{name} on {config.data}"
+    config, model, state = load_model(source, device)
+    features, *_ = probe.load_part(
         model.encoder,
         config,
+        False,
         spec=arguments.data,
         root=arguments.data_root,
         channels=state["channels"],
-        device=device,
-        workers=arguments.workers,
+        **place,
     )
-    spectra = spectrum.of_model(model, features.test, arguments.threshold)
-    spectrum.save(spectra, out / "spectrum.json")
-    spectrum.plot(spectra, out / "spectrum.png", f"{config.mode} on {config.data}")
-    print("\n".join(spectrum.lines(spectra)))
-    print(f"written to {out / 'spectrum.json'} and {out / 'spectrum.png'}")
+    spectra = spectrum.of_model(model, features, threshold)
+    alone = len(arguments.source) == 1
+    return spectra, f"{config.mode} on {config.data}" if alone else config.name
 
 
 def add_toy(parser: argparse.ArgumentParser) -> None:
@@ -69,8 +116,8 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--out", help="folder of report.md and all runs; default runs/compare")
     add("--data", help="default: cifar10 where it is there, otherwise patches")
-    add("--data-root", help="folder of the torchvision sets")
-    add("--download", action="store_true", help="fetch a missing torchvision set")
+    add("--data-root", help="folder of the sets that are fetched")
+    add("--download", action="store_true", help="fetch a missing set")
     add("--modes", help="comma-separated, default all")
     add("--seeds", type=int, default=3, help="of each mode, default 3")
     add("--encoder", help="default: the budget of the set, as for the next four")

@@ -1,7 +1,7 @@
 """The paper's comparison of projectors in small: every mode, several seeds, one command.
 
 Each mode gets the same budget and the same search: its learning rate is that of three which scores
-best, on a seed of its own, in a probe inside the training part (runs.held_out). Then it is trained
+best, on a seed of its own, in a probe inside the training part (probe.held_out). Then it is trained
 with each seed at that rate, and only these runs are tested on the test part. Beside them: the
 untrained encoder and raw pixels; DirectCLR over d0; DirectCLR again with the reference loss, and
 from weights moved by one rounding error, which is what any difference is to be held against.
@@ -43,6 +43,7 @@ BUDGETS = {
     "patches": {**_SMALL, "image_size": 24, "epochs": 5, "warmup_epochs": 1},
     "cifar10": {**_SMALL, "image_size": 24, "epochs": 1, "warmup_epochs": 0},
     "cifar100": {**_SMALL, "image_size": 24, "epochs": 1, "warmup_epochs": 0},
+    "fashion-mnist": {**_SMALL, "image_size": 28, "epochs": 1, "warmup_epochs": 0},
     "digits": {**_SMALL, "epochs": 20, "warmup_epochs": 2},
 }
 QUICK = {"epochs": 1, "warmup_epochs": 0, "max_steps": 20}

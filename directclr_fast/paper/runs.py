@@ -212,19 +212,6 @@ def losses_of(folder: Path) -> list[float | str]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
-def held_out(features: Tensor, labels: Tensor, classes: int) -> probe.Features:
-    """A training part cut in two: of each class the first four fifths to train a probe, the last
-    fifth to test it. Unlabelled samples are left out."""
-    first, last = [], []
-    for label in range(classes):
-        (rows,) = torch.where(labels == label)
-        cut = 4 * len(rows) // 5
-        first.append(rows[:cut])
-        last.append(rows[cut:])
-    first, last = torch.cat(first), torch.cat(last)
-    return probe.Features(features[first], labels[first], features[last], labels[last], classes)
-
-
 def _load(config: TrainConfig, train: bool):
     return data.load(
         config.data,
@@ -254,7 +241,7 @@ def _measure(run: Run, config: TrainConfig, model, encoder, channels: int) -> di
     if run.search:
         images = _load(config, train=True)
         features, labels = probe.encode(encoder, images, config.image_size, device)
-        inside = held_out(features, labels, images.num_classes)
+        inside = probe.held_out(features, labels, images.num_classes)
         return {"held_out": probe.linear_probe(inside, device=device)}
     features = probe.load_features(encoder, config, channels=channels, device=device)
     seeded = {"seed": run.seed, "device": device}

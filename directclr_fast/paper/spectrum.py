@@ -2,21 +2,177 @@
 
 As in figures 2 and 9 of arXiv 2110.09348: C = cov(features) over a set of images, its eigenvalues
 (the singular values of C) sorted and shown on a log scale. A direction counts as collapsed where
-its eigenvalue is below ``threshold`` times the largest one; which threshold is always stated.
+its eigenvalue is below ``threshold`` times the largest one; which threshold is always stated. By
+default it is 1e-8, or what rounding to the features' own precision leaves in an empty direction,
+where that is more: bf16 leaves some 1e-6.
+
+Beside that count, which depends on a threshold, stand three that do not. The effective rank is exp
+of the entropy of the eigenvalues (Roy and Vetterli 2007); RankMe is the same of the singular values
+of the features as they are, not centred (Garrido et al. 2023); the participation ratio is the
+square of the eigenvalues' sum over the sum of their squares.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..train.checkpoint import write_json
+from ..train.foreign import as_rows, as_tensor
 
 # In units of the largest eigenvalue. fp32 features leave rounding noise near 1e-14 of it, live
 # directions of a trained network stay above 1e-5 or so; anything between tells the same count.
 THRESHOLD = 1e-8
+
+
+@dataclass(frozen=True)
+class CollapseReport:
+    """What :func:`collapse_report` finds; ``str()`` of it is one sentence.
+
+    Attributes:
+        dimensions, samples: R and n.
+        precision: the dtype whose rounding the features carry, such as "bfloat16".
+        rounding: share of the largest eigenvalue that this may leave in an empty direction.
+        threshold: share of it up to which a direction counts as collapsed.
+        collapsed: number of those directions.
+        effective_rank, rankme, participation_ratio: see the module.
+        spectrum: eigenvalues of the covariance, R floats, descending.
+    """
+
+    dimensions: int
+    samples: int
+    precision: str
+    rounding: float
+    threshold: float
+    collapsed: int
+    effective_rank: float
+    rankme: float
+    participation_ratio: float
+    spectrum: list[float] = field(repr=False)
+
+    def __str__(self) -> str:
+        n, width = self.samples, self.dimensions
+        why = f", the rounding of {self.precision}" if self.threshold == self.rounding else ""
+        few = f", {n} samples show at most {n - 1}" if n <= width else ""
+        return (
+            f"{self.collapsed} of {width} dimensions collapsed (eigenvalue at most "
+            f"{self.threshold:.3g} of the largest{why}{few}), "
+            f"effective rank {self.effective_rank:.1f}, RankMe {self.rankme:.1f}, "
+            f"participation ratio {self.participation_ratio:.1f}"
+        )
+
+
+def collapse_report(
+    source: Tensor | np.ndarray | Iterable,
+    encoder: Callable[[Tensor], Tensor] | None = None,
+    *,
+    threshold: float | None = None,
+    samples: int | None = None,
+) -> CollapseReport:
+    """How many dimensions of a representation have collapsed.
+
+    Args:
+        source: features (n, R), a tensor or an array of any real dtype; or a loader, whose batches
+            are tensors or tuples that start with one.
+        encoder: makes features of a batch, (b, R) or (b, R, h, w), which is averaged over h and w;
+            a module is run in eval mode, without gradients, on its own device. None: the batches
+            are features.
+        threshold: 0 to 1; None knows the features' precision (see the module).
+        samples: stop after so many; None takes all.
+
+    Raises ValueError or TypeError for other shapes, fewer than two samples, nan or inf.
+    """
+    check(threshold)
+    features = _features(source, encoder, samples)
+    centred, plain = _singular_values(features)
+    spectrum = _eigenvalues(centred, features)
+    kind, noise = precision(features)
+    rounding = min(noise / spectrum[0].item(), 0.5) if spectrum[0] > 0 else 0.0
+    threshold = max(THRESHOLD, rounding) if threshold is None else threshold
+    total = spectrum.sum().item()
+    return CollapseReport(
+        dimensions=features.shape[1],
+        samples=features.shape[0],
+        precision=str(kind).removeprefix("torch."),
+        rounding=rounding,
+        threshold=threshold,
+        collapsed=collapsed(spectrum, threshold),
+        effective_rank=effective_rank(spectrum),
+        rankme=effective_rank(plain),
+        participation_ratio=total**2 / spectrum.square().sum().item() if total else 0.0,
+        spectrum=spectrum.tolist(),
+    )
+
+
+@torch.no_grad()
+def _features(source, encoder, samples: int | None) -> Tensor:
+    if samples is not None and samples < 2:
+        raise ValueError(f"samples: expected at least 2, got {samples}")
+    if isinstance(source, np.ndarray):
+        source = as_tensor(source)
+    if isinstance(source, Tensor):
+        if encoder is None:
+            return source[:samples]
+        source = source.split(256)
+    elif not isinstance(source, Iterable):
+        kinds = "a tensor, an array or a loader"
+        raise TypeError(f"features: expected {kinds}, got {type(source).__name__}")
+    module = encoder if isinstance(encoder, nn.Module) else nn.Identity()
+    device = next((p.device for p in module.parameters()), None)
+    training = [part for part in module.modules() if part.training]
+    parts, taken = [], 0
+    module.eval()
+    try:
+        for batch in source:
+            batch = batch[0] if isinstance(batch, tuple | list) else batch
+            if not isinstance(batch, Tensor | np.ndarray):
+                got = type(batch).__name__
+                raise TypeError(f"loader: expected batches that start with a tensor, got {got}")
+            batch = torch.as_tensor(batch, device=device)
+            parts.append((batch if encoder is None else as_rows(encoder(batch))).cpu())
+            taken += len(parts[-1])
+            if samples is not None and taken >= samples:
+                break
+    finally:
+        for part in training:
+            part.training = True
+    if not parts:
+        raise ValueError("loader: expected at least one batch, got none")
+    return torch.cat(parts)[:samples]
+
+
+def _singular_values(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Singular values, descending, fp64, of the centred features and of the features (n, R)."""
+    if features.dim() != 2 or features.shape[0] < 2:
+        raise ValueError(
+            f"features: expected shape (n, R) with n >= 2, got {tuple(features.shape)}"
+        )
+    if features.is_complex():
+        raise TypeError(f"features: expected real numbers, got {features.dtype}")
+    x = features.detach().to("cpu", torch.float64)
+    if not x.isfinite().all():
+        raise ValueError("features: expected finite numbers, got nan or inf")
+    mean = x.mean(0, keepdim=True)
+    r = torch.linalg.qr(x - mean, mode="r").R
+    # The mean goes back in by x'x = r'r + n mean'mean. Squares will do there: an
+    # entropy does not hear of values below 1e-8 of the largest, which are rounding.
+    squares = torch.linalg.eigvalsh(r.T @ r + len(x) * mean.T @ mean).flip(0)
+    noise = len(squares) * torch.finfo(x.dtype).eps * squares[:1]
+    return torch.linalg.svdvals(r), torch.where(squares > noise, squares, 0).sqrt()
+
+
+def _eigenvalues(centred: Tensor, features: Tensor) -> Tensor:
+    n, width = features.shape
+    # Equal rows leave the rounding of their mean, which is nothing and not a direction.
+    noise = 2 * torch.finfo(torch.float64).eps * torch.linalg.norm(features.double()).cpu()
+    values = torch.where(centred > noise, centred, 0).square() / (n - 1)
+    return nn.functional.pad(values, (0, width - len(values)))
 
 
 def covariance_spectrum(features: Tensor) -> Tensor:
@@ -25,32 +181,45 @@ def covariance_spectrum(features: Tensor) -> Tensor:
     Computed as squared singular values of the centred features in fp64, which keeps small ones
     exact; with n <= R the last R - n + 1 are zero whatever the features are.
     """
-    if features.dim() != 2 or features.shape[0] < 2:
-        raise ValueError(
-            f"features: expected shape (n, R) with n >= 2, got {tuple(features.shape)}"
-        )
-    if not features.isfinite().all():
-        raise ValueError("features: expected finite numbers, got nan or inf")
-    x = features.detach().to("cpu", torch.float64)
-    # Equal rows leave the rounding of their mean, which is nothing and not a direction.
-    noise = 2 * torch.finfo(x.dtype).eps * torch.linalg.norm(x)
-    values = torch.linalg.svdvals(x - x.mean(0))
-    values = torch.where(values > noise, values, 0).square() / (len(x) - 1)
-    return torch.nn.functional.pad(values, (0, x.shape[1] - len(values)))
+    return _eigenvalues(_singular_values(features)[0], features)
+
+
+def precision(features: Tensor) -> tuple[torch.dtype, float]:
+    """The dtype whose rounding ``features`` (n, R) carry, and what that rounding leaves, at most,
+    as an eigenvalue of the covariance in a direction that is empty.
+
+    It is the narrowest dtype that has every value, so bf16 features that were saved as fp32 are
+    known for what they are. Whole numbers of an integer dtype are exact. The noise is that of
+    independent errors, uniform within half a unit in the last place, at the upper edge of Marchenko
+    and Pastur's law, and twice that. Roundings earlier in the network are not in it.
+    """
+    kind, x = features.dtype, features.detach().to("cpu", torch.float64)
+    if not kind.is_floating_point:
+        return kind, 0.0
+    for narrow in (torch.bfloat16, torch.float16, torch.float32):
+        wider = torch.finfo(kind).bits > torch.finfo(narrow).bits
+        if wider and torch.equal(x.to(narrow).double(), x):
+            kind = narrow
+            break
+    known = torch.finfo(kind)
+    unit = known.eps * torch.exp2(torch.frexp(x).exponent.double() - 1)
+    unit = torch.where(x == 0, 0, unit.clamp_min(known.smallest_normal * known.eps))
+    variance = (unit.square().mean(0) / 12).max().item()
+    return kind, 2 * variance * (1 + math.sqrt(x.shape[1] / x.shape[0])) ** 2
 
 
 def effective_rank(spectrum: Tensor) -> float:
-    """exp of the entropy of the normalised eigenvalues: R for a flat spectrum, 1 for a line, 0
-    for a point."""
+    """exp of the entropy of the normalised values: R for a flat spectrum, 1 for a line, 0 for a
+    point."""
     if not spectrum[0] > 0:
         return 0.0
     p = spectrum / spectrum.sum()
     return torch.exp(-torch.special.xlogy(p, p).sum()).item()
 
 
-def check(threshold: float) -> None:
-    """ValueError unless 0 <= threshold < 1."""
-    if not 0.0 <= threshold < 1.0:
+def check(threshold: float | None) -> None:
+    """ValueError unless 0 <= threshold < 1, or None."""
+    if threshold is not None and not 0.0 <= threshold < 1.0:
         raise ValueError(f"threshold: expected 0 <= threshold < 1, got {threshold}")
 
 
@@ -60,21 +229,13 @@ def collapsed(spectrum: Tensor, threshold: float = THRESHOLD) -> int:
     return int((spectrum <= threshold * spectrum[0]).sum())
 
 
-def describe(features: Tensor, threshold: float = THRESHOLD) -> dict:
-    """Spectrum, effective rank and collapsed count of ``features`` (n, R), as plain values."""
-    spectrum = covariance_spectrum(features)
-    return {
-        "dimensions": features.shape[1],
-        "samples": features.shape[0],
-        "threshold": threshold,
-        "collapsed": collapsed(spectrum, threshold),
-        "effective_rank": effective_rank(spectrum),
-        "spectrum": spectrum.tolist(),
-    }
+def describe(features: Tensor, threshold: float | None = None) -> dict:
+    """:func:`collapse_report` of ``features`` (n, R), as plain values."""
+    return asdict(collapse_report(features, threshold=threshold))
 
 
 @torch.no_grad()
-def of_model(model, representation: Tensor, threshold: float = THRESHOLD) -> dict[str, dict]:
+def of_model(model, representation: Tensor, threshold: float | None = None) -> dict[str, dict]:
     """Spectra of the representation (n, R), of its sub-vector and of the embedding.
 
     ``model`` is a :class:`directclr_fast.train.loop.Model` in eval mode. The embedding is what the
@@ -87,7 +248,7 @@ def of_model(model, representation: Tensor, threshold: float = THRESHOLD) -> dic
     result = {"representation": describe(representation, threshold)}
     if objective.dim is not None:
         result["sub-vector"] = describe(representation[:, objective.sub_vector], threshold)
-    result["embedding"] = describe(torch.nn.functional.normalize(embedding, dim=1), threshold)
+    result["embedding"] = describe(nn.functional.normalize(embedding, dim=1), threshold)
     return result
 
 
@@ -98,16 +259,7 @@ def save(spectra: dict[str, dict], path: str | Path) -> None:
 
 def lines(spectra: dict[str, dict]) -> list[str]:
     """A sentence on each of ``spectra``."""
-    said = []
-    for name, values in spectra.items():
-        samples, dimensions = values["samples"], values["dimensions"]
-        few = f", {samples} images show at most {samples - 1}" if samples <= dimensions else ""
-        said.append(
-            f"{name}: {values['collapsed']} of {dimensions} dimensions collapsed "
-            f"(eigenvalue at most {values['threshold']:g} of the largest{few}), "
-            f"effective rank {values['effective_rank']:.1f}"
-        )
-    return said
+    return [f"{name}: {CollapseReport(**values)}" for name, values in spectra.items()]
 
 
 def plot(spectra: dict[str, dict], path: str | Path, title: str = "") -> None:
@@ -119,12 +271,15 @@ def plot(spectra: dict[str, dict], path: str | Path, title: str = "") -> None:
             spectrum = torch.tensor(values["spectrum"], dtype=torch.float64)
             floor = max(spectrum[0] * 1e-18, 1e-300)
             dead, total = values["collapsed"], values["dimensions"]
-            axes.plot(
+            (line,) = axes.plot(
                 range(1, total + 1),
                 spectrum.clamp_min(floor).log10(),
                 label=f"{name}: {dead} of {total} collapsed, "
                 f"effective rank {values['effective_rank']:.1f}",
             )
+            if dead and spectrum[0] > 0:
+                level = math.log10(values["threshold"] * spectrum[0] or floor)
+                axes.axhline(level, color=line.get_color(), linestyle=":", linewidth=0.8)
         axes.set_xlabel("rank of the eigenvalue")
         axes.set_ylabel("log10 eigenvalue of the covariance")
         axes.legend(fontsize="small")

@@ -8,9 +8,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from .config import TrainConfig
+
+if TYPE_CHECKING:
+    from .probe import Features
 
 
 def add_train(parser: argparse.ArgumentParser) -> None:
@@ -50,11 +56,50 @@ def run_train(arguments: argparse.Namespace, on_step=None) -> None:
         print(f"done: step {result['step']}, loss backend {backend}, {result['folder']}")
 
 
+def add_foreign(parser: argparse.ArgumentParser) -> None:
+    """The flags of ``probe`` and ``spectrum`` for what this trainer did not make."""
+    add = parser.add_argument
+    add(
+        "--encoder",
+        metavar="NAME",
+        help="network of torchvision or timm whose weights the source has; or MODULE:FUNCTION, "
+        "which returns one",
+    )
+    add("--image-size", type=int, help="what it sees, pixels (default: as the data's recipe)")
+    add("--key", help="name of the features in a file that holds more than one matrix")
+    add(
+        "--trust-pickle",
+        action="store_true",
+        help="open files that run code of whoever made them; only for files you trust",
+    )
+
+
+def load_foreign(arguments: argparse.Namespace, source: str | None, device: str):
+    """(settings of the images, the network) of ``--encoder``; says where its weights are from."""
+    from . import data, foreign
+
+    if arguments.data is None:
+        raise ValueError("data: expected a set for the encoder to see, got none; give --data")
+    settings = {"data": arguments.data, "image_size": arguments.image_size}
+    config = TrainConfig(**settings, data_root=arguments.data_root, device=device).resolve()
+    images = data.load(
+        config.data, root=config.data_root, train=False, image_size=config.image_size
+    )
+    encoder = foreign.load_encoder(arguments.encoder, source, arguments.trust_pickle).to(device)
+    encoder.check(images.shape[0], config.image_size)
+    print(encoder.said)
+    return config, encoder.eval()
+
+
 def add_probe(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("checkpoint", help="checkpoint.pt or the folder that holds it")
+    add("source", nargs="?", help="a run; or a file of features and labels, or of weights")
+    add_foreign(parser)
+    add("--labels", help="file of the labels, where that of the features has none")
+    add("--test", help="file of features to test on (default: the last fifth of each class)")
+    add("--test-labels", help="file of their labels, where that one has none")
     add("--data", help="another set than the one trained on")
-    add("--data-root", help="folder of the torchvision sets")
+    add("--data-root", help="folder of the sets that are fetched")
     add("--schedule", choices=("constant", "cosine", "both"), default="both")
     add("--epochs", type=int, default=100)
     add("--learning-rate", type=float, default=0.1)
@@ -65,52 +110,43 @@ def add_probe(parser: argparse.ArgumentParser) -> None:
     add("--baselines", action="store_true", help="also untrained encoder and pixels")
     add("--device", default="auto")
     add("--workers", type=int, default=0)
-    add("--out", help="folder (default: that of the checkpoint)")
+    add("--out", help="folder (default: that of the source)")
+
+
+class Subject(NamedTuple):
+    """What is probed: features by the name of their row, made when they are asked for; the columns
+    of the first row that have one of their own; what to say of it in the file."""
+
+    rows: dict[str, Callable[[], Features]]
+    sub_vector: slice | None
+    about: dict
 
 
 def run_probe(arguments: argparse.Namespace) -> None:
     from . import checkpoint, probe
     from .config import resolve_device
-    from .loop import load_model
 
     linear = {"epochs": arguments.epochs, "learning_rate": arguments.learning_rate}
     vote = {"k": arguments.k, "temperature": arguments.temperature}
     probe.check(**linear, **vote)
     device = resolve_device(arguments.device)
-    config, model, state = load_model(arguments.checkpoint, device)
-    if arguments.dim is not None and not 0 < arguments.dim <= model.width:
-        raise ValueError(
-            f"dim: expected 1 to {model.width} (the encoder's width), got {arguments.dim}"
-        )
-    out = folder_of(arguments) / "probe.json"
-    rows = {"trained": model.encoder}
-    if arguments.baselines:
-        rows |= baselines(config, state, device)
+    subject = _subject(arguments, device)
+    (out,) = outputs_of(arguments, "probe.json")
     schedules = probe.SCHEDULES if arguments.schedule == "both" else (arguments.schedule,)
     result = {
-        "checkpoint": str(arguments.checkpoint),
-        "step": state["step"],
-        "data": arguments.data or config.data,
+        **subject.about,
         **linear,
         **vote,
         "features": "raw" if arguments.raw_features else "centred, divided by their rms",
         "accuracy": {},
     }
-    for name, encoder in rows.items():
-        features = probe.load_features(
-            encoder,
-            config,
-            spec=arguments.data,
-            root=arguments.data_root,
-            channels=state["channels"],
-            device=device,
-            workers=arguments.workers,
-        )
+    for name, make in subject.rows.items():
+        features = make()
         parts = {name: features}
-        if encoder is not None and arguments.dim is not None:
+        if name != "raw pixels" and arguments.dim is not None:
             parts[f"{name}, r[:, :{arguments.dim}]"] = features.columns(slice(0, arguments.dim))
-        if name == "trained" and model.objective.dim is not None:
-            parts["trained, sub-vector"] = features.columns(model.objective.sub_vector)
+        if name == "trained" and subject.sub_vector is not None:
+            parts["trained, sub-vector"] = features.columns(subject.sub_vector)
         for part, values in parts.items():
             row = {
                 f"linear, {schedule} rate": probe.linear_probe(
@@ -129,6 +165,70 @@ def run_probe(arguments: argparse.Namespace) -> None:
     print(f"written to {out}")
 
 
+def _subject(arguments: argparse.Namespace, device: str) -> Subject:
+    from . import foreign, probe
+    from .loop import load_model
+
+    if arguments.source is None and arguments.encoder is None:
+        raise ValueError("source: expected a run, a file, or --encoder, got none")
+    about = {"checkpoint": str(arguments.source)}
+    columns = None
+    if arguments.encoder is None and not foreign.is_run(arguments.source):
+        return _subject_of_features(arguments)
+    for name in ("labels", "test", "test_labels"):
+        if getattr(arguments, name) is not None:
+            raise ValueError(f"{name}: expected a file of features with it, got a network")
+    if arguments.encoder is not None:
+        config, encoder = load_foreign(arguments, arguments.source, device)
+        spec, channels, width = config.data, None, encoder.width
+        networks = {"encoder": encoder}
+        if arguments.baselines:
+            fresh = foreign.load_encoder(arguments.encoder).to(device).eval()
+            networks |= {"untrained encoder": fresh, "raw pixels": None}
+        about |= {"encoder": encoder.said}
+    else:
+        config, model, state = load_model(arguments.source, device)
+        spec, channels, width = arguments.data, state["channels"], model.width
+        networks = {"trained": model.encoder}
+        if arguments.baselines:
+            networks |= baselines(config, state, device)
+        about |= {"step": state["step"]}
+        columns = None if model.objective.dim is None else model.objective.sub_vector
+    _check_dim(arguments, width, "the encoder's width")
+
+    def features(network) -> Features:
+        return probe.load_features(
+            network,
+            config,
+            spec=spec,
+            root=arguments.data_root,
+            channels=channels,
+            device=device,
+            workers=arguments.workers,
+        )
+
+    rows = {name: functools.partial(features, network) for name, network in networks.items()}
+    return Subject(rows, columns, about | {"data": spec or config.data})
+
+
+def _subject_of_features(arguments: argparse.Namespace) -> Subject:
+    from . import foreign
+
+    if arguments.baselines:
+        raise ValueError("baselines: expected a network, got a file of features")
+    files = (arguments.source, arguments.labels, arguments.test, arguments.test_labels)
+    found, tested = foreign.probe_features(*files, key=arguments.key, trust=arguments.trust_pickle)
+    _check_dim(arguments, found.train.shape[1], "the features' width")
+    about = {"data": arguments.source, "tested on": tested, "classes": found.classes}
+    print(f"{found.classes} classes, {len(found.train)} features to train on, tested on {tested}")
+    return Subject({"features": lambda: found}, None, about)
+
+
+def _check_dim(arguments: argparse.Namespace, width: int, what: str) -> None:
+    if arguments.dim is not None and not 0 < arguments.dim <= width:
+        raise ValueError(f"dim: expected 1 to {width} ({what}), got {arguments.dim}")
+
+
 def baselines(config, state: dict, device: str) -> dict:
     """The encoder with the weights the run started from, and None for raw pixels."""
     from .loop import Model
@@ -137,9 +237,24 @@ def baselines(config, state: dict, device: str) -> dict:
     return {"untrained encoder": untrained.eval().to(device), "raw pixels": None}
 
 
+def _sources(arguments: argparse.Namespace) -> list[str]:
+    source = arguments.source
+    return source if isinstance(source, list) else [source] if source is not None else []
+
+
 def folder_of(arguments: argparse.Namespace) -> Path:
     """The folder to write to, asked before anything long is done."""
     from .checkpoint import writable
 
-    path = Path(arguments.checkpoint)
+    path = Path(next(iter(_sources(arguments)), "."))
     return writable("out", arguments.out or (path if path.is_dir() else path.parent))
+
+
+def outputs_of(arguments: argparse.Namespace, *names: str) -> list[Path]:
+    """Where these files go. Beside one file that is no run they bear its name, too."""
+    from . import foreign
+
+    sources, start = _sources(arguments), ""
+    if len(sources) == 1 and not arguments.out and not foreign.is_run(sources[0]):
+        start = f"{Path(sources[0]).stem}-"
+    return [folder_of(arguments) / f"{start}{name}" for name in names]

@@ -32,31 +32,32 @@ _SMALL = {
     "weight_decay": 1e-4,
     "epochs": 200,
 }
+_ON_A_CPU = {
+    **_SMALL,
+    "encoder": "small",
+    "optimizer": "adamw",
+    "batch_size": 256,
+    "learning_rate": 2e-3,
+    "epochs": 20,
+    "warmup_epochs": 2,
+}
 RECIPES = {
     "folder": _RELEASED,
     "cifar10": _SMALL,
     "cifar100": _SMALL,
     "stl10": {**_SMALL, "image_size": 64},
     "digits": {
-        **_SMALL,
-        "encoder": "small",
+        **_ON_A_CPU,
         "image_size": 8,
         "views": "affine",
-        "optimizer": "adamw",
-        "batch_size": 256,
-        "learning_rate": 2e-3,
         "epochs": 60,
         "warmup_epochs": 3,
     },
-    "patches": {
-        **_SMALL,
-        "encoder": "small",
-        "optimizer": "adamw",
-        "batch_size": 256,
-        "learning_rate": 2e-3,
-        "epochs": 20,
-        "warmup_epochs": 2,
-    },
+    "patches": _ON_A_CPU,
+    "svhn": _SMALL,
+    "fashion-mnist": {**_ON_A_CPU, "image_size": 28},
+    "mnist": {**_ON_A_CPU, "image_size": 28, "views": "affine"},  # a flip has a meaning
+    "kmnist": {**_ON_A_CPU, "image_size": 28, "views": "affine"},
     "fake": {**_SMALL, "encoder": "small", "batch_size": 128, "epochs": 2, "warmup_epochs": 0},
 }
 
@@ -118,12 +119,13 @@ class TrainConfig:
 
     data: str = setting(
         "digits",
-        "digits, patches, cifar10, cifar100, stl10, folder:PATH, fake (default digits)",
+        "digits, patches, cifar10, cifar100, stl10, svhn, fashion-mnist, mnist, kmnist, "
+        "folder:PATH, fake (default digits)",
     )
     data_root: str | None = setting(
-        help="folder of the torchvision sets (default: data)", free=True
+        help="folder of the sets that are fetched (default: data)", free=True
     )
-    download: bool = setting(False, "fetch a missing torchvision set", free=True)
+    download: bool = setting(False, "fetch a missing set", free=True)
     encoder: str | None = setting(help="resnet18, resnet50, small", choices=".encoders:ENCODERS")
     image_size: int | None = setting(help="side of the crops, pixels", low=2)
     views: str | None = setting(help="imagenet, small, affine", choices=".views:PRESETS")

@@ -6,6 +6,9 @@
 | patches | 5,120 + 1,280 grey 32x32 of 16 photographs, the classes | scikit-image, no download |
 | cifar10, cifar100 | 50,000 + 10,000 RGB 32x32 | torchvision, in `root` |
 | stl10 | 105,000 (5,000 of them labelled) + 8,000 RGB 96x96 | torchvision, in `root` |
+| svhn | 73,257 + 26,032 RGB 32x32 | torchvision, in `root` |
+| fashion-mnist | 60,000 + 10,000 grey 28x28 | `root`, or Debian's dataset-fashion-mnist |
+| mnist, kmnist | 60,000 + 10,000 grey 28x28 | `root` |
 | folder:PATH | PATH/train/<class>/*, PATH/val/<class>/* or PATH/<class>/* | decoded by workers |
 | fake | random classes under noise, `fake:n=1024,classes=10,size=32,channels=3` | the seed |
 
@@ -16,7 +19,10 @@ image has label -1, as the training part of stl10 has beyond its labelled 5,000.
 from __future__ import annotations
 
 import functools
+import gzip
+import math
 import os
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,7 +33,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-SETS = ("digits", "patches", "cifar10", "cifar100", "stl10", "folder:PATH", "fake")
+SETS = (
+    "digits", "patches", "cifar10", "cifar100", "stl10", "svhn", "fashion-mnist", "mnist", "kmnist",
+    "folder:PATH", "fake",
+)  # fmt: skip
 SUFFIXES = {f".{s}" for s in "jpg jpeg png webp bmp gif tif tiff ppm pgm".split()}
 
 
@@ -132,21 +141,24 @@ def load(
 ) -> ImageSet | FolderSet:
     """The training part (train=True) or the held-out part of the set that `spec` names.
 
-    root: folder of the torchvision sets, "data" if None; fetched into only if `download`.
+    root: folder of the torchvision sets, "data" if None; fetched into only if `download`. Of
+    fashion-mnist, mnist and kmnist it may also hold the files themselves, packed (.gz) or not.
     image_size: side of the training crop in pixels. folder: stores 8/7 of it, so that 224 is cut
     from 256 (224 if None); fake makes images of it; the others keep their own size.
     seed: of fake; the split of the others never changes. PATH/<class>/* without train and val
     folders is split by name: of each class, the 2nd, 12th, 22nd ... file is held out.
 
     ValueError for an unknown spec, FileNotFoundError for missing or empty folders, ImportError for
-    a missing package, OSError for a failed download.
+    a missing package, OSError for a failed download or a damaged file.
     """
     kind, _, rest = spec.partition(":")
     if spec == "digits":
         return _digits(train)
     if spec == "patches":
         return _patches(train)
-    if spec in ("cifar10", "cifar100", "stl10"):
+    if spec in IDX:
+        return _idx(spec, root, download, train)
+    if spec in ("cifar10", "cifar100", *SPLITS):
         return _torchvision(spec, Path("data" if root is None else root), download, train)
     if kind == "folder" and rest:
         return _folder(Path(rest).expanduser(), train, round((image_size or 224) * 8 / 7))
@@ -246,31 +258,98 @@ def _patch_places(height: int, width: int) -> dict[str, np.ndarray]:
     }
 
 
+SPLITS = {"stl10": ("train+unlabeled", "test"), "svhn": ("train", "test")}
+
+
 def _torchvision(spec: str, root: Path, download: bool, train: bool) -> ImageSet:
-    try:
-        from torchvision import datasets
-    except ImportError as error:
-        raise _missing(spec, "torchvision", error) from error
+    datasets = _datasets(spec)
     if not download and not root.is_dir():
         raise FileNotFoundError(f"data: expected the folder of {spec}, got no folder {root}")
     try:
-        if spec == "stl10":
-            split = "train+unlabeled" if train else "test"
-            source = datasets.STL10(root, split=split, download=download)
+        if spec in SPLITS:
+            split = SPLITS[spec][0 if train else 1]
+            source = getattr(datasets, spec.upper())(root, split=split, download=download)
             images, labels, classes = source.data, source.labels, 10
         else:
             source = getattr(datasets, spec.upper())(root, train=train, download=download)
             images, labels = source.data.transpose(0, 3, 1, 2), source.targets
             classes = len(source.classes)
+    except ImportError as error:
+        raise _missing(spec, "scipy", error) from error
     except (RuntimeError, OSError) as error:
         if download:
-            raise OSError(f"data: expected to download {spec} to {root}, got {error}") from error
+            raise _not_fetched(spec, root, error) from error
         raise FileNotFoundError(
             f"data: expected the files of {spec} in {root} (or leave to download them), "
             "got none or damaged ones"
         ) from error
     images = torch.from_numpy(np.ascontiguousarray(images))
     return ImageSet(images, torch.as_tensor(np.asarray(labels), dtype=torch.int64), classes, spec)
+
+
+def _datasets(spec: str):
+    try:
+        from torchvision import datasets
+    except ImportError as error:
+        raise _missing(spec, "torchvision", error) from error
+    return datasets
+
+
+def _not_fetched(spec: str, root: Path, error: Exception) -> OSError:
+    return OSError(f"data: expected to download {spec} to {root}, got {error}")
+
+
+IDX = {"fashion-mnist": "FashionMNIST", "mnist": "MNIST", "kmnist": "KMNIST"}  # torchvision's names
+DEBIAN = Path("/usr/share/datasets")  # of packages; dataset-fashion-mnist is one of them
+
+
+def _idx(spec: str, root: str | Path | None, download: bool, train: bool) -> ImageSet:
+    """A set in MNIST's format. torchvision only downloads it: it reads no packed files, as Debian
+    has them, and says nothing of damaged ones."""
+    base = Path("data" if root is None else root)
+    folders = [base / IDX[spec] / "raw", base, *[DEBIAN / spec] * (root is None)]
+    part = "train" if train else "t10k"
+
+    def files() -> list[Path]:
+        names = (f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte")
+        packed = [[f / f"{n}{end}" for n in names] for f in folders for end in ("", ".gz")]
+        return next((pair for pair in packed if all(p.is_file() for p in pair)), [])
+
+    if not files() and download:
+        try:
+            getattr(_datasets(spec), IDX[spec])(base, download=True)
+        except (RuntimeError, OSError) as error:
+            raise _not_fetched(spec, base, error) from error
+    if not files():
+        package = ", or Debian's package dataset-fashion-mnist" if spec == "fashion-mnist" else ""
+        raise FileNotFoundError(
+            f"data: expected the files of {spec} in {folders[0]} (or leave to download them"
+            f"{package}), got none"
+        )
+    pictures, answers = files()
+    images, labels = _read_idx(pictures, 3), _read_idx(answers, 1).long()
+    if len(labels) != len(images) or (labels >= 10).any():
+        expected = f"{len(images)} labels from 0 to 9, one for each image"
+        largest = labels.max().item() if len(labels) else None
+        got = f"{len(labels)} up to {largest}"
+        raise OSError(f"data: expected {expected}, got {got} in {answers}")
+    return ImageSet(images[:, None], labels, 10, spec)
+
+
+def _read_idx(path: Path, dimensions: int) -> Tensor:
+    """A file in MNIST's format, packed or not, as uint8 of so many dimensions: two zeros, 8 for
+    bytes, the number of dimensions, each size in four bytes, the values."""
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            raw = file.read()
+    except (OSError, EOFError, zlib.error) as error:
+        raise OSError(f"data: expected a readable file, got {path} ({error})") from error
+    head = 4 + 4 * dimensions
+    sizes = [int.from_bytes(raw[k : k + 4], "big") for k in range(4, head, 4)]
+    if raw[:4] != bytes((0, 0, 8, dimensions)) or len(raw) != head + math.prod(sizes):
+        expected = f"an idx file of bytes in {dimensions} dimensions, whole"
+        raise OSError(f"data: expected {expected}, got {path} of {len(raw)} bytes")
+    return torch.frombuffer(bytearray(raw), dtype=torch.uint8, offset=head).view(sizes)
 
 
 def _subfolders(path: Path) -> list[str]:

@@ -73,6 +73,12 @@ class Model(nn.Module):
             )
             self.head = nn.Linear(self.width, classes)
 
+    def as_in(self, state: dict) -> Model:
+        """This model in the form of an older version that ``state``, a state dict, has."""
+        start = "objective."
+        self.objective.as_in({k[len(start) :] for k in state if k.startswith(start)})
+        return self
+
     def forward(self, view1, view2=None, labels=None):
         """:meth:`losses` of two views (B, C, S, S); of one alone its representation (B, R)."""
         r1 = self.encoder(view1)
@@ -98,7 +104,7 @@ def load_model(path: str | os.PathLike, device: str = "cpu") -> tuple[TrainConfi
     """(settings, model in eval mode, checkpoint) of a run's ``checkpoint.pt`` or its folder."""
     state = checkpoint.load(path)
     config = TrainConfig.from_dict(state["config"])
-    model = Model(config, state["channels"], state["classes"])
+    model = Model(config, state["channels"], state["classes"]).as_in(state["model"])
     model.load_state_dict(state["model"])
     return config, model.eval().to(device), state
 
@@ -149,6 +155,8 @@ class Trainer:
         self.view_generator = torch.Generator(self.device).manual_seed(config.seed + 1)
 
         self.model = self.module = Model(config, self.channels, self.classes, ranks).to(self.device)
+        if state is not None:  # before the optimiser, which counts the parameters
+            self.model.as_in(state["model"])
         if config.channels_last:
             self.model.encoder.to(memory_format=torch.channels_last)
         if ranks.size > 1:

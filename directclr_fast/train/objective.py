@@ -6,7 +6,8 @@ mode       loss is taken on                                        projector
 baseline   all R columns of r                                      none
 directclr  r[:, :dim]                                              fixed, diagonal, low rank
 single     Linear(R, 128) of r                                     trained
-simclr     Linear(R, R), BatchNorm, ReLU, Linear(R, 128) of r      trained
+simclr     Linear(R, R), BatchNorm, ReLU, Linear(R, 128),          trained
+           BatchNorm of r; no Linear has a bias
 group      8 groups of R/8 columns of r, losses summed             none; one fixed permutation
 diagonal   r times one weight for each column                      trained, diagonal
 orthogonal r times an orthogonal matrix (R, R)                     trained, kept orthogonal
@@ -29,6 +30,9 @@ by the run's seed, so they are the same on every process; the first two are kept
 """
 
 from __future__ import annotations
+
+import warnings
+from collections.abc import Container
 
 import numpy as np
 import torch
@@ -173,6 +177,7 @@ class Objective(nn.Module):
                 nn.BatchNorm1d(width),
                 nn.ReLU(inplace=True),
                 nn.Linear(width, EMBEDDING, bias=False),
+                nn.BatchNorm1d(EMBEDDING),
             )
         elif mode == "diagonal":
             self.projector = Diagonal(width)
@@ -185,6 +190,17 @@ class Objective(nn.Module):
         elif mode == "random":
             self.draw = RandomColumns(width, dim, seed)
         self.register_buffer("columns", columns)
+
+    def as_in(self, names: Container[str]) -> None:
+        """Takes the form whose state dict has these ``names``: until version 0.1.0 the projector of
+        "simclr" ended in its second Linear. Said in a warning."""
+        if self.mode == "simclr" and "projector.4.weight" not in names:
+            self.projector = self.projector[:4]
+            warnings.warn(
+                "mode: simclr of an older version, whose projector has no BatchNorm at its end; "
+                "the run keeps that form",
+                stacklevel=2,
+            )
 
     @property
     def sub_vector(self) -> slice:

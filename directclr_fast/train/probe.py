@@ -37,6 +37,19 @@ class Features(NamedTuple):
         return self._replace(train=self.train[:, taken], test=self.test[:, taken])
 
 
+def held_out(features: Tensor, labels: Tensor, classes: int) -> Features:
+    """A training part cut in two: of each class the first four fifths to train a probe, the last
+    fifth to test it. Unlabelled samples are left out."""
+    first, last = [], []
+    for label in range(classes):
+        (rows,) = torch.where(labels == label)
+        cut = 4 * len(rows) // 5
+        first.append(rows[:cut])
+        last.append(rows[cut:])
+    first, last = torch.cat(first), torch.cat(last)
+    return Features(features[first], labels[first], features[last], labels[last], classes)
+
+
 @torch.no_grad()
 def encode(
     encoder: nn.Module | None,
@@ -169,40 +182,44 @@ def _accuracy(scores: Tensor, labels: Tensor) -> float:
     return (scores.argmax(1) == labels)[known].float().mean().item()
 
 
-def load_features(
+def load_part(
     encoder: nn.Module | None,
     config,
+    train: bool,
     *,
     spec: str | None = None,
     root: str | None = None,
     channels: int | None = None,
     device: str | torch.device = "cpu",
     workers: int = 0,
-) -> Features:
-    """Features of both parts of the set a run was trained on, or of the set ``spec``.
+) -> tuple[Tensor, Tensor, int]:
+    """Features and labels, as of :func:`encode`, and the number of classes, of one part of the set
+    a run was trained on, or of the set ``spec``.
 
     ``config`` is the run's :class:`~directclr_fast.train.config.TrainConfig`; ``channels`` those
     the encoder takes, ValueError where the images have others.
     """
     spec = config.data if spec is None else spec
-    parts = []
-    classes = 0
-    for train in (True, False):
-        images = data.load(
-            spec,
-            root=config.data_root if root is None else root,
-            train=train,
-            image_size=config.image_size,
-            seed=config.seed,
+    images = data.load(
+        spec,
+        root=config.data_root if root is None else root,
+        train=train,
+        image_size=config.image_size,
+        seed=config.seed,
+    )
+    if channels not in (None, images.shape[0]):
+        raise ValueError(
+            f"data: expected images of {channels} channels, as the encoder was trained on, "
+            f"got {images.shape[0]} in {spec}"
         )
-        if channels not in (None, images.shape[0]):
-            raise ValueError(
-                f"data: expected images of {channels} channels, as the encoder was trained on, "
-                f"got {images.shape[0]} in {spec}"
-            )
-        classes = images.num_classes
-        parts += encode(encoder, images, config.image_size, device, workers=workers)
-    return Features(*parts, classes)
+    found = encode(encoder, images, config.image_size, device, workers=workers)
+    return *found, images.num_classes
+
+
+def load_features(encoder: nn.Module | None, config, **place) -> Features:
+    """Both parts of a set, as :func:`load_part` makes them of ``place``."""
+    *train, _ = load_part(encoder, config, True, **place)
+    return Features(*train, *load_part(encoder, config, False, **place))
 
 
 def scores(
