@@ -198,11 +198,11 @@ def run(out: str | Path, plan: Plan, *, jobs: int | None = None, progress: bool 
     with _Shown(progress, plan, done, steps) as show:
         side_by_side(plan.known, done, jobs, plan.settings, out, show.steps, show.finished)
     shutil.rmtree(out / "work", ignore_errors=True)
-    found = report.summary(plan, done, out / "weights", steps)
+    numbers = report.summary(plan, done, out / "weights", steps)
     # Of all runs one after another: they may have been made by several calls.
-    found["seconds"] = round(sum(result["seconds"] for result in done.values()))
-    report.write(found, out)
-    return found
+    numbers["seconds"] = round(sum(result["seconds"] for result in done.values()))
+    report.write(numbers, out)
+    return numbers
 
 
 def _steps(plan: Plan) -> int:

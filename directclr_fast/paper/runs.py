@@ -274,9 +274,9 @@ def _measure(run: Run, config: TrainConfig, model, encoder, channels: int) -> di
 
 def _short(values: dict) -> dict:
     """A spectrum as log10 relative to its largest eigenvalue, to three digits."""
-    found = torch.tensor(values["spectrum"], dtype=torch.float64)
-    logs = (found / found[0].clamp_min(1e-300)).clamp_min(1e-18).log10()
-    small = spectrum.collapsed(found, SMALL)
+    eigenvalues = torch.tensor(values["spectrum"], dtype=torch.float64)
+    logs = (eigenvalues / eigenvalues[0].clamp_min(1e-300)).clamp_min(1e-18).log10()
+    small = spectrum.collapsed(eigenvalues, SMALL)
     kept = {k: values[k] for k in ("dimensions", "samples", "collapsed", "effective_rank")}
     return {**kept, "small": small, "log10": [round(v, 3) for v in logs.tolist()]}
 
