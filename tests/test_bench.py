@@ -173,6 +173,14 @@ def test_what_needs_another_device_or_other_negatives_says_so():
     assert reasons["eager"] == reasons["torch"] == []
 
 
+def test_the_gpu_backends_are_held_to_the_precision_that_they_choose():
+    """Named "triton", its half-precision products are not held to fp32's tolerance and roof."""
+    case = Case(4096, dtype="bfloat16", device="cuda")
+    precisions = {v.name: v.precision for v in variants.catalogue(case) if v.family == "ours"}
+    assert precisions["triton"] == precisions["cuda"] == "fp16" and precisions["torch"] == "fp32"
+    assert "triton fp16" not in precisions and precisions["triton bf16"] == "bf16"
+
+
 def run_with(monkeypatch, extra: list[Variant], rows=(32,), **settings) -> dict:
     """A run of eager, torch and ``extra``, without memory."""
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch, flops
+from ..backends import packed
 from ..loss import fast_directclr_loss
 from ..problem import Problem
 from ..testing import eager_loss, make_views
@@ -189,9 +190,10 @@ def ours(case: Case, precisions: tuple[str, ...]) -> list[Variant]:
 
 
 def _precision(backend: str, case: Case, asked: str) -> str:
+    """In what ``backend`` multiplies this case at ``precision=asked``."""
     if asked == "auto":
-        rule = getattr(dispatch.load(backend), "precision", None)
-        asked = rule(case.problem()) if rule is not None and case.device == "cuda" else "highest"
+        rounds = case.device == "cuda" and isinstance(dispatch.load(backend), packed.Packed)
+        asked = packed.precision(case.problem()) if rounds else "highest"
     return "fp32" if asked == "highest" else asked
 
 
