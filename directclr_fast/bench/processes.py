@@ -54,8 +54,8 @@ def link(block: int) -> tuple[float, float]:
         own, into = torch.zeros(elements), torch.empty(PROCESSES * elements)
         return lambda: dist.all_gather_into_tensor(into, own)
 
-    found = interleaved({"tiny": gather(8), "whole": gather(block // 4)}, ROUNDS_OF_LINK)
-    tiny, whole = (found[name]["median"] for name in ("tiny", "whole"))
+    times = interleaved({"tiny": gather(8), "whole": gather(block // 4)}, ROUNDS_OF_LINK)
+    tiny, whole = (times[name]["median"] for name in ("tiny", "whole"))
     return block * (PROCESSES - 1) / max(whole - tiny, 1e-9), tiny
 
 

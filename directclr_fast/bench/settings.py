@@ -94,15 +94,15 @@ class Settings:
         """The variants wanted for a case. ValueError for a name that none has."""
         from . import variants
 
-        found = variants.catalogue(case, self.precisions)
+        offered = variants.catalogue(case, self.precisions)
         if self.names is None:
-            return found
-        known = {v.name for v in found}
+            return offered
+        known = {v.name for v in offered}
         if unknown := [name for name in self.names if name not in known]:
             raise ValueError(
                 f"variants: expected names of {', '.join(sorted(known))}, got {', '.join(unknown)}"
             )
-        return [v for v in found if v.name in self.names]
+        return [v for v in offered if v.name in self.names]
 
 
 QUICK = Settings(rows=(256, 1024, 4096), both_rows=(128, 1024), rounds=5, budget=8.0)
