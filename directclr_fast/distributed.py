@@ -224,7 +224,7 @@ def _exchange(group, own: dict) -> list[dict]:
     """The message of every process, by one all-gather of a fixed number of bytes."""
     text = json.dumps(own).encode().ljust(_MESSAGE_BYTES)
     size = dist.get_world_size(group) * _MESSAGE_BYTES
-    with torch._C._DisableFuncTorch():  # a transform, which is refused by it, wraps what is made
+    with torch._C._DisableFuncTorch():  # a transform, refused after this, would wrap the tensors
         everyone = torch.empty(size, dtype=torch.uint8, device="cpu")
         sent = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         host = _host(group)

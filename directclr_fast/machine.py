@@ -13,7 +13,7 @@ import torch
 
 from . import __version__
 
-PACKAGES = (  # what is run on, then the peers of `bench`
+PACKAGES = (  # what this one runs on, then the peers of `bench`
     "torch", "triton", "numpy", "torchvision", "scikit-learn", "scikit-image", "matplotlib", "tqdm",
     "lightly", "pytorch-metric-learning", "memeff", "inf_cl", "siglip-kernel",
 )  # fmt: skip

@@ -21,8 +21,8 @@ from .problem import SCHEMA, Call, Options, Problem, check_columns
 from .products import fp32_products, may_round
 from .world import ALONE, World
 
-# Compiled graphs are cached on disk with the shapes of what `loss_forward` saves and with what was
-# traced around it: raised by one whenever either changes.
+# Version of what `loss_forward` saves and of the code that is traced around it. Add one when either
+# changes: compiled graphs are cached on disk.
 _VERSION = 6
 _SCHEMA = f"{SCHEMA}, int version"
 _SAVED = ", ".join(f"Tensor {name}" for name in Saved._fields)

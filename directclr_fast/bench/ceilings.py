@@ -1,4 +1,4 @@
-"""What this machine can do at most, measured beside the figures held against it.
+"""The most that this machine can do, measured beside the figures that are held against it.
 
 "fma": a loop of independent fp32 multiply-adds on every thread (CPU, by the native extension).
 "square": the library's product of two large square matrices. "products": its three products of a

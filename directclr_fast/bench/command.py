@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def asked(arguments: argparse.Namespace) -> Settings:
-    """The settings that the flags ask for; what is not given stays as it is."""
+    """The settings that the flags ask for; a flag that is not given leaves its default."""
     given = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in vars(arguments).items()

@@ -206,7 +206,7 @@ def _device_only(calls: dict, times: dict, rows: dict, rounds: int) -> None:
 
 def _check(case: Case, variant: Variant, function, checked: dict[tuple, dict]) -> dict:
     """Errors of loss and gradients against the reference in fp64, on fewer rows of the same kind;
-    a failure where they are not those of the same loss."""
+    a failure where they are too large for the same loss."""
     rows = min(case.rows, CHECKED_ROWS)
     key = (variant.name, rows, case.width, case.dim, case.dtype, case.negatives)
     if key not in checked:
@@ -222,8 +222,8 @@ def _check(case: Case, variant: Variant, function, checked: dict[tuple, dict]) -
 def errors(case: Case, function, rows: int, seed: int = 1, copies: bool = False) -> dict:
     """{"error", "value_error"}: relative errors of the gradient of both views and of the loss.
 
-    ``copies``: for half inputs, "error_fp32" too, that of the gradient for fp32 copies of the same
-    values, which the rounding of the gradient itself does not hide. For functions whose products
+    ``copies``: for half inputs also "error_fp32", the error of the gradient for fp32 copies of the
+    same values, which no rounding of the gradient itself hides. It is for functions whose products
     have the same precision either way.
     """
     r1, r2 = case.views(rows, seed)

@@ -2,10 +2,10 @@
 
     python -m directclr_fast.bench.memory --out memory.json
 
-On a GPU the allocator says it. On the CPU every step runs in a process of its own, forked from one
-that has imported torch and computed nothing, and the system says it (VmHWM, Linux): memory that an
-earlier step had returned or kept cannot hide any. The process may take what the machine has free
-and no more, so a step that does not fit ends as a result and not with the machine.
+On a GPU the allocator reports it. On the CPU the system does (VmHWM, Linux): every step runs in a
+process of its own, forked from one that has imported torch and computed nothing, so that memory of
+an earlier step hides none. The process may take what the machine has free and no more, so a step
+that does not fit becomes a result and does not bring the machine down.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def in_processes(
     """{"peak_mib"} or a failure, for each (case, name of a variant) on the CPU.
 
     ``limit``: bytes a process may take; None takes what the machine has free. ``after`` is called
-    with the number of the job and its result, as they come.
+    with the number of each job and its result, as soon as the job ends.
     """
     asked = {
         "jobs": [(dataclasses.asdict(case), name) for case, name in jobs],
@@ -197,7 +197,7 @@ def _peak(case: Case, name: str) -> int:
     variant = next(v for v in variants.catalogue(case) if v.name == name)
     function: Loss = variant.build(case)
     r1, r2 = (r.requires_grad_() for r in case.views())
-    # What compiles does so for one shape: there the whole step warms up.
+    # A compiled function serves one shape, so it warms up with the whole step.
     warm = case.rows if "compiled" in name else min(WARM_ROWS, case.rows)
     function(r1[:warm], r2[:warm]).backward()
     r1.grad = r2.grad = None

@@ -21,7 +21,7 @@ ORDER = {"ours": 0, "plain": 1, "peer": 2, "neighbour": 3}
 def load(paths: Iterable[str | Path]) -> dict:
     """One result from the result files of a machine: the cases of all, the rest of the first.
 
-    ValueError where a file is not one, or where they are of different machines.
+    ValueError for a file that is no result, and for files of different machines.
     """
     whole: dict = {}
     for path in paths:
@@ -74,7 +74,7 @@ def speedup(case: dict, name: str) -> tuple[float, str] | None:
 
 
 def table(result: dict) -> str:
-    """Every case as lines of text, the fastest variant first, and who is not there and why."""
+    """Every case as lines of text, the fastest variant first; then who is absent, and why."""
     gpu = "gpu" in result["machine"]
     unit, scale = ("TFLOP/s", 1e12) if gpu else ("GFLOP/s", 1e9)
     lines = [describe(result["machine"])]
@@ -153,7 +153,7 @@ def _number(value: float | None, width: int) -> str:
 
 
 def figures(result: dict, folder: str | Path, stem: str = "bench") -> list[Path]:
-    """Draws what the result has points for into ``folder``; the files written.
+    """Draws every figure that the result has points for into ``folder``; returns the files.
 
     ImportError without matplotlib.
     """

@@ -9,7 +9,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def setting(default: Any, help: str, *, low: int | None = None, choices=None, **flag) -> Any:
-    """A field of Settings, which is a flag of ``bench``, too. None for a default is allowed.
+    """A field of Settings and the flag of ``bench`` for it. The default may be None.
 
     ``low``: the least value, of each where there are several; ``choices``: the values there are.
     ``flag``: what argparse takes beside ``help``, and the flag's ``name`` where it is another.

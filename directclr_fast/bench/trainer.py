@@ -34,7 +34,7 @@ FLAGS = {
 
 
 def trainer(loss: str, rows: int, arguments: argparse.Namespace, folder: str) -> Trainer:
-    """A run of one batch that has all the images, which is never started."""
+    """A run that is never started, of one batch with all the images."""
     config = TrainConfig(
         data=f"fake:n={rows},size={arguments.image_size}",
         encoder=arguments.encoder,
@@ -79,7 +79,7 @@ def backward(run: Trainer, function: Callable, leaves: list[torch.Tensor], upstr
 
 
 def calls(runs: dict[str, Trainer]) -> dict[str, Callable[[], None]]:
-    """Name to a call of what is timed."""
+    """The call to time, by name."""
     run = runs["fast"]
     images, _, _ = next(iter(run.batches))
     whole, encoder = slice(0, len(images)), run.model.encoder

@@ -6,8 +6,8 @@ with each seed at that rate, and only these runs are tested on the test part. Be
 untrained encoder and raw pixels; DirectCLR over d0; DirectCLR again with the reference loss, and
 from weights moved by one rounding error, which is what any difference is to be held against.
 
-Everything finished is kept in a file of its own, so the same command continues a stopped
-comparison, trainings from their checkpoints, and more seeds or modes may be asked of it.
+Every finished run has a file of its own, so the same command continues a stopped comparison,
+trainings from their checkpoints, and it may ask for more seeds or modes.
 """
 
 from __future__ import annotations
@@ -92,9 +92,9 @@ class Plan:
 
     def again(self, rate: float) -> list[Run]:
         """The runs that the loss backends' agreement is read from, beside the mode's own."""
-        kept = {"learning_rate": rate, "keep": True}
+        common = {"learning_rate": rate, "keep": True}
         return [
-            Run(self.agreement, seed, **kept, **how)
+            Run(self.agreement, seed, **common, **how)
             for how in ({"loss": "reference"}, {"rounded": True})
             for seed in self.seeds
         ]
@@ -189,7 +189,7 @@ def run(out: str | Path, plan: Plan, *, jobs: int | None = None, progress: bool 
         raise ValueError(f"jobs: expected at least 1, got {jobs}")
     out = checkpoint.writable("out", out)
     _same_settings(out, plan)
-    # Once, and not by several processes at a time.
+    # Downloads here, not in several processes at a time.
     data.load(plan.settings["data"], root=plan.settings["data_root"], train=True,
               **_download(plan.settings))  # fmt: skip
     plan.settings["download"] = False

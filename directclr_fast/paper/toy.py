@@ -219,8 +219,8 @@ def train(
 ) -> tuple[list[int], dict[str, Tensor]]:
     """Trains all variants of ``task`` for ``steps`` SGD steps.
 
-    Returns the steps at which was measured, and each quantity of :func:`_measure` at those, with
-    leading dimensions (times, variants, seeds).
+    Returns the measured steps, and each quantity of :func:`_measure` at them, with leading
+    dimensions (times, variants, seeds).
     """
     draws = _Draws(seeds, task.noisy)
     layers = max(variant.layers for variant in task.variants)
@@ -258,7 +258,7 @@ def _times(steps: int) -> list[int]:
 
 
 def _measure(task: Task, weights: Tensor, product: Tensor, centred: Tensor) -> dict[str, Tensor]:
-    """What is followed of weights (V, S, L, n, n) with product (V, S, n, n).
+    """Quantities of weights (V, S, L, n, n) with product (V, S, n, n).
 
     weights, log_weights (V, S, L, n): singular values of each layer. embedding, log_embedding
     (V, S, n): eigenvalues of the covariance of the embeddings of ``centred`` (S, FRESH, n).

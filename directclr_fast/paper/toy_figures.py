@@ -113,13 +113,8 @@ def _regularization(results: dict, path: Path) -> None:
             for panel, values, label in zip(panels, (*layers, embedding), labels):
                 for j in range(results["width"]):
                     one = {part: v[:, j] for part, v in values.items()}
-                    _band(
-                        panel,
-                        result["times"],
-                        one,
-                        color=_colour(j, results["width"]),
-                        linewidth=1,
-                    )
+                    colour = _colour(j, results["width"])
+                    _band(panel, result["times"], one, color=colour, linewidth=1)
                 _time(panel, result["times"], label)
             panels[2].axhline(np.log(results["collapsed_below"]), color="tab:red", linestyle=":")
             panels[2].set_title(
@@ -147,13 +142,10 @@ def _depth(results: dict, path: Path) -> None:
                         depth, mean, spread, fmt=style, color=colour, capsize=3, label=text
                     )
                 for i, row in enumerate(some):
-                    _band(
-                        spectrum,
-                        range(1, results["width"] + 1),
-                        row["final"]["log_embedding"],
-                        color=_colour(i, len(some)),
-                        label=f"{row['layers']} layer{'s' * (row['layers'] > 1)}",
-                    )
+                    layers = f"{row['layers']} layer{'s' * (row['layers'] > 1)}"
+                    style = {"color": _colour(i, len(some)), "label": layers}
+                    ranks, values = range(1, results["width"] + 1), row["final"]["log_embedding"]
+                    _band(spectrum, ranks, values, **style)
                 spectrum.axhline(np.log(results["collapsed_below"]), color="tab:red", linestyle=":")
                 spectrum.set_title(f"{_LOSS[loss]}, {label}", fontsize="small")
                 _rank(spectrum, results)
@@ -173,18 +165,11 @@ def _alignment(results: dict, path: Path) -> None:
             for i, row in enumerate(rows):
                 # Before a direction is above the threshold there is nothing to be aligned.
                 alive = [t for t, live in enumerate(row["curves"]["live"]["mean"]) if live >= 1]
-                for name, style in (("alignment", "-"), ("diagonal", ":")):
+                for name, line in (("alignment", "-"), ("diagonal", ":")):
                     curve = {p: np.array(v)[alive] for p, v in row["curves"][name].items()}
-                    label = f"start x {row['scale']:g}" if style == "-" else None
-                    colour = _colour(i, len(rows))
-                    _band(
-                        over_time,
-                        np.array(times)[alive],
-                        curve,
-                        color=colour,
-                        linestyle=style,
-                        label=label,
-                    )
+                    label = f"start x {row['scale']:g}" if line == "-" else None
+                    style = {"linestyle": line, "color": _colour(i, len(rows)), "label": label}
+                    _band(over_time, np.array(times)[alive], curve, **style)
             _time(
                 over_time, times, "live directions: alignment by group\n(dotted: mean |A$_{kk}$|)"
             )
