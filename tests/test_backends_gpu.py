@@ -57,9 +57,9 @@ def truth_of(r1, r2, dim, **options):
 
 
 def ours(r1, r2, dim, **options):
-    found = evaluate(loss_of, r1, r2, dim, **options)
+    result = evaluate(loss_of, r1, r2, dim, **options)
     assert last_backend() == backend
-    return found
+    return result
 
 
 @pytest.mark.parametrize("precision", ALLOWED)
@@ -68,8 +68,8 @@ def test_every_shape_and_precision(rows, width, dim, precision):
     if not supported(precision):
         pytest.skip("not of this backend or GPU")
     r1, r2 = views(rows, width)
-    found = ours(r1, r2, dim, precision=precision)
-    for got, want in zip(found[:3], truth_of(r1, r2, dim)):
+    result = ours(r1, r2, dim, precision=precision)
+    for got, want in zip(result[:3], truth_of(r1, r2, dim)):
         absolute = float((got.double() - want).norm())
         # One row, or one column, leaves gradients that are all rounding.
         assert relative_error(got, want) < ALLOWED[precision] or absolute < 1e-6
@@ -88,9 +88,9 @@ def test_no_worse_than_eager_autocast(precision, kind):
 
     truth = truth_of(r1, r2, 360)
     people = evaluate(autocast, r1, r2, 360)
-    found = ours(r1, r2, 360, precision=precision)
+    result = ours(r1, r2, 360, precision=precision)
     factor = 2.0 if precision == "fp8" else 1.0
-    for got, want, theirs in zip(found[1:3], truth[1:3], people[1:3]):
+    for got, want, theirs in zip(result[1:3], truth[1:3], people[1:3]):
         assert relative_error(got, want) <= factor * relative_error(theirs, want)
 
 
@@ -116,8 +116,8 @@ def test_options_at_most_twice_as_wrong_as_eager(negatives, symmetric, dtype):
         if isinstance(options.get("temperature"), torch.Tensor):
             wide["temperature"] = options["temperature"].double()
         want = truth_of(r1, r2, dim, **wide)
-        plain = evaluate(eager_loss, r1, r2, dim, **options)
-        for got, true, eager in zip(ours(r1, r2, dim, **options), want, plain):
+        of_eager = evaluate(eager_loss, r1, r2, dim, **options)
+        for got, true, eager in zip(ours(r1, r2, dim, **options), want, of_eager):
             if true is not None:
                 assert relative_error(got, true) <= 2 * relative_error(eager, true) + floor, more
 
@@ -174,7 +174,7 @@ def test_launch_counts_seen_by_the_profiler():
         events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
         return [e.name for e in events if not e.name.startswith("Mem")]
 
-    found = {}
+    launched = {}
     one = torch.ones((), device=gpu)
     loss = None
 
@@ -182,10 +182,10 @@ def test_launch_counts_seen_by_the_profiler():
         nonlocal loss
         loss = loss_of(r1, r2, 360, precision="fp16")
 
-    found["forward"] = kernels(forward)
-    found["backward"] = kernels(lambda: torch.autograd.grad(loss, (r1, r2), one))
-    assert 1 <= len(found["forward"]) <= 4, found
-    assert 1 <= len(found["backward"]) <= 5, found
+    launched["forward"] = kernels(forward)
+    launched["backward"] = kernels(lambda: torch.autograd.grad(loss, (r1, r2), one))
+    assert 1 <= len(launched["forward"]) <= 4, launched
+    assert 1 <= len(launched["backward"]) <= 5, launched
 
 
 def test_graph_capture_and_replay():
@@ -217,12 +217,12 @@ def test_streams_other_than_the_default():
     want = ours(r1, r2, 360, precision="fp16")
     streams = [torch.cuda.Stream() for _ in range(4)]
     torch.cuda.synchronize()
-    found = []
+    results = []
     for stream in streams:
         with torch.cuda.stream(stream):
-            found.append(ours(r1, r2, 360, precision="fp16"))
+            results.append(ours(r1, r2, 360, precision="fp16"))
     torch.cuda.synchronize()
-    for one in found:
+    for one in results:
         assert all(torch.equal(a, b) for a, b in zip(want[:3], one))
 
 

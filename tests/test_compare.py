@@ -66,15 +66,6 @@ if __name__ == "__main__":
 """
 
 
-@pytest.fixture
-def one_thread():
-    """As in the processes of a comparison."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def results_of(out):
     """The result of every finished run, without the seconds it took."""
     results = {path.stem: json.loads(path.read_text()) for path in (out / "runs").glob("*.json")}

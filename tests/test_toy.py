@@ -16,16 +16,8 @@ import waiting
 from directclr_fast import cli, fast_directclr_loss
 from directclr_fast.paper import spectrum, toy
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SEEDS = 3
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Matrices this small gain nothing from threads and lose much where other work runs."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def train(name, loss, steps, variants=None, seeds=SEEDS, **changes):
