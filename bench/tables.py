@@ -42,8 +42,8 @@ def ms(case: dict, name: str) -> str:
 def times(case: dict, other: str, own: str) -> str:
     """How many times longer ``other`` took."""
     rows = case["variants"]
-    found = timing.ratio(rows.get(other, {}), rows.get(own, {}))
-    return "-" if found is None else f"{found:.2f}"
+    ratio = timing.ratio(rows.get(other, {}), rows.get(own, {}))
+    return "-" if ratio is None else f"{ratio:.2f}"
 
 
 def share(case: dict, name: str) -> str:
@@ -170,15 +170,15 @@ def trainer(data: dict) -> str:
     for case in data["cases"]:
         cells = [f"{case['rows']}", f"{case.get('bare_images_per_second', 0):.0f}"]
         for loss in ("fast", "reference"):
-            found = case.get(loss)
-            if found is None:
+            rates = case.get(loss)
+            if rates is None:
                 row = case["variants"][f"step, {loss}"]
                 cells += ["no memory" if row.get("out_of_memory") else "-", "-"]
                 continue
-            cells.append(f"{found['images_per_second']:.0f}")
+            cells.append(f"{rates['images_per_second']:.0f}")
             if loss == "fast":
-                cells.append(f"{100 * found['of_bare_encoder']:.0f} %")
-            cells.append(f"{100 * found['share_of_loss']:.1f} %")
+                cells.append(f"{100 * rates['of_bare_encoder']:.0f} %")
+            cells.append(f"{100 * rates['share_of_loss']:.1f} %")
         rows.append(cells)
     return markdown(head, rows)
 
@@ -213,13 +213,13 @@ def blocks(results: Path) -> dict[str, str]:
         "stages": lambda: stages(read("stages.json")),
         "trainer": lambda: trainer(read("trainer.json")),
     }
-    found = {}
+    tables = {}
     for name, make in makers.items():
         try:
-            found[name] = make()
+            tables[name] = make()
         except (OSError, ValueError, KeyError) as error:
             print(f"{name}: left as it is ({error})")
-    return found
+    return tables
 
 
 def fill(text: str, tables: dict[str, str]) -> str:

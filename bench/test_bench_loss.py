@@ -27,9 +27,9 @@ GRID = [(case, v.name) for case in CASES for v in variants.catalogue(case) if no
 
 
 @functools.cache
-def of_machine() -> dict[str, float]:
+def machine_ceilings() -> dict[str, float]:
     """The ceilings, measured once."""
-    return ceilings.of_machine(DEVICE)
+    return ceilings.measure(DEVICE)
 
 
 def stepper(case: Case, name: str, r1, r2):
@@ -52,16 +52,16 @@ def test_loss(benchmark, case, name):
     r1, r2 = (r.requires_grad_() for r in case.views(seed=2))
     variant, function, step = stepper(case, name, r1, r2)
     if variant.family != "neighbour":
-        found = grid.errors(case, function, min(case.rows, grid.CHECKED_ROWS))
-        assert max(found["error"], found["value_error"]) < ALLOWED[variant.precision]
-        benchmark.extra_info.update(found)
+        errors = grid.errors(case, function, min(case.rows, grid.CHECKED_ROWS))
+        assert max(errors["error"], errors["value_error"]) < ALLOWED[variant.precision]
+        benchmark.extra_info.update(errors)
     base = stepper(case, BASE, r1, r2)[2]
     calls = {name: step} if name == BASE else {name: step, BASE: base}
     turns = timing.interleaved(calls, 5, device=DEVICE)
     if "failed" in turns[name]:
         benchmark.extra_info.update(turns[name])
         pytest.skip(turns[name]["failed"])  # out of memory is a result, kept above, and no error
-    roof = ceilings.roof(of_machine(), variant.precision)
+    roof = ceilings.roof(machine_ceilings(), variant.precision)
     rate = case.work / turns[name]["median"]
     benchmark.extra_info.update(
         precision=variant.precision,

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace, *more) -> int:
-    # Under torchrun what is the same on every rank is said by the first.
+    # Under torchrun the first rank alone prints what every rank would.
     rank = int(os.environ.get("RANK", "0"))
 
     def note(message, *_, **__) -> None:

@@ -1,9 +1,8 @@
-"""The loss over several processes: what they tell each other before, and how a group is named.
+"""The loss over several processes: what they agree on before a step, and how a group is named.
 
-Each process holds a block of rows, together they hold the whole batch. Row counts, options and who
-wants gradients are exchanged between hosts, so that a mismatch or one process's bad argument is an
-error in all of them; then the step runs in the :class:`world.Gathered` or :class:`world.Ring` that
-came of it.
+Each process holds a block of rows, together they hold the whole batch. Hosts exchange row counts,
+options and who needs gradients, so that a mismatch or one process's bad argument is an error in all
+of them. Then the step runs in a :class:`world.Gathered` or a :class:`world.Ring`.
 """
 
 from __future__ import annotations
@@ -52,10 +51,10 @@ def size(group) -> int:
         )
     if not dist.is_initialized():
         raise ValueError("group: expected torch.distributed to be initialised, it is not")
-    found = dist.get_world_size(None if group == "world" else group)
-    if found < 1:
+    processes = dist.get_world_size(None if group == "world" else group)
+    if processes < 1:
         raise ValueError("group: expected a group this process is a member of, it is not")
-    return found
+    return processes
 
 
 @dataclass(frozen=True)
@@ -82,14 +81,14 @@ class _Carried:
 
 
 def portable(group):
-    """``group`` as the state of a module may hold it; :func:`found` is its inverse."""
+    """``group`` as the state of a module may hold it; :func:`restored` is its inverse."""
     if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
         return group
     return _Carried(group)
 
 
-def found(group):
-    """The group of this process that ``portable`` spoke of, or the ``SavedGroup`` where none is."""
+def restored(group):
+    """The group of this process that a ``portable`` one names; the ``SavedGroup`` if none is."""
     if isinstance(group, _Carried):
         return group.group
     if isinstance(group, SavedGroup) and dist.is_available() and dist.is_initialized():
@@ -102,7 +101,7 @@ def found(group):
 def loss(group, even_batches: bool, check: Callable[[], Call]) -> tuple[Tensor, Statistics | None]:
     """Loss, and the statistics of this process's rows where it asks for them.
 
-    What ``check`` raises in one process is told to the others, which would otherwise wait for it.
+    An error of ``check`` in one process is sent to the others, which would otherwise wait for it.
     A compiled caller breaks its graph here.
     """
     run = _loss
@@ -113,17 +112,17 @@ def loss(group, even_batches: bool, check: Callable[[], Call]) -> tuple[Tensor, 
 
 def _loss(group, even_batches, check):
     group = dist.group.WORLD if group == "world" else group
-    mine, refused = {}, None
+    own, refused = {}, None
     try:
         given = check()
         problem = _locally(given)
-        mine = _message(problem, given)
+        own = _message(problem, given)
     except Exception as error:
         if even_batches:
             raise
         refused = error
-        mine = {"refused": str(error).encode("ascii", "replace").decode()[:300]}
-    everyone = [mine] * dist.get_world_size(group) if even_batches else _exchange(group, mine)
+        own = {"refused": str(error).encode("ascii", "replace").decode()[:300]}
+    everyone = [own] * dist.get_world_size(group) if even_batches else _exchange(group, own)
     if refused is not None:
         raise refused
     _compare(everyone)
@@ -135,14 +134,14 @@ def _loss(group, even_batches, check):
     )
     kind = Ring if _takes_ring(problem, sum(counts)) else Gathered
     world = kind(group, dist.get_rank(group), counts, need)
-    # A process none of whose inputs wants a gradient still has its part in those of the others.
+    # Every process must run the backward pass, even if none of its own inputs needs a gradient.
     anchor = given.r1.new_empty(0).requires_grad_() if any(need) else None
     value, *statistics = ops.Loss.apply(*given[:4], anchor, problem, world)
     return value, Statistics(*statistics) if given.options.return_stats else None
 
 
 def _locally(given: Call) -> Problem:
-    """The problem of this process's own rows; raises what needs no other's word."""
+    """The problem of this process's own rows; raises every error that it can see alone."""
     r1, r2, columns, temperature, options = given
     if r1.shape[0] != r2.shape[0]:
         raise ValueError(
@@ -167,7 +166,7 @@ def _locally(given: Call) -> Problem:
 
 
 def _message(problem: Problem, given: Call) -> dict:
-    """What this process tells the others. Nothing in it waits for a device."""
+    """What this process sends to the others. Nothing here waits for a device."""
     r1, r2, columns, temperature, _ = given
     grad = torch.is_grad_enabled()
     same = {
@@ -221,24 +220,24 @@ def _host(group):
     return _hosts[group]
 
 
-def _exchange(group, mine: dict) -> list[dict]:
+def _exchange(group, own: dict) -> list[dict]:
     """The message of every process, by one all-gather of a fixed number of bytes."""
-    text = json.dumps(mine).encode().ljust(_MESSAGE_BYTES)
+    text = json.dumps(own).encode().ljust(_MESSAGE_BYTES)
     size = dist.get_world_size(group) * _MESSAGE_BYTES
-    with torch._C._DisableFuncTorch():  # a transform, which is refused by it, wraps what is made
+    with torch._C._DisableFuncTorch():  # a transform, refused after this, would wrap the tensors
         everyone = torch.empty(size, dtype=torch.uint8, device="cpu")
-        own = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        sent = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         host = _host(group)
         if host is group:
-            dist.all_gather_into_tensor(everyone, own, group=group)
+            dist.all_gather_into_tensor(everyone, sent, group=group)
         else:
-            host._allgather_base(everyone, own).wait()
+            host._allgather_base(everyone, sent).wait()
         texts = [bytes(message.numpy()) for message in everyone.split(_MESSAGE_BYTES)]
-    return [mine if other == text else json.loads(other) for other in texts]
+    return [own if other == text else json.loads(other) for other in texts]
 
 
 def _compare(everyone: list[dict]) -> None:
-    """Raises, in every process alike, where one has refused or they do not ask the same."""
+    """Raises the same error in every process if one refused or if their arguments differ."""
     for rank, message in enumerate(everyone):
         if "refused" in message:
             raise ValueError(f"group: rank {rank} refused its arguments: {message['refused']}")

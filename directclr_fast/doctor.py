@@ -16,8 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    found = report()
-    print(json.dumps(found, indent=2) if arguments.json else text(found))
+    values = report()
+    print(json.dumps(values, indent=2) if arguments.json else text(values))
 
 
 def _problem(device_type: str, precision: str = "auto") -> Problem:

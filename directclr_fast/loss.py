@@ -267,7 +267,7 @@ class DirectCLRLoss(nn.Module):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self.options["group"] = distributed.found(self.options["group"])
+        self.options["group"] = distributed.restored(self.options["group"])
 
     def forward(self, r1: Tensor, r2: Tensor) -> Tensor | tuple[Tensor, LossStats]:
         """Loss of the two views (M, R) and (N, R)."""
@@ -283,8 +283,8 @@ class DirectCLRLoss(nn.Module):
         value, learned = f"{self._temperature:.4g}", self.log_temperature is not None
         if learned:
             # A sharded one has no value without its peers, one on meta none at all.
-            told = type(self.log_temperature) is nn.Parameter and not self.log_temperature.is_meta
-            value = f"{self.temperature.item():.4g}" if told else "?"
+            known = type(self.log_temperature) is nn.Parameter and not self.log_temperature.is_meta
+            value = f"{self.temperature.item():.4g}" if known else "?"
         return f"{taken}, temperature={value}, learnable_temperature={learned}"
 
 

@@ -13,7 +13,7 @@ import torch
 
 from . import __version__
 
-PACKAGES = (  # what is run on, then the peers of `bench`
+PACKAGES = (  # what this one runs on, then the peers of `bench`
     "torch", "triton", "numpy", "torchvision", "scikit-learn", "scikit-image", "matplotlib", "tqdm",
     "lightly", "pytorch-metric-learning", "memeff", "inf_cl", "siglip-kernel",
 )  # fmt: skip
@@ -31,7 +31,7 @@ def machine(gpu: bool | None = None) -> dict:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "torch": torch.__version__,
-        "versions": {name: found for name, found in packages().items() if found},
+        "versions": {name: version for name, version in packages().items() if version},
         "processor": cpu["name"],
         "cores": cpu["cores"],
         "threads": cpu["threads"],
@@ -49,19 +49,19 @@ def machine(gpu: bool | None = None) -> dict:
 def devices(gpu: bool | None = None) -> list[dict]:
     """The processor, then every GPU (``gpu``: as for :func:`machine`): plain values."""
     cores, threads = os.cpu_count(), torch.get_num_threads()
-    found = [{"device": "cpu", "name": processor(), "cores": cores, "threads": threads}]
-    if gpu is not False and torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            properties = torch.cuda.get_device_properties(index)
-            found.append(
-                {
-                    "device": f"cuda:{index}",
-                    "name": properties.name,
-                    "capability": f"{properties.major}.{properties.minor}",
-                    "memory_gib": round(properties.total_memory / 2**30, 1),
-                }
-            )
-    return found
+    cpu = {"device": "cpu", "name": processor(), "cores": cores, "threads": threads}
+    count = torch.cuda.device_count() if gpu is not False and torch.cuda.is_available() else 0
+    return [cpu, *map(_gpu, range(count))]
+
+
+def _gpu(index: int) -> dict:
+    properties = torch.cuda.get_device_properties(index)
+    return {
+        "device": f"cuda:{index}",
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+    }
 
 
 def describe(values: dict) -> str:
@@ -126,13 +126,13 @@ def available_memory() -> int:
 def commit() -> dict:
     """{"commit", "dirty"} of the checkout this package runs from, empty for an installed copy.
 
-    A tree that was copied without its history is told its commit by DIRECTCLR_COMMIT.
+    DIRECTCLR_COMMIT names the commit of a tree that was copied without its history.
     """
     root = Path(__file__).resolve().parents[1]
     top = _git(root, "rev-parse", "--show-toplevel")
     if top is None or Path(top).resolve() != root:
-        told = os.environ.get("DIRECTCLR_COMMIT")
-        return {"commit": told, "dirty": None} if told else {}
+        named = os.environ.get("DIRECTCLR_COMMIT")
+        return {"commit": named, "dirty": None} if named else {}
     changed = _git(root, "status", "--porcelain", "--untracked-files=no")
     return {"commit": _git(root, "rev-parse", "HEAD"), "dirty": bool(changed)}
 
@@ -147,7 +147,7 @@ def _git(root: Path, *words: str) -> str | None:
 
 
 def _card() -> dict:
-    """The card's name, driver, clocks and power limit as they are found."""
+    """The card's name, driver, power limit, and its clocks at this moment."""
     command = ["nvidia-smi", f"--query-gpu={','.join(_GPU_FIELDS)}", "--format=csv,noheader"]
     try:
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -21,8 +21,8 @@ from .problem import SCHEMA, Call, Options, Problem, check_columns
 from .products import fp32_products, may_round
 from .world import ALONE, World
 
-# Compiled graphs are cached on disk with the shapes of what `loss_forward` saves and with what was
-# traced around it: raised by one whenever either changes.
+# Version of what `loss_forward` saves and of the code that is traced around it. Add one when either
+# changes: compiled graphs are cached on disk.
 _VERSION = 6
 _SCHEMA = f"{SCHEMA}, int version"
 _SAVED = ", ".join(f"Tensor {name}" for name in Saved._fields)
@@ -41,7 +41,7 @@ def problem_of(
     return Problem.of(options, rows, r2.shape[0], width, r1.dtype, device, columns, differentiable)
 
 
-def plain(problem: Problem):
+def without_autocast(problem: Problem):
     """A context without autocast and, for precision="highest", without reduced fp32 products.
 
     "auto" leaves torch's own float32 matmul setting in force.
@@ -79,7 +79,7 @@ def forward_body(
     the problem, which names its backend, asks for them."""
     readable("r1 r2 columns temperature", r1, r2, columns, temperature)
     backend = dispatch.load(problem.backend)
-    with torch.no_grad(), plain(problem):
+    with torch.no_grad(), without_autocast(problem):
         scale = scale_of(problem, temperature)
         result = driver.forward(backend, problem, world, r1, r2, columns, scale)
     dispatch.note(problem.backend)
@@ -97,7 +97,7 @@ def backward_body(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dr1, dr2, dtemperature), None where not needed."""
     backend = dispatch.load(problem.backend)
-    with torch.no_grad(), plain(problem):
+    with torch.no_grad(), without_autocast(problem):
         scale = scale_of(problem, temperature)
         dr1, dr2, dtemperature = driver.backward(
             backend, problem, world, dloss, states, columns, scale, need
@@ -233,7 +233,7 @@ def _differentiable_gradients(problem, dloss, r1, r2, columns, temperature, need
         # New nodes, so that loss(r, r) gets two gradients and not their sum twice.
         inputs = [value.view_as(value) if n else value for value, n in zip((r1, r2), need[:2])]
         inputs.append(temperature.view_as(temperature) if need[2] else temperature)
-        with plain(problem):
+        with without_autocast(problem):
             loss = reference.loss(problem, inputs[0], inputs[1], columns, inputs[2])[0]
             wanted = [value for value, n in zip(inputs, need) if n]
             grads = iter(torch.autograd.grad(loss, wanted, dloss, create_graph=True))
@@ -264,7 +264,7 @@ def run(call: Call) -> tuple[Tensor, Statistics | None]:
     problem = dispatch.choose(problem_of(options, r1, r2, index, differentiable))
     if problem.backend == "reference":
         readable("r1 r2 columns temperature", r1, r2, index, temperature)
-        with plain(problem):
+        with without_autocast(problem):
             result = _of_formula(problem, r1, r2, index, temperature)
         dispatch.note(problem.backend)
         return result
@@ -364,10 +364,10 @@ class TransformedGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *upstream):
         problem, function, primals = _formula_of(ctx)
-        with plain(problem):
-            found = iter(torch.func.vjp(function, *primals)[1](upstream))
-        ddloss, ddr1, ddr2 = next(found), next(found), next(found)
-        return ddloss, ddr1, ddr2, None, next(found, None), *(None,) * (2 + len(Saved._fields))
+        with without_autocast(problem):
+            gradients = iter(torch.func.vjp(function, *primals)[1](upstream))
+        ddloss, ddr1, ddr2 = next(gradients), next(gradients), next(gradients)
+        return ddloss, ddr1, ddr2, None, next(gradients, None), *(None,) * (2 + len(Saved._fields))
 
     @staticmethod
     def jvp(ctx, dloss, dr1, dr2, _, dtemperature, *__):
@@ -376,7 +376,7 @@ class TransformedGradient(torch.autograd.Function):
             torch.zeros_like(primal) if tangent is None else tangent
             for primal, tangent in zip(primals, (dloss, dr1, dr2, dtemperature))
         )
-        with plain(problem):
+        with without_autocast(problem):
             return torch.func.jvp(function, primals, tangents)[1]
 
     @staticmethod

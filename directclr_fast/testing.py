@@ -121,25 +121,20 @@ def eager_loss(
 
 
 def problem(**changes) -> Problem:
-    """A small plain fp32 call on the CPU, with ``changes``."""
+    """A small fp32 call on the CPU, with ``changes``."""
     given = {"rows": 64, "candidates": 64, "width": 32, "dim": 16, "dtype": torch.float32}
     return Problem(**(given | {"device_type": "cpu"} | changes))
 
 
 def backends(device_type: str = "cpu") -> list[str]:
-    """Names of the fast backends that run a plain fp32 call on ``device_type`` here."""
+    """Names of the fast backends that run such a call on ``device_type`` here."""
     asked = problem(device_type=device_type)
-    found = []
-    for name in dispatch.PRIORITY:
-        module = dispatch.load(name)
-        if name != "reference" and not module.why_not(asked):
-            if not module.why_not_unasked(asked):
-                found.append(name)
-    return found
+    loaded = {name: dispatch.load(name) for name in dispatch.PRIORITY if name != "reference"}
+    return [n for n, b in loaded.items() if not (b.why_not(asked) or b.why_not_unasked(asked))]
 
 
 class Result(NamedTuple):
-    """Loss and gradients of one call, detached; dtemperature is None for a plain number."""
+    """Loss and gradients of one call, detached; dtemperature is None for a number."""
 
     loss: Tensor
     dr1: Tensor

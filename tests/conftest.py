@@ -45,6 +45,15 @@ def uninitialised_memory_is_nan():
 
 
 @pytest.fixture
+def one_thread():
+    """Models this small gain nothing from threads and lose much where other work runs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def inductor():
     """Skips where PyTorch's compiler finds no C++ compiler to call."""
     name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
@@ -73,15 +82,15 @@ def interpreted(monkeypatch):
     for module in (finish, normalize):
         monkeypatch.setattr(module, "ROWS", 32)
     narrow = {"bf16": torch.bfloat16, "fp8e4nv": torch.float8_e4m3fn}
-    plain = interpreter._convert_float
+    original = interpreter._convert_float
 
     def convert(value, source, target, mode):
         if source.name == "fp32" and target.name in narrow:
             wide = torch.from_numpy(np.ascontiguousarray(value).reshape(-1))
-            found = wide.to(narrow[target.name])
-            bits = found.view(torch.int16 if target.name == "bf16" else torch.uint8).numpy()
+            rounded = wide.to(narrow[target.name])
+            bits = rounded.view(torch.int16 if target.name == "bf16" else torch.uint8).numpy()
             unsigned = np.uint16 if target.name == "bf16" else np.uint8
             return bits.view(unsigned).reshape(value.shape)
-        return plain(value, source, target, mode)
+        return original(value, source, target, mode)
 
     monkeypatch.setattr(interpreter, "_convert_float", convert)

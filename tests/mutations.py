@@ -499,9 +499,9 @@ class Copy:
         asked = (
             "import directclr_fast.kernels as k, directclr_fast as d; print(k.__path__, d.__path__)"
         )
-        found = self.run(sys.executable, "-c", asked).stdout
-        if found.count(str(folder)) != 2:
-            raise SystemExit(f"expected the copy in {folder} to be imported, got {found}")
+        places = self.run(sys.executable, "-c", asked).stdout
+        if places.count(str(folder)) != 2:
+            raise SystemExit(f"expected the copy in {folder} to be imported, got {places}")
 
     def run(self, *command: str, folder: str = "") -> subprocess.CompletedProcess:
         return subprocess.run(

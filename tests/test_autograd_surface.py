@@ -205,9 +205,9 @@ def test_func_grad(backend, negatives, views):
         return loss, stats.row_lse
 
     gradient, lse = func.grad(with_statistics, has_aux=True)(views[0])
-    plain, stats = fast_directclr_loss(*views, 20, 0.2, return_stats=True, backend=backend)
+    loss, stats = fast_directclr_loss(*views, 20, 0.2, return_stats=True, backend=backend)
     same(lse, stats.row_lse, 1e-6)
-    assert gradient.shape == views[0].shape and not plain.requires_grad
+    assert gradient.shape == views[0].shape and not loss.requires_grad
 
 
 def test_functional_call(views):
@@ -289,9 +289,9 @@ def test_transforms_over_half_precision_and_autocast(views):
     def penalty(a):
         return func.grad(lambda a: fast_directclr_loss(a, views[1], 20))(a).square().sum()
 
-    plain = func.grad(penalty)(views[0])
+    outside = func.grad(penalty)(views[0])
     with torch.autocast("cpu", torch.bfloat16):
-        same(func.grad(penalty)(views[0]), plain, 1e-6)
+        same(func.grad(penalty)(views[0]), outside, 1e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -323,8 +323,8 @@ def survives_a_break(make, a, b) -> bool:
         torch._dynamo.graph_break()
         return (a * b).sum()
 
-    plain, compiled = make(broken, b)(a), torch.compile(make(broken, b))(a)
-    pairs = zip(plain, compiled) if isinstance(plain, tuple) else [(plain, compiled)]
+    eager, compiled = make(broken, b)(a), torch.compile(make(broken, b))(a)
+    pairs = zip(eager, compiled) if isinstance(eager, tuple) else [(eager, compiled)]
     return all(torch.allclose(x, y) for x, y in pairs)
 
 

@@ -57,9 +57,9 @@ def truth_of(r1, r2, dim, **options):
 
 
 def ours(r1, r2, dim, **options):
-    found = evaluate(loss_of, r1, r2, dim, **options)
+    result = evaluate(loss_of, r1, r2, dim, **options)
     assert last_backend() == backend
-    return found
+    return result
 
 
 @pytest.mark.parametrize("precision", ALLOWED)
@@ -68,8 +68,8 @@ def test_every_shape_and_precision(rows, width, dim, precision):
     if not supported(precision):
         pytest.skip("not of this backend or GPU")
     r1, r2 = views(rows, width)
-    found = ours(r1, r2, dim, precision=precision)
-    for got, want in zip(found[:3], truth_of(r1, r2, dim)):
+    result = ours(r1, r2, dim, precision=precision)
+    for got, want in zip(result[:3], truth_of(r1, r2, dim)):
         absolute = float((got.double() - want).norm())
         # One row, or one column, leaves gradients that are all rounding.
         assert relative_error(got, want) < ALLOWED[precision] or absolute < 1e-6
@@ -88,9 +88,9 @@ def test_no_worse_than_eager_autocast(precision, kind):
 
     truth = truth_of(r1, r2, 360)
     people = evaluate(autocast, r1, r2, 360)
-    found = ours(r1, r2, 360, precision=precision)
+    result = ours(r1, r2, 360, precision=precision)
     factor = 2.0 if precision == "fp8" else 1.0
-    for got, want, theirs in zip(found[1:3], truth[1:3], people[1:3]):
+    for got, want, theirs in zip(result[1:3], truth[1:3], people[1:3]):
         assert relative_error(got, want) <= factor * relative_error(theirs, want)
 
 
@@ -117,8 +117,8 @@ def test_options_at_most_twice_as_wrong_as_eager(negatives, symmetric, dtype):
         if isinstance(options.get("temperature"), torch.Tensor):
             wide["temperature"] = options["temperature"].double()
         want = truth_of(r1, r2, dim, **wide)
-        plain = evaluate(eager_loss, r1, r2, dim, **options)
-        for got, true, eager in zip(ours(r1, r2, dim, **options), want, plain):
+        of_eager = evaluate(eager_loss, r1, r2, dim, **options)
+        for got, true, eager in zip(ours(r1, r2, dim, **options), want, of_eager):
             if true is not None:
                 assert relative_error(got, true) <= 2 * relative_error(eager, true) + floor, more
 
@@ -223,12 +223,12 @@ def test_streams_other_than_the_default():
     want = ours(r1, r2, 360, precision="fp16")
     streams = [torch.cuda.Stream() for _ in range(4)]
     torch.cuda.synchronize()
-    found = []
+    results = []
     for stream in streams:
         with torch.cuda.stream(stream):
-            found.append(ours(r1, r2, 360, precision="fp16"))
+            results.append(ours(r1, r2, 360, precision="fp16"))
     torch.cuda.synchronize()
-    for one in found:
+    for one in results:
         assert all(torch.equal(a, b) for a, b in zip(want[:3], one))
 
 

@@ -132,8 +132,8 @@ def test_tables_of_the_pages_come_from_the_files(tiny):
     filled = tables.fill(text, {"loss": "new"})
     assert filled == text.replace("old", "new")
     for page in tables.PAGES:
-        found = (ROOT / page).read_text()
-        assert tables.fill(found, {}) == found
+        text = (ROOT / page).read_text()
+        assert tables.fill(text, {}) == text
 
 
 # ------------------------------------------------------------------------ the same loss
@@ -154,14 +154,14 @@ def test_variants_compute_the_reference_loss(name, negatives):
     if reasons := variant.why_not(case):
         assert variant.family == "ours" or all("not installed" in reason for reason in reasons)
         pytest.skip("; ".join(reasons))
-    found = grid.errors(case, variant.build(case), 64)
-    assert max(found.values()) < ALLOWED[variant.precision]
+    errors = grid.errors(case, variant.build(case), 64)
+    assert max(errors.values()) < ALLOWED[variant.precision]
     if variant.precision == "fp32":
         eager = next(v for v in variants.catalogue(case) if v.name == "eager")
-        plain = grid.errors(case, eager.build(case), 64)
+        of_eager = grid.errors(case, eager.build(case), 64)
         # Some roundings of a s: other people's code may add up in another order than eager's.
         floor = 4 * torch.finfo(torch.float32).eps / case.temperature
-        assert max(found.values()) <= 2 * max(plain.values()) + floor
+        assert max(errors.values()) <= 2 * max(of_eager.values()) + floor
 
 
 def test_what_needs_another_device_or_other_negatives_says_so():
@@ -173,6 +173,14 @@ def test_what_needs_another_device_or_other_negatives_says_so():
     assert reasons["eager"] == reasons["torch"] == []
 
 
+def test_the_gpu_backends_are_held_to_the_precision_that_they_choose():
+    """Named "triton", its half-precision products are not held to fp32's tolerance and roof."""
+    case = Case(4096, dtype="bfloat16", device="cuda")
+    precisions = {v.name: v.precision for v in variants.catalogue(case) if v.family == "ours"}
+    assert precisions["triton"] == precisions["cuda"] == "fp16" and precisions["torch"] == "fp32"
+    assert "triton fp16" not in precisions and precisions["triton bf16"] == "bf16"
+
+
 def run_with(monkeypatch, extra: list[Variant], rows=(32,), **settings) -> dict:
     """A run of eager, torch and ``extra``, without memory."""
 
@@ -180,7 +188,7 @@ def run_with(monkeypatch, extra: list[Variant], rows=(32,), **settings) -> dict:
         return [v for v in variants.plain(case) if v.name == "eager"] + extra
 
     monkeypatch.setattr(variants, "catalogue", catalogue)
-    monkeypatch.setattr(grid.ceilings, "of_machine", lambda device: {"square fp32": 1e11})
+    monkeypatch.setattr(grid.ceilings, "measure", lambda device: {"square fp32": 1e11})
     monkeypatch.setattr(grid.ceilings, "fma_peak", lambda rounds: None)
     wanted = grid.Settings(
         rows=rows, dims=(8,), width=16, both_rows=(), device="cpu", rounds=2, memory=False
@@ -253,15 +261,15 @@ def test_variants_take_turns_and_failures_are_recorded():
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory\nmore")
 
     calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b"), "c": dies}
-    found = timing.interleaved(calls, rounds=3, warmup=1)
+    times = timing.interleaved(calls, rounds=3, warmup=1)
     assert order == ["a", "b", "c", "b", "a", "a", "b", "a", "b"]
-    assert len(found["a"]["seconds"]) == 3
-    assert found["c"]["out_of_memory"] and "\n" not in found["c"]["failed"]
+    assert len(times["a"]["seconds"]) == 3
+    assert times["c"]["out_of_memory"] and "\n" not in times["c"]["failed"]
 
 
 def test_a_budget_ends_the_rounds_after_three():
-    found = timing.interleaved({"a": lambda: None}, rounds=50, budget=0.0)
-    assert len(found["a"]["seconds"]) == 3
+    times = timing.interleaved({"a": lambda: None}, rounds=50, budget=0.0)
+    assert len(times["a"]["seconds"]) == 3
 
 
 def test_ratios_are_taken_round_by_round():
@@ -277,9 +285,9 @@ def test_what_does_not_fit_is_a_result_and_the_next_one_runs(monkeypatch):
     jobs = [(Case(4096, width=360), name) for name in ("eager", "torch")]
     seen = []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # the limit counts stacks as well
-    found = memory.in_processes(jobs, lambda i, row: seen.append(i), limit=180 * 2**20)
-    assert found[0]["out_of_memory"] and "peak_mib" not in found[0]
-    assert 30 < found[1]["peak_mib"] < 180 and seen == [0, 1]
+    results = memory.in_processes(jobs, lambda i, row: seen.append(i), limit=180 * 2**20)
+    assert results[0]["out_of_memory"] and "peak_mib" not in results[0]
+    assert 30 < results[1]["peak_mib"] < 180 and seen == [0, 1]
 
 
 @linux
@@ -296,13 +304,13 @@ def test_a_variant_that_ran_out_of_memory_is_not_tried_at_a_larger_size(monkeypa
 
     monkeypatch.setattr(memory, "in_processes", in_processes)
     words = "--rows 64 32 128 --variants eager torch nobody".split()
-    found = [case for case, _ in memory.measure(study.parser(memory).parse_args(words))]
+    cases = [case for case, _ in memory.measure(study.parser(memory).parse_args(words))]
     assert asked == [
         [(n, v) for v in ("eager", "torch") if v == "torch" or n < 128] for n in (32, 64, 128)
     ]
-    assert [case["failed"].get("eager") for case in found] == [None, "boom", "failed at N = 64"]
-    assert found[0]["peak_mib"] == {"eager": 1.0, "torch": 1.0}
-    assert found[2]["gradients_mib"] == 2.0
+    assert [case["failed"].get("eager") for case in cases] == [None, "boom", "failed at N = 64"]
+    assert cases[0]["peak_mib"] == {"eager": 1.0, "torch": 1.0}
+    assert cases[2]["gradients_mib"] == 2.0
 
 
 # ------------------------------------------------------------------------ comparison

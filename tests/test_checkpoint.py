@@ -182,8 +182,8 @@ def test_death_at_each_step(call, damaged, path, monkeypatch):
     assert copies  # two for a call, one where this file system has no links
     for copy in copies:
         fresh = shutil.copytree(copy, copy.with_name(f"{copy.name}-fresh"))
-        found = load_quietly(copy)
-        assert same(found, found["step"]) and found["step"] in ((1, 3) if damaged else (2, 3))
+        loaded = load_quietly(copy)
+        assert same(loaded, loaded["step"]) and loaded["step"] in ((1, 3) if damaged else (2, 3))
         checkpoint.save(copy / "checkpoint.pt", state(4))
         assert sorted(os.listdir(copy)) == WHOLE and same(checkpoint.load(copy), 4)
         # A run that starts anew there must not keep the old one as the previous of its own.
@@ -228,10 +228,10 @@ def test_flipped_bytes(path):
         flipped = bytearray(whole)
         flipped[offset] ^= 1 << chance.randrange(8)
         path.write_bytes(flipped)
-        found = load_quietly(path)
-        assert same(found, found["step"]), offset
-        seen += found["step"] == 1
-        assert found["step"] == 1 or offset not in data
+        loaded = load_quietly(path)
+        assert same(loaded, loaded["step"]), offset
+        seen += loaded["step"] == 1
+        assert loaded["step"] == 1 or offset not in data
     assert seen >= len(data)
 
 
@@ -288,11 +288,11 @@ def test_code_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("content", "found"), [({"format": 99}, "99"), ({"model": {}}, "None"), ([1, 2], "list")]
+    ("content", "got"), [({"format": 99}, "99"), ({"model": {}}, "None"), ([1, 2], "list")]
 )
-def test_other_formats_are_refused(content, found, tmp_path):
+def test_other_formats_are_refused(content, got, tmp_path):
     torch.save(content, tmp_path / "checkpoint.pt")
-    with pytest.raises(CheckpointError, match=f"expected checkpoint format 1, got {found}"):
+    with pytest.raises(CheckpointError, match=f"expected checkpoint format 1, got {got}"):
         checkpoint.load(tmp_path)
 
 

@@ -15,18 +15,10 @@ from directclr_fast.dispatch import last_backend
 from directclr_fast.train import checkpoint, commands, probe
 from directclr_fast.train.loop import Trainer, TrainingDiverged
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SET = "fake:n=48,size=8,channels=1"
 TINY = ["--data", SET, "--encoder", "small", "--image-size", "8", "--views", "affine"]
 TINY += ["--batch-size", "16", "--optimizer", "adamw"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small gain nothing from threads and lose much where other work runs."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -105,22 +97,22 @@ def test_probe(run, capsys):
     options = "--epochs 3 --learning-rate 0.2 --k 5 --temperature 0.1 --baselines".split()
     assert cli.main(["probe", str(run), *options]) == 0
     output, errors = capsys.readouterr()
-    found = json.loads((run / "probe.json").read_text())
+    result = json.loads((run / "probe.json").read_text())
     rows = ["trained", "trained, sub-vector", "untrained encoder", "raw pixels"]
     columns = ["linear, constant rate", "linear, cosine rate", "knn"]
-    assert list(found["accuracy"]) == rows and not errors
-    for row, values in found["accuracy"].items():
+    assert list(result["accuracy"]) == rows and not errors
+    for row, values in result["accuracy"].items():
         assert list(values) == columns and all(0 <= v <= 1 for v in values.values())
         assert f"{row}: linear, constant rate {100 * values[columns[0]]:.2f} %" in output
-    assert (found["k"], found["temperature"], found["epochs"]) == (5, 0.1, 3)
-    assert found["step"] == 6 and found["data"] == SET and found["learning_rate"] == 0.2
+    assert (result["k"], result["temperature"], result["epochs"]) == (5, 0.1, 3)
+    assert result["step"] == 6 and result["data"] == SET and result["learning_rate"] == 0.2
     # The checkpoint's file in place of its folder, another set, one schedule, another place.
     options = f"--data {SET.replace('48', '40')} --schedule cosine --epochs 1 --raw-features"
     options += f" --out {run / 'deep' / 'er'}"
     assert cli.main(["probe", str(run / "checkpoint.pt"), *options.split()]) == 0
-    found = json.loads((run / "deep" / "er" / "probe.json").read_text())
-    assert list(found["accuracy"]["trained"]) == ["linear, cosine rate", "knn"]
-    assert found["features"] == "raw" and "n=40" in found["data"]
+    result = json.loads((run / "deep" / "er" / "probe.json").read_text())
+    assert list(result["accuracy"]["trained"]) == ["linear, cosine rate", "knn"]
+    assert result["features"] == "raw" and "n=40" in result["data"]
 
 
 def test_untrained_baseline_is_where_the_run_started(trained, tmp_path):
@@ -150,9 +142,9 @@ def test_spectrum(run, capsys):
     pytest.importorskip("matplotlib")
     assert cli.main(["spectrum", str(run), "--threshold", "1e-6"]) == 0
     output = capsys.readouterr().out
-    found = json.loads((run / "spectrum.json").read_text())
-    assert list(found) == ["representation", "sub-vector", "embedding"]
-    for name, values in found.items():
+    spectra = json.loads((run / "spectrum.json").read_text())
+    assert list(spectra) == ["representation", "sub-vector", "embedding"]
+    for name, values in spectra.items():
         text = f"{name}: {values['collapsed']} of {values['dimensions']} dimensions collapsed"
         assert text in output and values["threshold"] == 1e-6 and values["samples"] == 48
     assert "48 samples show at most 47" in output
@@ -189,8 +181,8 @@ def test_demo(tmp_path, capsys):
 
 def test_doctor(capsys):
     assert cli.main(["doctor", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["directclr_fast"] == __version__ and "cpu" in found["chosen"]
+    report = json.loads(capsys.readouterr().out)
+    assert report["directclr_fast"] == __version__ and "cpu" in report["chosen"]
     assert cli.main(["doctor"]) == 0
     assert "reference" in capsys.readouterr().out
 

@@ -67,21 +67,12 @@ if __name__ == "__main__":
 """
 
 
-@pytest.fixture
-def one_thread():
-    """As in the processes of a comparison."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def results_of(out):
-    """What every finished run found, without how long it took."""
-    found = {path.stem: json.loads(path.read_text()) for path in (out / "runs").glob("*.json")}
-    for result in found.values():
+    """The result of every finished run, without the seconds it took."""
+    results = {path.stem: json.loads(path.read_text()) for path in (out / "runs").glob("*.json")}
+    for result in results.values():
         del result["seconds"]
-    return found
+    return results
 
 
 of_whole = pytest.mark.xdist_group("comparison")  # tests of one fixture, which takes long
@@ -97,7 +88,7 @@ def whole(tmp_path_factory):
 
 @of_whole
 def test_what_is_run(whole):
-    out, found = whole
+    out, numbers = whole
     results = results_of(out)
     assert len(results) == RUNS and not (out / "work").exists()
     plan = compare.plan(**TINY)
@@ -107,20 +98,20 @@ def test_what_is_run(whole):
         assert not result["diverged"] and ("held_out" in result) == name.endswith("search")
         assert ("accuracy" in result) != name.endswith("search")  # a search sees no test part
         assert len(result.get("loss", [0] * 12)) == 12
-    rows = found["rows"]
+    rows = numbers["rows"]
     assert list(rows) == ["directclr", "random", "untrained", "pixels"]
     assert set(rows["directclr"]["accuracy"]) == {"r", "sub-vector"}
     assert set(rows["pixels"]["accuracy"]) == {"r"}
     assert rows["directclr"]["spectra"]["embedding"]["dimensions"] == 45
     assert rows["random"]["spectra"]["embedding"]["dimensions"] == 256
-    assert [line["dim"] for line in found["sweep"]] == [10, 45]
-    assert found["sweep"][1]["accuracy"] == rows["directclr"]["accuracy"]
-    for mode, search in found["search"].items():
+    assert [line["dim"] for line in numbers["sweep"]] == [10, 45]
+    assert numbers["sweep"][1]["accuracy"] == rows["directclr"]["accuracy"]
+    for mode, search in numbers["search"].items():
         scores = {
             rate: results[f"{mode}-seed0-rate{rate:g}-search"]["held_out"] for rate in TINY["rates"]
         }
         assert scores[search["chosen"]] == max(scores.values())
-    assert json.loads((out / "results.json").read_text()) == found
+    assert json.loads((out / "results.json").read_text()) == numbers
 
 
 @of_whole
@@ -140,7 +131,7 @@ def test_both_losses_train_the_same_network(whole):
 
 @of_whole
 def test_the_report_has_every_table_and_figure(whole):
-    out, found = whole
+    out, numbers = whole
     text = (out / "report.md").read_text()
     names = {path.name for path in out.glob("*.png")}
     assert names == {"accuracy.png", "spectra.png", "dims.png", "agreement.png"}
@@ -148,8 +139,8 @@ def test_the_report_has_every_table_and_figure(whole):
     lines = [line for line in text.splitlines() if line.startswith("|")]
     # Heads and rules, modes, measures, d0, kinds of agreement, searches.
     assert len(lines) == 5 * 2 + 4 + 2 + 2 + 4 + 2
-    assert len({line.count("|") for line in report.table(found).splitlines()}) == 1
-    linear = found["rows"]["directclr"]["accuracy"]["r"]["linear"]
+    assert len({line.count("|") for line in report.table(numbers).splitlines()}) == 1
+    linear = numbers["rows"]["directclr"]["accuracy"]["r"]["linear"]
     assert f"| {report._percent(linear)} |" in text
     assert "| 62.7 (47.9 of r[:, :d0]) |" in text
 
@@ -157,28 +148,28 @@ def test_the_report_has_every_table_and_figure(whole):
 def test_the_committed_report_is_that_of_the_committed_numbers():
     """And the table of docs/paper.md has its numbers."""
     folder = Path(__file__).parents[1] / "docs/results/compare"
-    found = json.loads((folder / "results.json").read_text())
+    numbers = json.loads((folder / "results.json").read_text())
     text = (folder / "report.md").read_text()
     captions = dict(re.findall(r"!\[.*\]\((.+)\)\n\n(.+)\n", text))
     assert all((folder / name).exists() for name in captions) and len(captions) == 4
-    assert report.text(found, captions) == text
+    assert report.text(numbers, captions) == text
     page = (folder.parents[1] / "paper.md").read_text()
-    for mode, row in found["rows"].items():
+    for mode, row in numbers["rows"].items():
         (line,) = (line for line in page.splitlines() if line.startswith(f"| {mode} |"))
-        numbers = [row["accuracy"]["r"][measure] for measure in ("linear", "knn")]
-        assert all(f"| {report._percent(values)} |" in line for values in numbers), mode
+        accuracies = [row["accuracy"]["r"][measure] for measure in ("linear", "knn")]
+        assert all(f"| {report._percent(values)} |" in line for values in accuracies), mode
         rank = row["spectra"]["representation"]["effective_rank"]
         assert f"| {report._number(rank)} |" in line, mode
 
 
 @of_whole
 def test_a_finished_comparison_is_not_run_again(whole, monkeypatch):
-    out, found = whole
+    out, numbers = whole
     fail = lambda *_: pytest.fail("nothing is left to run")  # noqa: E731
     monkeypatch.setattr(runs.ProcessPoolExecutor, "submit", fail)
     again = compare.run(out, compare.plan(**TINY), progress=False)
     for key in ("rows", "search", "sweep", "agreement", "order"):
-        assert again[key] == found[key]
+        assert again[key] == numbers[key]
 
 
 @of_whole
@@ -307,10 +298,10 @@ def test_a_process_that_ends_is_said(tmp_path):
 def test_held_out_is_the_last_fifth_of_each_class():
     labels = torch.tensor([0] * 10 + [1] * 5 + [-1] * 4 + [0] * 5)
     features = torch.arange(len(labels)).float()[:, None]
-    found = probe.held_out(features, labels, 2)
-    assert found.train.flatten().tolist() == [*range(10), 19, 20, *range(10, 14)]
-    assert found.test.flatten().tolist() == [21, 22, 23, 14]
-    assert found.test_labels.tolist() == [0, 0, 0, 1] and found.classes == 2
+    split = probe.held_out(features, labels, 2)
+    assert split.train.flatten().tolist() == [*range(10), 19, 20, *range(10, 14)]
+    assert split.test.flatten().tolist() == [21, 22, 23, 14]
+    assert split.test_labels.tolist() == [0, 0, 0, 1] and split.classes == 2
 
 
 def test_search_before_table():
@@ -376,8 +367,8 @@ def test_order_follows_the_numbers():
     """The paper's order and its opposite, by the same code from other numbers."""
 
     def counts(rows):
-        found = report.order(rows, "linear")
-        return found, [sum(pair["here"] == v for pair in found["pairs"]) for v in VERDICTS]
+        ranking = report.order(rows, "linear")
+        return ranking, [sum(pair["here"] == v for pair in ranking["pairs"]) for v in VERDICTS]
 
     ours, count = counts({mode: row(value / 100) for mode, value in report.PAPER.items()})
     assert ours["here"] == ours["paper"] and ours["rank correlation"] == 1.0
@@ -439,7 +430,7 @@ def test_directclr_leaves_r_more_directions_than_no_projector(run_dir, one_threa
             trainer.run()
             model = trainer.model.eval()
             features, _ = probe.encode(model.encoder, images, 8)
-            found = spectrum.of_model(model, features)
-            ranks[mode] = {name: values["effective_rank"] for name, values in found.items()}
+            spectra = spectrum.of_model(model, features)
+            ranks[mode] = {name: values["effective_rank"] for name, values in spectra.items()}
         assert ranks["directclr"]["representation"] > 1.12 * ranks["baseline"]["representation"]
         assert ranks["directclr"]["sub-vector"] < 0.7 * ranks["directclr"]["representation"]

@@ -59,11 +59,11 @@ def test_generated_cases_match_the_reference(isa, chunk):
         eager = evaluate(eager_loss, r1, r2, upstream=upstream, **options)
         ulps = torch.finfo(torch.float32).eps / torch.finfo(torch.float64).eps
         slack = conditioning(case, r1.double(), r2.double(), upstream)
-        for name, got, want, plain in zip(ours._fields, ours, truth, eager):
+        for name, got, want, of_eager in zip(ours._fields, ours, truth, eager):
             if want is None:
                 continue
             size = float(want.norm())
-            allowed = (2 * relative_error(plain, want) + 1e-6) * size + ulps * slack[name]
+            allowed = (2 * relative_error(of_eager, want) + 1e-6) * size + ulps * slack[name]
             error = float((got.double() - want).norm())
             assert error <= allowed or error < 1e-12, (error, allowed, name, case)
 
@@ -87,8 +87,8 @@ def test_the_lowest_temperature(isa, kind, negatives):
     truth = evaluate(eager_loss, r1.double(), r2.double(), None, **options)
     eager = evaluate(eager_loss, r1, r2, None, **options)
     ours = evaluate(fast_directclr_loss, r1, r2, None, backend="cpu", **options)
-    for got, plain, want in zip(ours[:3], eager, truth):
-        allowed = bound(relative_error(plain, want), torch.float32)
+    for got, of_eager, want in zip(ours[:3], eager, truth):
+        allowed = bound(relative_error(of_eager, want), torch.float32)
         assert relative_error(got, want) <= allowed
     # All logits the lowest there are: that of view 1 against its opposite, the positive among them.
     same = r1[:1].repeat(40, 1)
@@ -119,8 +119,8 @@ def test_edges_of_large_sizes(rows, dim):
     ours = evaluate(fast_directclr_loss, r1, r2, dim, backend="cpu")
     eager = evaluate(eager_loss, r1, r2, dim)
     truth = evaluate(eager_loss, r1.double(), r2.double(), dim)
-    for got, plain, want in zip(ours[:3], eager, truth):
-        assert relative_error(got, want) <= 2 * relative_error(plain, want) + 1e-6
+    for got, of_eager, want in zip(ours[:3], eager, truth):
+        assert relative_error(got, want) <= 2 * relative_error(of_eager, want) + 1e-6
 
 
 @pytest.mark.skipif(not _cpu.has_bf16(), reason="this processor has no bf16 dot product")
@@ -176,13 +176,13 @@ class Asked:
         self.calls = []
 
     def __getattr__(self, name):
-        found = getattr(_cpu, name)
+        function = getattr(_cpu, name)
         if name not in ("normalize", "positives", "sums", "products", "finish"):
-            return found
+            return function
 
         def noted(*arguments):
             self.calls.append((name, arguments[-1]))
-            return found(*arguments)
+            return function(*arguments)
 
         return noted
 
@@ -251,8 +251,8 @@ def test_inside_data_loader_workers_forked_after_use():
         GradientOfRows(), batch_size=None, num_workers=2, multiprocessing_context="fork",
         timeout=waiting.STILL,
     )  # fmt: skip
-    for found, expected in zip(loader, here):
-        assert relative_error(found, expected) < 1e-6
+    for got, want in zip(loader, here):
+        assert relative_error(got, want) < 1e-6
 
 
 def test_threads_are_those_of_the_process():

@@ -92,12 +92,12 @@ class Case:
 def exact_cases() -> list[Case]:
     """Through the torch backend in fp64, where one process and many differ by rounding alone."""
     common = {"backend": "torch"}
-    found = []
+    cases = []
     for negatives in ("cross", "both"):
         for symmetric in (True, False):
             options = common | {"negatives": negatives, "symmetric": symmetric}
             name = f"{negatives}-{'two' if symmetric else 'one'}"
-            found += [
+            cases += [
                 Case(name, options | {"temperature": torch.tensor(0.1, dtype=torch.float64)}),
                 Case(f"{name}-cold", options | {"temperature": 0.005}, kind="unrelated"),
                 Case(f"{name}-frozen", options | {"temperature": 0.001}, kind="unrelated"),
@@ -105,7 +105,7 @@ def exact_cases() -> list[Case]:
                 Case(f"{name}-none", options | {"reduction": "none", "temperature": _t(0.2)}),
                 Case(f"{name}-groups", options | {"temperature": _t(0.2)}, groups=3),
             ]
-    return [Case(**(vars(case) | {"dtype": torch.float64})) for case in found]
+    return [Case(**(vars(case) | {"dtype": torch.float64})) for case in cases]
 
 
 def _t(value: float | list[float]) -> torch.Tensor:
@@ -160,15 +160,15 @@ def expected(case: Case, size: int, dtype=None, **changes):
     """(loss, dr1, dr2, dtemperature, stats) of one process, in the convention of ``size``."""
     r1, r2 = (r if dtype is None else r.to(dtype) for r in case.views(size))
     arguments = case.arguments() | changes
-    found = evaluate(fast_directclr_loss, r1, r2, upstream=case.upstream(size), **arguments)
+    one = evaluate(fast_directclr_loss, r1, r2, upstream=case.upstream(size), **arguments)
     _, stats = fast_directclr_loss(r1, r2, return_stats=True, **arguments)
     none = case.options.get("reduction") == "none"
     factor, part = (1, 1 / size) if none else (size, 1)
-    temperature = found.dtemperature
+    temperature = one.dtemperature
     return (
-        found.loss,
-        factor * found.dr1.double(),
-        factor * found.dr2.double(),
+        one.loss,
+        factor * one.dr1.double(),
+        factor * one.dr2.double(),
         None if temperature is None else part * temperature,
         stats,
     )
@@ -247,22 +247,22 @@ def test_operations_fall_as_one_over_the_processes(processes, size):
     for negatives in ("cross", "both"):
         for gather in GATHERS:
             for rank in range(size):
-                found = processes[rank]["operations", size, gather, negatives]
+                step = processes[rank]["operations", size, gather, negatives]
                 total = flops.distributed(sum(EVEN[:size]), 40, size, negatives)
-                assert found["operations"] == total, (gather, negatives)
+                assert step["operations"] == total, (gather, negatives)
                 most = sum(EVEN[:size]) if gather == "all" else EVEN[0]
-                assert found["rows held"] == most
+                assert step["rows held"] == most
 
 
 @parametrize("gather", GATHERS)
 def test_bytes_sent_are_those_of_the_model(processes, gather):
     for negatives in ("cross", "both"):
         for rank in range(WORLD):
-            found = processes[rank]["operations", WORLD, gather, negatives]["sent"]
-            pitch = found.pop("pitch")
+            sent = processes[rank]["operations", WORLD, gather, negatives]["sent"]
+            pitch = sent.pop("pitch")
             counted = sent_bytes(sum(EVEN), pitch, WORLD, gather, 4, negatives)
             # The upstream gradient and the agreement are a few bytes more.
-            assert counted <= sum(found.values()) <= counted + 8 * WORLD, found
+            assert counted <= sum(sent.values()) <= counted + 8 * WORLD, sent
 
 
 SCENARIOS = {}
@@ -329,7 +329,7 @@ SAID = {
 
 @scenario
 def refused(rank):
-    found = {}
+    errors = {}
     for name, change in REFUSED.items():
         r1, r2, *_ = part_of(rank)
         (r1, r2), options = change(r1, r2, rank)
@@ -338,8 +338,8 @@ def refused(rank):
             with torch.set_grad_enabled(recording):
                 fast_directclr_loss(r1, r2, **{"dim": 16, "group": "world"} | options)
         except Exception as error:
-            found[name] = error
-    return found
+            errors[name] = error
+    return errors
 
 
 @parametrize("name", REFUSED)
@@ -354,7 +354,7 @@ def test_what_does_not_fit_together_is_one_error_in_every_process(processes, nam
 @scenario
 def wishes(rank):
     """Gradients wanted here of r1, there of r2, in one process of nothing."""
-    found = {}
+    gradients = {}
     for gather in GATHERS:
         for negatives in ("cross", "both"):
             r1, r2, *_ = part_of(rank)
@@ -365,8 +365,8 @@ def wishes(rank):
                 r1, r2, 16, t, negatives=negatives, gather=gather, group="world"
             )
             loss.backward()
-            found[gather, negatives] = (r1.grad, r2.grad, t.grad)
-    return found
+            gradients[gather, negatives] = (r1.grad, r2.grad, t.grad)
+    return gradients
 
 
 @parametrize("gather", GATHERS)
@@ -403,14 +403,14 @@ class Trained(torch.nn.Module):
 
 @scenario
 def parallel(rank):
-    found = {}
+    results = {}
     for gather in GATHERS:
         x1, x2, *_ = part_of(rank, width=12)
         model = torch.nn.parallel.DistributedDataParallel(Trained(group="world", gather=gather))
         loss = model(x1, x2)
         loss.backward()
-        found[gather] = [loss.detach()] + [p.grad for p in model.parameters()]
-    return found
+        results[gather] = [loss.detach()] + [p.grad for p in model.parameters()]
+    return results
 
 
 @parametrize("gather", GATHERS)
@@ -429,34 +429,34 @@ def test_ddp_has_the_gradient_of_the_whole_batch(processes, gather):
 def autograd(rank):
     """What the loss does as a citizen of PyTorch, world-wide."""
     r1, r2, *_ = part_of(rank)
-    found = {}
+    results = {}
 
     def call(**options):
         inputs = [r.clone().requires_grad_() for r in (r1, r2)]
         return inputs, fast_directclr_loss(*inputs, 16, group="world", **options)
 
     inputs, loss = call()
-    found["first"] = torch.autograd.grad(loss, inputs, retain_graph=True)
-    found["again"] = torch.autograd.grad(loss, inputs, retain_graph=True)
-    found["scaled"] = torch.autograd.grad(-3.0 * loss, inputs, retain_graph=True)
+    results["first"] = torch.autograd.grad(loss, inputs, retain_graph=True)
+    results["again"] = torch.autograd.grad(loss, inputs, retain_graph=True)
+    results["scaled"] = torch.autograd.grad(-3.0 * loss, inputs, retain_graph=True)
     # One process asks for less; the others have to get theirs all the same.
-    found["narrow"] = torch.autograd.grad(loss, inputs[: 1 + (rank != 2)], retain_graph=True)
+    results["narrow"] = torch.autograd.grad(loss, inputs[: 1 + (rank != 2)], retain_graph=True)
     weighed = torch.tensor(float(rank))  # sum over processes of upstream x loss: 0 + 1 + 2 + 3
-    found["weighed"] = torch.autograd.grad(loss, inputs, weighed, retain_graph=True)
+    results["weighed"] = torch.autograd.grad(loss, inputs, weighed, retain_graph=True)
     try:
         torch.autograd.grad(loss, inputs, create_graph=True)
     except NotImplementedError as error:
-        found["double"] = str(error)
+        results["double"] = str(error)
 
     inputs, loss = call(backend="torch")
-    found["outside"] = torch.autograd.grad(loss, inputs)
+    results["outside"] = torch.autograd.grad(loss, inputs)
     with torch.autocast("cpu", torch.bfloat16):
         inputs, loss = call(backend="torch")
-        found["autocast"] = torch.autograd.grad(loss, inputs)
+        results["autocast"] = torch.autograd.grad(loss, inputs)
     with torch.no_grad():
         inputs, loss = call()
-        found["no_grad"] = (loss.requires_grad, loss)
-    found["backend"] = last_backend()
+        results["no_grad"] = (loss.requires_grad, loss)
+    results["backend"] = last_backend()
 
     def compilable(a, b):
         return 2 * fast_directclr_loss(3 * a, b, 16, group="world")
@@ -466,45 +466,45 @@ def autograd(rank):
             compilable = torch.compile(compilable, backend="eager")
         inputs = [r.clone().requires_grad_() for r in (r1, r2)]
         loss = compilable(*inputs)
-        found[name] = (loss.detach(), *torch.autograd.grad(loss, inputs))
+        results[name] = (loss.detach(), *torch.autograd.grad(loss, inputs))
 
     scalars = [_t(0.1).requires_grad_(), _t([0.1]).requires_grad_()]
-    found["scalars"] = [
+    results["scalars"] = [
         torch.autograd.grad(call(temperature=t)[1], t)[0].reshape(()) for t in scalars
     ]
     try:
         torch.func.grad(lambda a: fast_directclr_loss(a, r2, 16, group="world"))(r1)
     except NotImplementedError as error:
-        found["transformed"] = str(error)
+        results["transformed"] = str(error)
 
     loss, stats = info_nce(r1, r2, group="world", gather="ring", return_stats=True)
-    found["info_nce"] = (loss, stats.col_lse)
+    results["info_nce"] = (loss, stats.col_lse)
     alone = fast_directclr_loss(r1, r2, 16, group="world", return_stats=rank == 0)
-    found["alone"] = alone[1].col_top1 if rank == 0 else alone
-    return found
+    results["alone"] = alone[1].col_top1 if rank == 0 else alone
+    return results
 
 
 def test_autograd_over_processes(processes):
     _, _, r1, r2, _ = part_of(0)
     for rank in range(WORLD):
-        found, own = processes[rank]["autograd"], part_of(rank)[4]
+        results, own = processes[rank]["autograd"], part_of(rank)[4]
         one = evaluate(fast_directclr_loss, r1, r2, 16)
-        for got, want in zip(found["first"], (one.dr1[own], one.dr2[own])):
+        for got, want in zip(results["first"], (one.dr1[own], one.dr2[own])):
             assert relative_error(got, WORLD * want) < 1e-6
         for name, factor in (("again", 1), ("narrow", 1), ("scaled", -3)):
-            for got, want in zip(found[name], found["first"]):
+            for got, want in zip(results[name], results["first"]):
                 assert relative_error(got, factor * want) < (1e-6 if factor < 0 else 1e-9), name
-        assert all(map(torch.equal, found["autocast"], found["outside"]))
-        for got, want in zip(found["weighed"], found["first"]):
+        assert all(map(torch.equal, results["autocast"], results["outside"]))
+        for got, want in zip(results["weighed"], results["first"]):
             assert relative_error(got, 6 / WORLD * want) < 1e-6
-        assert "no second derivative" in found["double"]
-        requires_grad, loss = found["no_grad"]
+        assert "no second derivative" in results["double"]
+        requires_grad, loss = results["no_grad"]
         assert not requires_grad and relative_error(loss, one.loss) < 1e-6
-        assert found["backend"] == last_backend()
-        assert all(map(torch.equal, found["compiled"], found["uncompiled"]))
-        assert torch.equal(*found["scalars"])
-        assert "torch.func and forward-mode AD run in one process only" in found["transformed"]
-        loss, col_lse = found["info_nce"]
+        assert results["backend"] == last_backend()
+        assert all(map(torch.equal, results["compiled"], results["uncompiled"]))
+        assert torch.equal(*results["scalars"])
+        assert "torch.func and forward-mode AD run in one process only" in results["transformed"]
+        loss, col_lse = results["info_nce"]
         assert relative_error(loss, info_nce(r1, r2)) < 1e-6 and col_lse is None
     _, stats = fast_directclr_loss(r1, r2, 16, return_stats=True)
     assert torch.equal(processes[0]["autograd"]["alone"], stats.col_top1[part_of(0)[4]])
@@ -515,37 +515,37 @@ def test_autograd_over_processes(processes):
 def gathers(rank):
     """Which way "auto" takes, the promise of even batches, other groups."""
     r1, r2, *_ = part_of(rank, EVEN)
-    found = {}
+    results = {}
     with counted(Ring, "shift") as shifts:
         fast_directclr_loss(r1, r2, 16, group="world")
-    found["below"] = len(shifts)
+    results["below"] = len(shifts)
     limit, distributed.ALL_GATHER_BYTES = distributed.ALL_GATHER_BYTES, 100
     with counted(Ring, "shift") as shifts:
         fast_directclr_loss(r1, r2, 16, group="world")
-    found["above"] = len(shifts)
+    results["above"] = len(shifts)
     distributed.ALL_GATHER_BYTES = limit
 
     with counted(distributed, "_exchange") as exchanges:
         promised = evaluate(fast_directclr_loss, r1, r2, 16, group="world", even_batches=True)
-    found["promised"] = (len(exchanges), promised.loss, promised.dr1)
+    results["promised"] = (len(exchanges), promised.loss, promised.dr1)
 
     # As with NCCL, which takes no host tensors: through a group of its own, made once.
     config, dist.get_backend_config = dist.get_backend_config, lambda group: "cuda:nccl"
     with counted(dist, "ProcessGroupGloo") as made:
         losses = [fast_directclr_loss(r1, r2, 16, group="world") for _ in range(2)]
     dist.get_backend_config = config
-    found["companion"] = (len(made), *losses)
+    results["companion"] = (len(made), *losses)
 
     alone = dist.new_group([rank], use_local_synchronization=True)
     with counted(distributed, "loss") as calls:
         losses = [fast_directclr_loss(r1, r2, 16, group=group) for group in (alone, None)]
-    found["one"] = (len(calls), *losses)
+    results["one"] = (len(calls), *losses)
 
     pair = dist.new_group([1, 3])
     if rank in (1, 3):
         result = evaluate(fast_directclr_loss, r1, r2, 16, group=pair, gather="ring")
-        found["pair"] = (result.loss, result.dr1, result.dr2)
-    return found
+        results["pair"] = (result.loss, result.dr1, result.dr2)
+    return results
 
 
 def test_auto_takes_the_ring_above_the_limit(processes):
@@ -621,8 +621,8 @@ def test_a_block_without_positives_leaves_nothing_out(case):
 
 def test_a_group_of_one_takes_the_ordinary_path(processes):
     for rank in range(WORLD):
-        calls, alone, plain = processes[rank]["gathers"]["one"]
-        assert calls == 0 and torch.equal(alone, plain)
+        calls, alone, ungrouped = processes[rank]["gathers"]["one"]
+        assert calls == 0 and torch.equal(alone, ungrouped)
 
 
 @contextlib.contextmanager
@@ -678,8 +678,8 @@ def operations(rank, size, group, gather, negatives):
         loss.backward()
     dispatch.load = load
     sent = {"pitch": counter.pitch}
-    for name, found in calls.items():
-        for first, second, *_ in found:
+    for name, arguments in calls.items():
+        for first, second, *_ in arguments:
             if name == "P2POp":
                 sent[name] = sent.get(name, 0) + (first is dist.isend) * second.nbytes
             else:  # (output, input): what leaves is the input, to or for the size - 1 others
@@ -710,7 +710,7 @@ def main(rank: int, folder: Path) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = True
     dist.init_process_group("gloo", f"file://{folder}/init", world_size=WORLD, rank=rank)
     groups = {size: dist.new_group(list(range(size))) for size in SIZES}
-    found = {}
+    results = {}
     for size in SIZES[rank:]:
         for name, case in CASES.items():
             print(size, name, flush=True)  # who waits for this process sees that it gets on
@@ -730,16 +730,16 @@ def main(rank: int, folder: Path) -> None:
                     r1, r2, gather=gather, return_stats=True, **arguments
                 )
                 same = all(a is None or torch.equal(a, b) for a, b in zip(*runs))
-                found[size, gather, name] = {"result": (*runs[0], stats), "repeats": same}
+                results[size, gather, name] = {"result": (*runs[0], stats), "repeats": same}
         for gather in GATHERS:
             for negatives in ("cross", "both") if size > 1 else ():
-                found["operations", size, gather, negatives] = operations(
+                results["operations", size, gather, negatives] = operations(
                     rank, size, groups[size], gather, negatives
                 )
     for name, function in SCENARIOS.items():
         print(name, flush=True)
-        found[name] = function(rank)
-    torch.save(found, folder / f"{rank}.pt")
+        results[name] = function(rank)
+    torch.save(results, folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 

@@ -247,8 +247,10 @@ def test_a_killed_run_starts_again_by_itself(run_dir):
         return log.read_bytes().count(b"\n") - 1 if log.exists() else 0
 
     def trainers(parent):
-        found = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-        return [int(n) for n in found if b"spawn_main" in Path(f"/proc/{n}/cmdline").read_bytes()]
+        children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+        return [
+            int(n) for n in children if b"spawn_main" in Path(f"/proc/{n}/cmdline").read_bytes()
+        ]
 
     with subprocess.Popen([*command, "--max-restarts", "1"], **quiet) as parent:
         try:
@@ -296,9 +298,9 @@ def test_short_campaigns(tmp_path):
     # Their runs write below tmp_path too, which is how it is seen that they get on.
     done = waiting.process(command, tmp_path, env={**os.environ, "TMPDIR": str(tmp_path)})
     assert done.returncode == 0, done.stderr
-    found = json.loads(out.read_text())
-    killed = found["kill_9"]
+    campaigns = json.loads(out.read_text())
+    killed = campaigns["kill_9"]
     assert killed["kills"] == 6 and killed["unloadable"] == killed["failed"] == 0, done.stderr
     assert killed["runs"] == killed["runs_bitwise_equal"] >= 1
-    ranks = found["rank_killed"]
+    ranks = campaigns["rank_killed"]
     assert ranks["resumed"] == 2 and ranks["hangs"] == 0 and ranks["bitwise_equal"]

@@ -20,18 +20,10 @@ from directclr_fast.train.gradcache import GradientCache
 from directclr_fast.train.objective import Objective
 from directclr_fast.train.ranks import Ranks
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 N, CLASSES = 22, 3
 EQUAL = 1e-9
 FP32 = 2e-6  # 16 ulps: of "two-pass", which keeps its pooled statistics in fp32
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small gain nothing from threads and lose much where other work runs."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def encoder(norm: bool, dropout: float) -> nn.Sequential:
@@ -96,7 +88,7 @@ def cached(model, batch, chunk_size, rule=None, scope=contextlib.nullcontext, se
     cache = GradientCache(model, model, chunk_size, rule, scope, Ranks())
     torch.manual_seed(seed)
     loss, _ = cache.backward(lambda view, rows: batch[view][rows], batch[2])
-    return found(model, loss)
+    return outcome(model, loss)
 
 
 def plain(model, batch, chunk_size, scope=contextlib.nullcontext, seed=7, ready=lambda model: None):
@@ -108,10 +100,10 @@ def plain(model, batch, chunk_size, scope=contextlib.nullcontext, seed=7, ready=
         r = [torch.cat([model.encoder(x) for x in cut(view, chunk_size)]) for view in batch[:2]]
         loss, head_loss, _ = model.losses(*r, batch[2])
     (loss + head_loss).backward()
-    return found(model, loss)
+    return outcome(model, loss)
 
 
-def found(model, loss):
+def outcome(model, loss):
     grads = {name: p.grad for name, p in model.named_parameters()}
     return loss.item(), grads, dict(model.encoder.named_buffers())
 

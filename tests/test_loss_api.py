@@ -74,8 +74,8 @@ def test_only_the_temperature_wants_a_gradient(backend, views):
             negatives=negatives,
         )
         # a^2 sum G s over entries of either sign: their size is what rounding goes by.
-        plain = evaluate(eager_loss, *views, 20, temperature=torch.tensor(0.1), negatives=negatives)
-        error = relative_error(plain.dtemperature, truth.dtemperature)
+        eager = evaluate(eager_loss, *views, 20, temperature=torch.tensor(0.1), negatives=negatives)
+        error = relative_error(eager.dtemperature, truth.dtemperature)
         allowed = max(bound(error, torch.float32), OF_LOGITS)
         assert relative_error(ours, truth.dtemperature) < allowed
 
@@ -121,15 +121,15 @@ def test_without_gradients_nothing_is_recorded(backend, views):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_changes_nothing_inside(backend, views):
-    plain = evaluate(fast_directclr_loss, *views, 20, backend=backend)
+    outside = evaluate(fast_directclr_loss, *views, 20, backend=backend)
     r1, r2 = (r.clone().requires_grad_() for r in views)
     with torch.autocast("cpu", torch.bfloat16):
         loss = fast_directclr_loss(r1, r2, 20, backend=backend)
         if backend != "reference":  # whose backward pass is autograd's own operations
             (inside,) = torch.autograd.grad(loss, r1, retain_graph=True)
-            assert torch.equal(plain.dr1, inside)
-    assert torch.equal(plain.loss, loss)
-    assert torch.equal(plain.dr1, torch.autograd.grad(loss, r1)[0])
+            assert torch.equal(outside.dr1, inside)
+    assert torch.equal(outside.loss, loss)
+    assert torch.equal(outside.dr1, torch.autograd.grad(loss, r1)[0])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -264,14 +264,14 @@ def test_module_rejects_what_the_function_rejects():
 def test_temperature_of_one_element(shape, compiled, views):
     """N14: the gradient comes in the shape of the tensor."""
     function = torch.compile(fast_directclr_loss) if compiled else fast_directclr_loss
-    plain = evaluate(fast_directclr_loss, *views, 20, temperature=torch.tensor(0.2))
+    truth = evaluate(fast_directclr_loss, *views, 20, temperature=torch.tensor(0.2))
     for ours in (
         evaluate(function, *views, 20, temperature=torch.full(shape, 0.2)),
         evaluate(info_nce, *views, temperature=torch.full(shape, 0.2)),
     ):
         assert ours.dtemperature.shape == shape
     ours = evaluate(function, *views, 20, temperature=torch.full(shape, 0.2))
-    assert relative_error(ours.dtemperature.reshape(()), plain.dtemperature) < 1e-6
+    assert relative_error(ours.dtemperature.reshape(()), truth.dtemperature) < 1e-6
 
 
 def test_temperature_can_be_set():

@@ -46,7 +46,7 @@ def generated_case(seed: int) -> dict:
         "dim": dim,
         "groups": groups,
         "kind": draw.choice(KINDS),
-        "layout": draw.choice(("plain", "transposed", "offset", "strided", "expanded")),
+        "layout": draw.choice(("contiguous", "transposed", "offset", "strided", "expanded")),
         "temperature": draw.choice(TEMPERATURES),
         "tensor_temperature": draw.random() < 0.3,
         "negatives": negatives,
@@ -191,9 +191,9 @@ def test_error_is_at_most_twice_that_of_eager(backend, rows, width, dim, dtype, 
         ours = evaluate(fast_directclr_loss, r1, r2, upstream=upstream, backend=backend, **options)
         assert ours.dr1.dtype == dtype and ours.dr2.dtype == dtype
         assert ours.loss.dtype == torch.float32
-        for name, got, want, plain in zip(ours._fields[:3], ours, truth, eager):
+        for name, got, want, of_eager in zip(ours._fields[:3], ours, truth, eager):
             # One row and near-perfect positives leave gradients that are all rounding.
-            allowed = bound(relative_error(plain, want), dtype)
+            allowed = bound(relative_error(of_eager, want), dtype)
             absolute = float((got.double() - want).norm())
             assert relative_error(got, want) <= allowed or absolute < 1e-12, (name, options)
 
@@ -211,8 +211,8 @@ def assert_ties_are_kept(backend, r1, r2):
         truth = evaluate(eager_loss, r1.double(), r2.double(), None, **options)
         eager = evaluate(eager_loss, r1, r2, None, **options)
         ours = evaluate(fast_directclr_loss, r1, r2, None, backend=backend, **options)
-        for name, got, want, plain in zip(ours._fields[:3], ours, truth, eager):
-            allowed = bound(relative_error(plain, want), r1.dtype)
+        for name, got, want, of_eager in zip(ours._fields[:3], ours, truth, eager):
+            allowed = bound(relative_error(of_eager, want), r1.dtype)
             assert relative_error(got, want) <= allowed, (name, options)
 
 
@@ -320,9 +320,9 @@ def test_nan_and_inf_reach_the_loss(backend, bad):
     r1[4, 2] = bad
     result = evaluate(fast_directclr_loss, r1, r2, 6, backend=backend)
     assert not torch.isfinite(result.loss)
-    plain = evaluate(eager_loss, r1, r2, 6)
-    for found, want in zip(result[1:3], plain[1:3]):
-        assert torch.equal(found.isnan(), want.isnan())
+    eager = evaluate(eager_loss, r1, r2, 6)
+    for got, want in zip(result[1:3], eager[1:3]):
+        assert torch.equal(got.isnan(), want.isnan())
     r1[4, 2], r1[4, 7] = 0.0, bad  # outside the sub-vector it is nobody's business
     assert torch.isfinite(evaluate(fast_directclr_loss, r1, r2, 6, backend=backend).loss)
 
@@ -350,14 +350,14 @@ def test_repeat_runs_are_bitwise_equal(backend, workspace):
 def test_highest_precision_ignores_the_process_setting():
     """The same bits under both, whatever a library rounds to where it is allowed to."""
     r1, r2 = make_views(256, 128, dtype=torch.float32)
-    found, before = [], torch.get_float32_matmul_precision()
+    results, before = [], torch.get_float32_matmul_precision()
     try:
         for setting in ("highest", "medium"):
             torch.set_float32_matmul_precision(setting)
-            found.append(
+            results.append(
                 evaluate(fast_directclr_loss, r1, r2, None, precision="highest", backend="torch")
             )
             assert torch.get_float32_matmul_precision() == setting
     finally:
         torch.set_float32_matmul_precision(before)
-    assert all(torch.equal(a, b) for a, b in zip(*(result[:3] for result in found)))
+    assert all(torch.equal(a, b) for a, b in zip(*(result[:3] for result in results)))

@@ -31,8 +31,8 @@ def test_the_commit_is_that_of_the_checkout(monkeypatch):
     if not (ROOT / ".git").exists():
         pytest.skip("not a checkout")
     monkeypatch.setenv("DIRECTCLR_COMMIT", "of a copy")
-    found = machine.commit()
-    assert found["commit"] == head() and isinstance(found["dirty"], bool)
+    commit = machine.commit()
+    assert commit["commit"] == head() and isinstance(commit["dirty"], bool)
     monkeypatch.setattr(machine, "_git", lambda *_: None)
     assert machine.commit() == {"commit": "of a copy", "dirty": None}
 

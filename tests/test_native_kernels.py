@@ -18,18 +18,11 @@ try:
 except ImportError as error:
     pytest.skip(f"the compiled CPU kernels are not there: {error}", allow_module_level=True)
 
+# The references are small, and PyTorch's OpenMP pool does not survive the fork below.
+pytestmark = pytest.mark.usefixtures("one_thread")
 EPS = 1e-12
 ULP = 2.0**-23
 DTYPES = {torch.float32: _cpu.FLOAT32, torch.float16: _cpu.FLOAT16, torch.bfloat16: _cpu.BFLOAT16}
-
-
-@pytest.fixture(autouse=True)
-def one_torch_thread():
-    """The references are small, and PyTorch's OpenMP pool does not survive the fork below."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=_cpu.available_isas())
@@ -45,7 +38,7 @@ def widest():
 
 
 def filled(*shape, dtype=torch.float32):
-    """NaN, so that what is not written shows."""
+    """NaN, so that an entry that nobody writes shows."""
     return torch.full(shape, math.nan, dtype=dtype)
 
 
@@ -186,8 +179,8 @@ class Native:
         return grads
 
 
-def plain(x1, x2, wr, wc, temperature=0.1, offset=0, dtype=torch.float64):
-    """The same in plain PyTorch: per-row losses, gradients of x1 and x2, temperature gradient."""
+def eager_step(x1, x2, wr, wc, temperature=0.1, offset=0, dtype=torch.float64):
+    """The same in eager PyTorch: per-row losses, gradients of x1 and x2, temperature gradient."""
     x1, x2 = (x.to(dtype).detach().clone().requires_grad_() for x in (x1, x2))
     scale = torch.tensor(1 / temperature, dtype=dtype, requires_grad=True)
     z1, z2 = (torch.nn.functional.normalize(x, eps=EPS) for x in (x1, x2))
@@ -238,8 +231,8 @@ def weights(m, n, seed=1):
 def references(x1, x2, temperature, offset):
     """Weights, the truth, and how far eager fp32 is from it."""
     wr, wc = weights(len(x1), len(x2))
-    truth = plain(x1, x2, wr, wc, temperature, offset)[:4]
-    eager = plain(x1, x2, wr, wc, temperature, offset, torch.float32)[:4]
+    truth = eager_step(x1, x2, wr, wc, temperature, offset)[:4]
+    eager = eager_step(x1, x2, wr, wc, temperature, offset, torch.float32)[:4]
     return wr, wc, truth, [float((e.double() - t).norm()) for e, t in zip(eager, truth)]
 
 
@@ -375,8 +368,8 @@ def test_one_side_and_one_direction(isa):
     assert torch.equal(both[0], first[0]) and torch.equal(both[1], second[1])
     native = Native(x1, x2, symmetric=False)
     assert (native.column_sums == 0).all()
-    truth = plain(x1, x2, wr, None)
-    eager = plain(x1, x2, wr, None, dtype=torch.float32)
+    truth = eager_step(x1, x2, wr, None)
+    eager = eager_step(x1, x2, wr, None, dtype=torch.float32)
     for g, t, e in zip(native.backward(wr, None), truth[2:4], eager[2:4]):
         assert error(g, t) <= max(2 * error(e, t), 8 * ULP)
 
@@ -386,7 +379,7 @@ def test_temperature_gradient(isa):
     wr, wc = weights(100, 100)
     native = Native(x1, x2)
     native.backward(wr, wc)
-    truth = float(plain(x1, x2, wr, wc)[4])
+    truth = float(eager_step(x1, x2, wr, wc)[4])
     for dots in native.dots:
         assert dots / native.scale == pytest.approx(truth, rel=1e-5)
 
@@ -409,7 +402,7 @@ def test_hard_rows(isa):
     wr, wc = weights(70, 70)
     native = Native(zero1, zero2)
     g1, g2 = native.backward(wr, wc)
-    truth = plain(zero1, zero2, wr, wc)
+    truth = eager_step(zero1, zero2, wr, wc)
     for x, t in zip((*native.losses(), g1, g2), truth):
         # Clamped rows have gradients of 1 / eps: compare row by row.
         t = t.reshape(70, -1)
@@ -428,16 +421,16 @@ def test_hard_rows(isa):
 @pytest.mark.parametrize("temperature", [0.1, 0.005])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_nan_and_inf(isa, bad, temperature):
-    """They reach every loss and gradient that they touch in plain PyTorch, and nothing else."""
+    """They reach every loss and gradient that they touch in eager PyTorch, and nothing else."""
     x1, x2 = views(100, 100, 40)
     x1[17, 3] = bad
     wr, wc = weights(100, 100)
     native = Native(x1, x2, temperature)
-    expected = plain(x1, x2, wr, wc, temperature, dtype=torch.float32)
+    expected = eager_step(x1, x2, wr, wc, temperature, dtype=torch.float32)
     assert torch.equal(torch.isnan(native.nll_row), torch.isnan(expected[0]))
     assert torch.equal(torch.isnan(native.nll_col), torch.isnan(expected[1]))
-    for found, want in zip(native.backward(wr, wc), expected[2:]):
-        assert torch.equal(torch.isnan(found), torch.isnan(want))
+    for got, want in zip(native.backward(wr, wc), expected[2:]):
+        assert torch.equal(torch.isnan(got), torch.isnan(want))
 
 
 def test_exp2(isa):
@@ -624,9 +617,9 @@ def test_bf16(widest, n, d):
         x1, x2 = views(n, n, d, noise=noise)
         wr, wc = weights(n, n)
         native = Native(x1, x2, bf16=True)
-        truth = plain(x1, x2, wr, wc)
+        truth = eager_step(x1, x2, wr, wc)
         with torch.autocast("cpu", torch.bfloat16):
-            eager = plain(x1, x2, wr, wc, dtype=torch.float32)
+            eager = eager_step(x1, x2, wr, wc, dtype=torch.float32)
         got = (*native.losses(), *native.backward(wr, wc))
         # What 8 bits of z leave of any a s, where eager is near by chance: few rows, or short ones.
         floor = 10 * 2.0**-9 / d**0.5

@@ -34,7 +34,7 @@ def test_separable_classes_are_separated(schedule):
 
 def test_schedules_differ_and_repeat():
     features = clusters(spread=2.0)
-    found = {}
+    accuracy = {}
     for schedule in probe.SCHEDULES:
         rates = []
         step = torch.optim.SGD.step
@@ -45,7 +45,7 @@ def test_schedules_differ_and_repeat():
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.optim.SGD, "step", spy)
-            found[schedule] = linear_probe(features, schedule, epochs=4, batch_size=32)
+            accuracy[schedule] = linear_probe(features, schedule, epochs=4, batch_size=32)
         assert len(rates) == 4 * 4
         if schedule == "constant":
             assert set(rates) == {0.1}
@@ -53,8 +53,8 @@ def test_schedules_differ_and_repeat():
             want = [0.05 * (1 + math.cos(math.pi * i / 16)) for i in range(16)]
             assert rates == pytest.approx(want)
         torch.manual_seed(len(rates))  # the global state decides nothing
-        assert linear_probe(features, schedule, epochs=4, batch_size=32) == found[schedule]
-    assert all(0.4 < v < 1 for v in found.values())
+        assert linear_probe(features, schedule, epochs=4, batch_size=32) == accuracy[schedule]
+    assert all(0.4 < v < 1 for v in accuracy.values())
 
 
 def test_scaled_probe_knows_neither_shift_nor_scale():
@@ -92,15 +92,17 @@ def test_unlabelled_samples_are_left_out():
             measure(nothing)
 
 
-def plain_knn(features, k, temperature):
+def knn_by_loop(features, k, temperature):
     right = 0
     for x, label in zip(features.test.tolist(), features.test_labels.tolist()):
-        found = []
+        neighbours = []
         for y, vote in zip(features.train.tolist(), features.train_labels.tolist()):
             dot = sum(a * b for a, b in zip(x, y))
-            found.append((dot / math.sqrt(sum(a * a for a in x) * sum(b * b for b in y)), vote))
+            neighbours.append(
+                (dot / math.sqrt(sum(a * a for a in x) * sum(b * b for b in y)), vote)
+            )
         votes = [0.0] * features.classes
-        for similarity, vote in sorted(found, reverse=True)[:k]:
+        for similarity, vote in sorted(neighbours, reverse=True)[:k]:
             votes[vote] += math.exp(similarity / temperature)
         right += votes.index(max(votes)) == label
     return right / len(features.test)
@@ -112,7 +114,7 @@ def test_knn_against_a_plain_loop(k, temperature):
     # In fp64, where no library's rounding decides which neighbour is the k-th.
     features = clusters(spread=1.5, seed=k)
     features = features._replace(train=features.train.double(), test=features.test.double())
-    want = plain_knn(features, k, temperature)
+    want = knn_by_loop(features, k, temperature)
     assert 0.3 < want < 1
     for block in (1, 50, 1024):
         got = knn(features, k=k, temperature=temperature, block=block)

@@ -21,8 +21,8 @@ def test_a_line_for_every_tenth_the_first_and_the_last(capsys):
     assert lines_of(capsys, 40, range(1, 41)) == [f"at {s}" for s in (1, *range(5, 41, 4), 40)]
     assert lines_of(capsys, 3, range(1, 4)) == ["at 1", "at 2", "at 3"]
     # A run that goes on, what stays where it is, and a banner.
-    found = lines_of(capsys, 40, [30, 30, 31, 39, 40, 40], start=29, banner="a run")
-    assert found == ["a run", "at 30", "at 39", "at 40"]
+    lines = lines_of(capsys, 40, [30, 30, 31, 39, 40, 40], start=29, banner="a run")
+    assert lines == ["a run", "at 30", "at 39", "at 40"]
     assert lines_of(capsys, 40, range(1, 41), show=False, banner="a run") == []
 
 

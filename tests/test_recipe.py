@@ -133,9 +133,9 @@ def test_a_folder_goes_through_the_recipe(photographs, tmp_path, capsys):
     assert cli.main(["probe", str(runs / "imagenet"), "--epochs", "2", "--dim", "360"]) == 0
     assert cli.main(["spectrum", str(runs / "imagenet")]) == 0
     torch.set_num_threads(before)
-    found = json.loads((runs / "imagenet" / "probe.json").read_text())["accuracy"]
-    assert set(found) == {"trained", "trained, r[:, :360]", "trained, sub-vector"}
-    assert found["trained, r[:, :360]"] == found["trained, sub-vector"]
+    accuracy = json.loads((runs / "imagenet" / "probe.json").read_text())["accuracy"]
+    assert set(accuracy) == {"trained", "trained, r[:, :360]", "trained, sub-vector"}
+    assert accuracy["trained, r[:, :360]"] == accuracy["trained, sub-vector"]
     spectra = json.loads((runs / "imagenet" / "spectrum.json").read_text())
     assert spectra["representation"]["dimensions"] == 2048
     assert spectra["embedding"]["dimensions"] == 360

@@ -44,11 +44,11 @@ def test_known_spectrum():
 @pytest.mark.parametrize("rank", [0, 1, 7, 19, 20])
 def test_collapsed_directions_are_counted(rank, dtype):
     x = (randn(300, rank) @ randn(rank, 20, seed=1) + 10 * randn(1, 20, seed=2)).to(dtype)
-    found = spectrum.describe(x)
-    assert found["collapsed"] == 20 - rank
-    assert found["dimensions"] == 20 and found["samples"] == 300
-    assert found["threshold"] == spectrum.THRESHOLD
-    json.dumps(found, allow_nan=False)
+    values = spectrum.describe(x)
+    assert values["collapsed"] == 20 - rank
+    assert values["dimensions"] == 20 and values["samples"] == 300
+    assert values["threshold"] == spectrum.THRESHOLD
+    json.dumps(values, allow_nan=False)
 
 
 def test_threshold():
@@ -207,14 +207,14 @@ def test_of_model(mode, width):
     config = TrainConfig(data="fake", image_size=8, mode=mode).resolve()
     model = Model(config, 3, 10).eval()
     r = randn(300, 256).float().relu()
-    found = spectrum.of_model(model, r)
-    assert list(found) == ["representation", *["sub-vector"] * (mode == "directclr"), "embedding"]
-    assert found["embedding"]["dimensions"] == width
+    spectra = spectrum.of_model(model, r)
+    assert list(spectra) == ["representation", *["sub-vector"] * (mode == "directclr"), "embedding"]
+    assert spectra["embedding"]["dimensions"] == width
     embedded = F.normalize(model.objective.embed(r), dim=1)
-    assert found["embedding"] == spectrum.describe(embedded.detach())
+    assert spectra["embedding"] == spectrum.describe(embedded.detach())
     if mode == "directclr":
-        assert found["sub-vector"] == spectrum.describe(r[:, :45])
-        assert found["representation"] == spectrum.describe(r)
+        assert spectra["sub-vector"] == spectrum.describe(r[:, :45])
+        assert spectra["representation"] == spectrum.describe(r)
 
 
 def test_files(tmp_path):

@@ -1,8 +1,8 @@
 """Whatever PyTorch calls a tensor: equal to the plain formula, or one sentence, never a signal.
 
-Every kind runs in a process of its own kind of backend, which prints a line before and after each;
-a process that dies fails the kind it was at and the next one goes on behind it. Row numbers (N22,
-A18, ...) are those of the reports that the kinds are taken from.
+A process for each backend runs every kind and prints a line before and after it. A process that
+dies fails the kind it was at, and the next process goes on behind that kind. Row numbers (N22, A18,
+...) are those of the reports that the kinds are taken from.
 """
 
 from __future__ import annotations
@@ -33,11 +33,14 @@ SENTENCES = (TypeError, ValueError, NotImplementedError)
 KINDS: dict[str, tuple] = {}
 
 
-def kind(must: str, place: str = "views", plain=None):
-    """Registers ``make(x)``: from plain fp32 values (or an index, or a temperature) an object."""
+def kind(must: str, place: str = "views", dense=None):
+    """Registers ``make(x)``: an object from fp32 values (or an index, or a temperature).
+
+    ``dense``: the tensor with memory of its own that ``make`` equals, where that is not x itself.
+    """
 
     def register(make):
-        KINDS[make.__name__] = (make, must, place, plain)
+        KINDS[make.__name__] = (make, must, place, dense)
         return make
 
     return register
@@ -101,17 +104,17 @@ def imaginary_part_of_a_conjugate(x):  # A18
     return torch.complex(torch.zeros_like(x), -x).conj().imag
 
 
-@kind("equal", plain=lambda x: x[:1].expand(ROWS, WIDTH).clone())
+@kind("equal", dense=lambda x: x[:1].expand(ROWS, WIDTH).clone())
 def expanded_rows(x):
     return x[:1].expand(ROWS, WIDTH)
 
 
-@kind("equal", plain=lambda x: x[:, :1].expand(ROWS, WIDTH).clone())
+@kind("equal", dense=lambda x: x[:, :1].expand(ROWS, WIDTH).clone())
 def zero_stride_columns(x):
     return x[:, :1].expand(ROWS, WIDTH)
 
 
-@kind("equal", plain=lambda x: x.flatten()[: ROWS + WIDTH - 1].unfold(0, WIDTH, 1).clone())
+@kind("equal", dense=lambda x: x.flatten()[: ROWS + WIDTH - 1].unfold(0, WIDTH, 1).clone())
 def overlapping(x):
     return x.flatten()[: ROWS + WIDTH - 1].unfold(0, WIDTH, 1)
 
@@ -187,7 +190,7 @@ def efficient_zero(x):
 
 
 class Wrapper(Tensor):
-    """The plainest wrapper: unwraps, runs, wraps nothing."""
+    """The simplest wrapper: unwraps, runs, wraps nothing."""
 
     @staticmethod
     def __new__(cls, inner):
@@ -381,7 +384,7 @@ def negative_view_upstream(x):
     return torch._neg_view(-x)
 
 
-@kind("equal", "upstream", plain=lambda x: x[:1].expand(ROWS).clone())
+@kind("equal", "upstream", dense=lambda x: x[:1].expand(ROWS).clone())
 def expanded_upstream(x):
     return x[:1].expand(ROWS)
 
@@ -558,20 +561,21 @@ def outcome(function, place: str, make, dtype=torch.float32) -> list:
     return [loss.detach(), *(leaf.grad for leaf in leaves)]
 
 
-def compare(found: list, truth: list) -> str:
-    if found[0].device.type != "cpu" or type(found[0]) is not Tensor:
+def compare(ours: list, truth: list) -> str:
+    if ours[0].device.type != "cpu" or type(ours[0]) is not Tensor:
         return "a scalar of the kind"
-    for name, a, b in zip(("loss", "dr1", "dr2", "dtemperature"), found, truth):
-        if a is not None and b is not None:
-            if a.shape != b.shape or not torch.allclose(a.double(), b, rtol=2e-5, atol=2e-6):
-                return f"wrong {name}: {a.flatten()[:4].tolist()}, not {b.flatten()[:4].tolist()}"
+    for name, a, b in zip(("loss", "dr1", "dr2", "dtemperature"), ours, truth):
+        if a is None or b is None:
+            continue
+        if a.shape != b.shape or not torch.allclose(a.double(), b, rtol=2e-5, atol=2e-6):
+            return f"wrong {name}: {a.flatten()[:4].tolist()}, not {b.flatten()[:4].tolist()}"
     return "equal"
 
 
 def tensor_classes(base=Tensor):
-    for found in base.__subclasses__():
-        yield found
-        yield from tensor_classes(found)
+    for cls in base.__subclasses__():
+        yield cls
+        yield from tensor_classes(cls)
 
 
 def generic(cls):
@@ -591,25 +595,25 @@ def cases(backend: str):
         return fast_directclr_loss(r1, r2, dim, t, backend=backend, **group, **options)
 
     @cache
-    def truth(place, plain):
-        return outcome(eager_loss, place, plain, torch.float64)
+    def truth(place, dense):
+        return outcome(eager_loss, place, dense, torch.float64)
 
     def same(x):
         return x
 
-    def run(place, make, plain, context=contextlib.nullcontext):
-        wanted = truth(place, plain)
+    def run(place, make, dense, context=contextlib.nullcontext):
+        wanted = truth(place, dense)
         with context():
             return compare(outcome(loss, place, make), wanted)
 
-    for name, (make, must, place, plain) in KINDS.items():
+    for name, (make, must, place, dense) in KINDS.items():
         # Autograd's own business; torch 2.11's collective refuses the formula's strided gradient.
         if backend == "reference" and (place == "upstream" or name.endswith("with_gradient")):
             must = "any"
         for where in ("r1", "r2") if place == "views" else (place,):
-            # The interpreter is slow, and what is refused before any backend is seen above.
+            # The interpreter is slow. The other backends show what is refused before any of them.
             if backend != "triton" or (where != "r2" and must in ("equal", "freed", "cut")):
-                yield f"{name}-{where}", must, partial(run, where, make, plain or same)
+                yield f"{name}-{where}", must, partial(run, where, make, dense or same)
     if backend == "reference":  # the formula: torch's own operations, whatever state torch is in
         return
 
@@ -666,9 +670,9 @@ def cases(backend: str):
 
 
 def verdict(must: str, came) -> str:
-    """ "" where it came to what it must, else what is wrong."""
+    """ "" if ``came`` returns what it must, else what is wrong."""
     try:
-        found = came()
+        result = came()
     except Exception as error:
         text = str(error)
         if must == "any":
@@ -679,9 +683,7 @@ def verdict(must: str, came) -> str:
         return f"{type(error).__name__}: {text[:300]}"
     scalar = "a scalar of the kind"
     allowed = {"equal": ("equal",), "of its kind": (scalar,), "any": ("equal", scalar)}
-    if found in allowed.get(must, ()):
-        return ""
-    return found
+    return "" if result in allowed.get(must, ()) else result
 
 
 def main(backend: str, skip: list[str]) -> None:
@@ -706,11 +708,11 @@ with contextlib.suppress(ImportError):
 @cache
 def verdicts(backend: str) -> dict[str, str]:
     """What every kind came to; a signal fails the kind that was at work and only it."""
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     while True:
         environment = dict(os.environ, OMP_NUM_THREADS="1", TRITON_INTERPRET="1")
         done = subprocess.run(
-            [sys.executable, __file__, backend, *found],
+            [sys.executable, __file__, backend, *texts],
             capture_output=True, text=True, env=environment, timeout=waiting.STILL,
         )  # fmt: skip
         name = None
@@ -718,23 +720,23 @@ def verdicts(backend: str) -> dict[str, str]:
             what, text = json.loads(line)
             if what == "at":
                 name = text
-                found[name] = "the process ended here"
+                texts[name] = "the process ended here"
             else:
-                found[name] = text
+                texts[name] = text
                 name = None
         if done.returncode == 0:
-            return found
+            return texts
         assert name is not None, done.stderr[-2000:]
-        found[name] = f"the process died ({done.returncode}): {done.stderr[-1500:]}"
+        texts[name] = f"the process died ({done.returncode}): {done.stderr[-1500:]}"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_kind_is_equal_or_one_sentence(backend):
     """N22, N23, A18 to A21 and all of their kind."""
-    found = verdicts(backend)
-    named = {name.rpartition("-")[0] for name in found}
+    texts = verdicts(backend)
+    named = {name.rpartition("-")[0] for name in texts}
     assert named > {name for name, (_, must, *_) in KINDS.items() if must in ("equal", "freed")}
-    wrong = {name: text for name, text in found.items() if text}
+    wrong = {name: text for name, text in texts.items() if text}
     assert not wrong, "\n".join(f"{name}: {text}" for name, text in wrong.items())
 
 

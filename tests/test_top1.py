@@ -43,11 +43,11 @@ def check_against_the_reference(name: str, **how) -> None:
         else:
             assert got.dtype == torch.bool and not got.requires_grad
             assert torch.equal(got, want)
-    # What is asked for besides changes nothing of the loss but, at most, the order of its sums.
-    plain = fast_directclr_loss(r1, r2, **(options | {"return_stats": False}), **how)
-    torch.testing.assert_close(plain, loss, rtol=1e-6, atol=1e-6)
+    # Statistics change nothing of the loss but, at most, the order of its sums.
+    without = fast_directclr_loss(r1, r2, **(options | {"return_stats": False}), **how)
+    torch.testing.assert_close(without, loss, rtol=1e-6, atol=1e-6)
     if how["backend"] in ("torch", "cpu"):
-        assert torch.equal(plain, loss)
+        assert torch.equal(without, loss)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -71,15 +71,15 @@ def test_the_reference_agrees_with_the_words():
         _, stats = fast_directclr_loss(
             r1, r2, None, negatives=negatives, backend="reference", return_stats=True
         )
-        for found, own, other in ((stats.row_top1, z1, z2), (stats.col_top1, z2, z1)):
+        for top1, own, other in ((stats.row_top1, z1, z2), (stats.col_top1, z2, z1)):
             logits = (own @ other.T)[off].view(19, 18)
             if negatives == "both":
                 logits = torch.cat([logits, (own @ own.T)[off].view(19, 18)], 1)
-            assert torch.equal(found, by_hand(logits, positives))
+            assert torch.equal(top1, by_hand(logits, positives))
     _, stats = fast_directclr_loss(r1, r2, None, negatives="same", return_stats=True)
-    for found, own in ((stats.row_top1, r1), (stats.col_top1, r2)):
+    for top1, own in ((stats.row_top1, r1), (stats.col_top1, r2)):
         logits = -torch.cdist(own, own).square()[off].view(19, 18)
-        assert torch.equal(found, by_hand(logits, -(r1 - r2).square().sum(1)))
+        assert torch.equal(top1, by_hand(logits, -(r1 - r2).square().sum(1)))
 
 
 @pytest.mark.parametrize("backend", [*backends(), "reference"])

@@ -16,16 +16,8 @@ import waiting
 from directclr_fast import cli, fast_directclr_loss
 from directclr_fast.paper import spectrum, toy
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SEEDS = 3
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Matrices this small gain nothing from threads and lose much where other work runs."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def train(name, loss, steps, variants=None, seeds=SEEDS, **changes):
@@ -135,21 +127,21 @@ def test_a_seed_is_the_same_run_whatever_the_others():
 
 @pytest.mark.parametrize("loss", toy.LOSSES)
 def test_strong_augmentation_parts_noisy_from_clean_coordinates(loss):
-    _, found = train("augmentation", loss, 500)
-    ratio = found["noisy"] / found["clean"]  # (T, k, S)
+    _, measured = train("augmentation", loss, 500)
+    ratio = measured["noisy"] / measured["clean"]  # (T, k, S)
     assert (ratio[0] - 1).abs().max() < 0.25
     weak, *_, strong = ratio[-1]
     assert (weak - 1).abs().max() < 0.15 and strong.max() < 0.35
     assert (ratio[-1].diff(dim=0) < 0.02).all() and (ratio[-1][1:].diff(dim=0) < -0.05).all()
     # Small, all eight of them, but not gone: a plateau.
-    assert (found["small"][-1, -1] >= 8).all() and found["noisy"][-1].min() > 0.03
+    assert (measured["small"][-1, -1] >= 8).all() and measured["noisy"][-1].min() > 0.03
 
 
 @pytest.mark.parametrize("loss", toy.LOSSES)
 def test_deeper_networks_leave_more_collapsed(loss):
     variants = toy.TASKS["depth"].variants
-    _, found = train("depth", loss, 1200, [v for v in variants if v.layers < 8])
-    collapsed = found["collapsed"]  # (T, variants, S)
+    _, measured = train("depth", loss, 1200, [v for v in variants if v.layers < 8])
+    collapsed = measured["collapsed"]  # (T, variants, S)
     random, aligned = collapsed[-1, :4], collapsed[-1, 4:]
     assert (random.diff(dim=0) >= 1).all() and (random[0] == 0).all() and (random[3] >= 11).all()
     # The same product at the start: what is left is what depth itself slows down.
@@ -161,22 +153,22 @@ def test_released_loss_revives_what_eq2_leaves_collapsed():
     """From 9 of 16 at the start: the released loss ends with fewer, Eq. 2 with 7 to 9."""
     ends = {}
     for loss in toy.LOSSES:
-        _, found = train("regularization", loss, 2500)
-        assert ((found["collapsed"][0] - 9).abs() <= 1).all()
-        ends[loss] = found["collapsed"][-1, 0]
+        _, measured = train("regularization", loss, 2500)
+        assert ((measured["collapsed"][0] - 9).abs() <= 1).all()
+        ends[loss] = measured["collapsed"][-1, 0]
     assert (ends["released"] <= 6).all()
     assert ((7 <= ends["paper"]) & (ends["paper"] <= 9)).all()
 
 
 def test_layers_align_from_small_weights():
-    _, found = train("alignment", "released", 1500)
-    alignment = found["alignment"]  # (T, scales, S)
-    assert (found["live"][-1] >= 2).all()
+    _, measured = train("alignment", "released", 1500)
+    alignment = measured["alignment"]  # (T, scales, S)
+    assert (measured["live"][-1] >= 2).all()
     start, end = alignment[0].max(), alignment[-1]
     assert start < 0.3
     assert (end[1:] > 0.9).all() and (end[0] < 0.8).all() and (end[0] > start).all()
     # By single directions, without groups, the same layers do not look aligned.
-    assert (found["diagonal"][-1, 1] < 0.8).all()
+    assert (measured["diagonal"][-1, 1] < 0.8).all()
 
 
 # ---------------------------------------------------------------- files, command, errors
@@ -194,12 +186,12 @@ def test_command_writes_json_and_figure(name, tmp_path, capsys):
     png = (out / f"toy-{name}.png").read_bytes()
     assert png.startswith(b"\x89PNG") and 10_000 < len(png) < 150_000
     text = (out / f"toy-{name}.json").read_text()
-    found = json.loads(text, parse_constant=pytest.fail)  # no nan, no infinity
+    results = json.loads(text, parse_constant=pytest.fail)  # no nan, no infinity
     assert len(text) < 60_000
-    assert (found["task"], found["seeds"], found["steps"]) == (name, 2, 20)
-    assert list(found["losses"]) == ["released", "paper"]
+    assert (results["task"], results["seeds"], results["steps"]) == (name, 2, 20)
+    assert list(results["losses"]) == ["released", "paper"]
     task = toy.TASKS[name]
-    for loss, result in found["losses"].items():
+    for loss, result in results["losses"].items():
         assert f"toy {name}, {loss} loss: step 20 of 20" in output
         assert len(result["variants"]) == len(task.variants)
         for row, variant in zip(result["variants"], task.variants):
@@ -212,7 +204,7 @@ def test_command_writes_json_and_figure(name, tmp_path, capsys):
     assert output.count("k = ") == 2 * len(task.variants)
     # Numbers in the file are those of the run, mean and deviation over seeds.
     _, measured = toy.train(task, "paper", 2, 20)
-    row = found["losses"]["paper"]["variants"][-1]
+    row = results["losses"]["paper"]["variants"][-1]
     for curve, values in row["curves"].items():
         want = measured[curve][-1, -1]
         if curve == "log_weights":
@@ -224,9 +216,9 @@ def test_command_writes_json_and_figure(name, tmp_path, capsys):
 
 def test_one_seed_one_loss(tmp_path):
     pytest.importorskip("matplotlib")
-    found = toy.run("depth", tmp_path, "paper", seeds=1, steps=1, say=lambda text: None)
-    assert list(found["losses"]) == ["paper"] and found["losses"]["paper"]["times"] == [0, 1]
-    assert found["losses"]["paper"]["variants"][0]["curves"]["collapsed"]["spread"] == [0, 0]
+    results = toy.run("depth", tmp_path, "paper", seeds=1, steps=1, say=lambda text: None)
+    assert list(results["losses"]) == ["paper"] and results["losses"]["paper"]["times"] == [0, 1]
+    assert results["losses"]["paper"]["variants"][0]["curves"]["collapsed"]["spread"] == [0, 0]
 
 
 def test_an_interrupt_ends_both_losses(tmp_path, monkeypatch):

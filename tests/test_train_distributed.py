@@ -11,9 +11,13 @@ import torch
 import waiting
 from test_train_run import TINY, assert_same, log_of, state_of, train
 
-pytestmark = pytest.mark.skipif(
-    not torch.distributed.is_gloo_available() or not hasattr(os, "fork"), reason="needs Gloo, fork"
-)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(
+        not torch.distributed.is_gloo_available() or not hasattr(os, "fork"),
+        reason="needs Gloo, fork",
+    ),
+]
 FEW = {**TINY, "optimizer": "sgd", "learning_rate": 0.01, "epochs": 2, "max_steps": 4}
 
 # Imports once and forks the ranks. The script defines main(rank), with train as in test_train_run.
@@ -36,13 +40,13 @@ def train(name, **settings):
 
 exec(sys.argv[4])
 world, children = int(sys.argv[1]), []
-told, tell = os.pipe()
+reader, writer = os.pipe()
 for rank in range(world):
     child = os.fork()
     if child == 0:
         code = 1
         try:
-            port = os.read(told, 5)
+            port = os.read(reader, 5)
             names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}
             names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": int(port)}
             names |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
@@ -59,19 +63,10 @@ for rank in range(world):
 # A store of the parent's on a port that the system gives: nobody takes it before the ranks meet.
 # It has threads, and a fork copies what they have locked: hence the ranks were forked before.
 store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-os.write(tell, f"{store.port:5}".encode() * world)
+os.write(writer, f"{store.port:5}".encode() * world)
 codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 sys.exit(any(codes))
 """
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small gain nothing from threads and lose much where other work runs."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def launch(world, run_dir, script):
@@ -291,7 +286,10 @@ def test_a_restarted_job_does_not_meet_its_dead(monkeypatch):
 
     assert meeting() == {}  # not started by torchrun
     meeting(TORCHELASTIC_RESTART_COUNT=0)["store"].set("address", "of the first")
-    found = meeting(TORCHELASTIC_RESTART_COUNT=0)
-    assert found["store"].check(["address"]) and (found["rank"], found["world_size"]) == (0, 2)
+    restarted = meeting(TORCHELASTIC_RESTART_COUNT=0)
+    assert restarted["store"].check(["address"]) and (
+        restarted["rank"],
+        restarted["world_size"],
+    ) == (0, 2)
     assert not meeting(TORCHELASTIC_RESTART_COUNT=1)["store"].check(["address"])
     assert meeting(TORCHELASTIC_RESTART_COUNT=1, LOCAL_WORLD_SIZE=1) == {}  # several nodes

@@ -29,14 +29,14 @@ def until(done: Callable[[], object], signs: Callable[[], object] = lambda: None
 
 def sizes(folder: Path) -> dict[str, tuple[int, int]]:
     """Size and time of every file below: what a process at work changes."""
-    found = {}
+    sizes = {}
     for place, _, names in os.walk(folder):
         for name in names:
             path = os.path.join(place, name)
             with contextlib.suppress(OSError):  # replaced or gone meanwhile
                 state = os.stat(path)
-                found[path] = (state.st_size, state.st_mtime_ns)
-    return found
+                sizes[path] = (state.st_size, state.st_mtime_ns)
+    return sizes
 
 
 def together(

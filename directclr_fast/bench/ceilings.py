@@ -1,4 +1,4 @@
-"""What this machine can do at most, measured beside the figures held against it.
+"""The most that this machine can do, measured beside the figures that are held against it.
 
 "fma": a loop of independent fp32 multiply-adds on every thread (CPU, by the native extension).
 "square": the library's product of two large square matrices. "products": its three products of a
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -38,14 +39,19 @@ def fma_peak(rounds: int = 9) -> float | None:
     return statistics.median(rates)
 
 
+def _rate(operations: int, call: Callable[[], object], device: str, rounds: int) -> float | None:
+    """``operations`` over the median seconds of ``call``. None if it fails."""
+    times = interleaved({"call": call}, rounds, warmup=2, device=device)["call"]
+    return operations / times["median"] if "median" in times else None
+
+
 def square_rate(precision: str, device: str = "cpu", rounds: int = 5) -> float | None:
     """Operations per second of a large square library product. None where there is none."""
     side, dtype = SQUARE[device], _DTYPES[precision]
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     # Lets fp32 products of the library run in TF32 where `precision` says so.
     with fp32_products(device, "tf32" if precision == "tf32" else "ieee"):
-        found = interleaved({"mm": lambda: a @ b}, rounds, warmup=2, device=device)["mm"]
-    return 2 * side**3 / found["median"] if "median" in found else None
+        return _rate(2 * side**3, lambda: a @ b, device, rounds)
 
 
 def products_rate(
@@ -72,31 +78,28 @@ def products_rate(
 
     # Lets fp32 products of the library run in TF32 where `precision` says so.
     with fp32_products(device, "tf32" if precision == "tf32" else "ieee"):
-        found = interleaved({"products": all_three}, rounds, warmup=2, device=device)["products"]
-        if wide and "failed" in found:  # this library has no such product
+        rate = _rate(6 * rows * rows * dim, all_three, device, rounds)
+        if wide and rate is None:  # this library has no such product
             wide, out = False, out.to(dtype)
-            found = interleaved({"products": all_three}, rounds, warmup=2, device=device)[
-                "products"
-            ]
-    return 6 * rows * rows * dim / found["median"] if "median" in found else None
+            rate = _rate(6 * rows * rows * dim, all_three, device, rounds)
+    return rate
 
 
-def copy_rate(device: str = "cpu", rounds: int = 5) -> float:
-    """Bytes per second of a large copy, counting those read and those written."""
+def copy_rate(device: str = "cpu", rounds: int = 5) -> float | None:
+    """Bytes per second of a large copy, counting those read and those written. None if it fails."""
     source = torch.zeros(COPY_BYTES[device] // 4, device=device).normal_()
     target = torch.empty_like(source)
-    found = interleaved({"copy": lambda: target.copy_(source)}, rounds, warmup=2, device=device)
-    return 2 * COPY_BYTES[device] / found["copy"]["median"]
+    return _rate(2 * COPY_BYTES[device], lambda: target.copy_(source), device, rounds)
 
 
-def of_machine(device: str, rounds: int = 5) -> dict[str, float]:
+def measure(device: str, rounds: int = 5) -> dict[str, float]:
     """Ceilings that do not depend on the case: operations/s by name, and "copy" in bytes/s."""
-    found = {"copy": copy_rate(device, rounds)}
+    rates = {"copy": copy_rate(device, rounds)}
     if device == "cpu":
-        found["fma fp32"] = fma_peak()
+        rates["fma fp32"] = fma_peak()
     for precision in PRECISIONS[device]:
-        found[f"square {precision}"] = square_rate(precision, device, rounds)
-    return {name: rate for name, rate in found.items() if rate is not None}
+        rates[f"square {precision}"] = square_rate(precision, device, rounds)
+    return {name: rate for name, rate in rates.items() if rate is not None}
 
 
 def unit_of(precision: str) -> str:

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def asked(arguments: argparse.Namespace) -> Settings:
-    """The settings that the flags ask for; what is not given stays as it is."""
+    """The settings that the flags ask for; a flag that is not given leaves its default."""
     given = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in vars(arguments).items()
@@ -118,10 +118,10 @@ def listing(wanted: Settings) -> list[str]:
     for negatives in ("cross", "both"):
         for case in dataclasses.replace(wanted, negatives=negatives, both_rows=()).cases():
             for variant in wanted.catalogue(case):
-                found = variant.why_not(case)
-                before = reasons.get(variant.name, (variant, found))
-                reasons[variant.name] = min(before, (variant, found), key=lambda pair: len(pair[1]))
+                why = variant.why_not(case)
+                before = reasons.get(variant.name, (variant, why))
+                reasons[variant.name] = min(before, (variant, why), key=lambda pair: len(pair[1]))
     return [
-        f"{name:<24}{variant.family:<11}{variant.precision:<6}{'; '.join(found) or 'available'}"
-        for name, (variant, found) in reasons.items()
+        f"{name:<24}{variant.family:<11}{variant.precision:<6}{'; '.join(why) or 'available'}"
+        for name, (variant, why) in reasons.items()
     ]

@@ -4,7 +4,7 @@
 
 Runs `train` on N = 16,384 made-up 32 x 32 colour images in chunks of 512, two steps of the whole
 batch, and prints the resident peak of the process (ru_maxrss: interpreter, libraries, images and
-checkpoint included) beside the same at smaller N and beside plain steps. Linux.
+checkpoint included) beside the same at smaller N and beside steps without chunks. Linux.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def train(rows: int, encoder: str, chunks: dict, gib: float) -> dict:
 
 
 def measure(arguments: argparse.Namespace) -> Iterator[tuple[dict, str]]:
-    """Every N in chunks, then every N as plain steps."""
+    """Every N in chunks, then every N without."""
     sizes = [(n, arguments.chunk_size) for n in arguments.rows]
     for n, chunk in sizes + [(n, None) for n in arguments.plain_rows]:
         rule = arguments.cache_bn if chunk else None
@@ -61,7 +61,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[tuple[dict, str]]:
                 shown = f"peak {case['peak_mib']:.0f} MiB, {case['seconds_per_step']:.1f} s a step"
             except Exception as error:  # out of memory, or a process that the system ended
                 case["failed"] = shown = timing.failure(error)["failed"]
-        how = f"chunks of {chunk}" if chunk else "plain"
+        how = f"chunks of {chunk}" if chunk else "no chunks"
         yield case, f"N {n}, {arguments.encoder}, {how}: {shown}"
 
 

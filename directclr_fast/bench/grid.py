@@ -48,7 +48,7 @@ def run(
         "cases": [],
     }
     progress("ceilings", 0.0)
-    result["ceilings"] = ceilings.of_machine(settings.device)
+    result["ceilings"] = ceilings.measure(settings.device)
     rows = [{v.name: _row(v, v.why_not(case)) for v in plan} for case, plan in zip(cases, plans)]
     # The share of the work that is done is guessed: peaks are a quarter, where there are any; a
     # case costs its operations and a fixed part for checks and compilers.
@@ -65,8 +65,9 @@ def run(
             progress(f"N {case.rows}, d {case.dim}, {case.negatives}: {name}", share)
 
         tick("checks")
-        found = _measure(case, plan, rows[number], settings, checked, result["ceilings"], tick)
-        result["cases"].append(found)
+        result["cases"].append(
+            _measure(case, plan, rows[number], settings, checked, result["ceilings"], tick)
+        )
         save(result)
     progress("done", 1.0)
     return result
@@ -81,18 +82,18 @@ def _peaks(cases: list[Case], rows: list[dict], tick: Callable[[str, float], Non
     """Writes the peak of every variant that can run into its row; Linux, CPU."""
     places = [
         (number, name)
-        for number, found in enumerate(rows)
-        for name, row in found.items()
+        for number, of_case in enumerate(rows)
+        for name, row in of_case.items()
         if "why_not" not in row
     ]
 
-    def keep(job: int, found: dict) -> None:
+    def write(job: int, peak: dict) -> None:
         number, name = places[job]
-        rows[number][name].update(found)
+        rows[number][name].update(peak)
         tick(f"memory: N {cases[number].rows}, {name}", (job + 1) / len(places))
 
     tick("memory", 0.0)
-    memory.in_processes([(cases[number], name) for number, name in places], keep)
+    memory.in_processes([(cases[number], name) for number, name in places], write)
 
 
 def _measure(
@@ -101,10 +102,14 @@ def _measure(
     rows: dict[str, dict],
     settings: Settings,
     checked: dict[tuple, dict],
-    of_machine: dict[str, float],
+    shared: dict[str, float],
     tick: Callable[[str], None],
 ) -> dict:
-    """The record of one case; ``rows`` says who cannot run and, on the CPU, what each needs."""
+    """The record of one case.
+
+    ``rows``: by variant, why it cannot run and, on the CPU, its peak. ``shared``: the ceilings that
+    do not depend on the case.
+    """
     torch._dynamo.reset()
     device = case.device
     functions = {}
@@ -133,7 +138,7 @@ def _measure(
 
         before = _fma(device)
         calls = {name: lambda name=name: step(name) for name in functions}
-        found = timing.interleaved(
+        times = timing.interleaved(
             calls,
             settings.rounds,
             device=device,
@@ -143,18 +148,18 @@ def _measure(
         )
         after = _fma(device)
         if device == "cuda":
-            _device_only(calls, found, rows, settings.rounds)
+            _device_only(calls, times, rows, settings.rounds)
         r1.grad = r2.grad = None
     own = _own_ceilings(case, {v.precision for v in plan if v.name in functions})
     if before and after:
         own["fma fp32"] = (before + after) / 2
     precisions = {v.name: v.precision for v in plan}
-    for name, row in found.items():
+    for name, row in times.items():
         row = rows[name] | row
         if "median" in row:
             row["loss"] = float(values[name])
             row["rate"] = case.work / row["median"]
-            roof = ceilings.roof({**of_machine, **own}, precisions[name])
+            roof = ceilings.roof({**shared, **own}, precisions[name])
             row["of_roof"] = row["rate"] / roof if roof else None
             products = own.get(f"products {ceilings.unit_of(precisions[name])}")
             row["of_library"] = row["rate"] / products if products else None
@@ -169,7 +174,7 @@ def _fma(device: str) -> float | None:
 
 def _own_ceilings(case: Case, precisions: set[str]) -> dict[str, float]:
     """The library's rates at this case's N and d."""
-    found = {}
+    rates = {}
     for unit in sorted({ceilings.unit_of(p) for p in precisions}):
         if case.device == "cpu" and unit not in ceilings.PRECISIONS["cpu"]:
             continue
@@ -180,45 +185,45 @@ def _own_ceilings(case: Case, precisions: set[str]) -> dict[str, float]:
                 raise
             continue
         if rate is not None:
-            found[f"products {unit}"] = rate
-    return found
+            rates[f"products {unit}"] = rate
+    return rates
 
 
-def _device_only(calls: dict, found: dict, rows: dict, rounds: int) -> None:
+def _device_only(calls: dict, times: dict, rows: dict, rounds: int) -> None:
     """GPU: peaks, and the time of short steps without the gaps between their launches."""
     for name, call in calls.items():
-        if "median" not in found[name]:
+        if "median" not in times[name]:
             continue
         try:
             rows[name]["peak_mib"] = round(memory.on_device(call), 2)
         except Exception as error:
-            found[name] = timing.failure(error)
+            times[name] = timing.failure(error)
             continue
-        if found[name]["median"] < SHORT:
+        if times[name]["median"] < SHORT:
             alone = timing.interleaved({name: call}, rounds, device="cuda", backlog=True)[name]
-            found[name]["device_median"] = alone.get("median")
+            times[name]["device_median"] = alone.get("median")
 
 
 def _check(case: Case, variant: Variant, function, checked: dict[tuple, dict]) -> dict:
     """Errors of loss and gradients against the reference in fp64, on fewer rows of the same kind;
-    a failure where they are not those of the same loss."""
+    a failure where they are too large for the same loss."""
     rows = min(case.rows, CHECKED_ROWS)
     key = (variant.name, rows, case.width, case.dim, case.dtype, case.negatives)
     if key not in checked:
         checked[key] = errors(case, function, rows, copies=variant.family in ("ours", "plain"))
-    found = checked[key]
-    worst = max(found["error"], found["value_error"])
+    check = checked[key]
+    worst = max(check["error"], check["value_error"])
     if not worst < ALLOWED[variant.precision]:
         text = f"not the same loss: off by {worst:.1e}, allowed {ALLOWED[variant.precision]:.0e}"
-        return {**found, "failed": text, "out_of_memory": False}
-    return found
+        return {**check, "failed": text, "out_of_memory": False}
+    return check
 
 
 def errors(case: Case, function, rows: int, seed: int = 1, copies: bool = False) -> dict:
     """{"error", "value_error"}: relative errors of the gradient of both views and of the loss.
 
-    ``copies``: for half inputs, "error_fp32" too, that of the gradient for fp32 copies of the same
-    values, which the rounding of the gradient itself does not hide. For functions whose products
+    ``copies``: for half inputs also "error_fp32", the error of the gradient for fp32 copies of the
+    same values, which no rounding of the gradient itself hides. It is for functions whose products
     have the same precision either way.
     """
     r1, r2 = case.views(rows, seed)
@@ -234,10 +239,10 @@ def errors(case: Case, function, rows: int, seed: int = 1, copies: bool = False)
         return relative_error(grad, truth_grad), relative_error(got.loss, truth.loss)
 
     gradient, value = of(r1, r2)
-    found = {"error": gradient, "value_error": value}
+    relative = {"error": gradient, "value_error": value}
     if copies and case.dtype != "float32":
-        found["error_fp32"] = of(r1.float(), r2.float())[0]
-    return found
+        relative["error_fp32"] = of(r1.float(), r2.float())[0]
+    return relative
 
 
 def _disqualify(rows: dict[str, dict], plan: dict[str, Variant]) -> None:

@@ -2,10 +2,10 @@
 
     python -m directclr_fast.bench.memory --out memory.json
 
-On a GPU the allocator says it. On the CPU every step runs in a process of its own, forked from one
-that has imported torch and computed nothing, and the system says it (VmHWM, Linux): memory that an
-earlier step had returned or kept cannot hide any. The process may take what the machine has free
-and no more, so a step that does not fit ends as a result and not with the machine.
+On a GPU the allocator reports it. On the CPU the system does (VmHWM, Linux): every step runs in a
+process of its own, forked from one that has imported torch and computed nothing, so that memory of
+an earlier step hides none. The process may take what the machine has free and no more, so a step
+that does not fit becomes a result and does not bring the machine down.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ def in_processes(
     """{"peak_mib"} or a failure, for each (case, name of a variant) on the CPU.
 
     ``limit``: bytes a process may take; None takes what the machine has free. ``after`` is called
-    with the number of the job and its result, as they come.
+    with the number of each job and its result, as soon as the job ends.
     """
     asked = {
         "jobs": [(dataclasses.asdict(case), name) for case, name in jobs],
         "limit": limit or int(0.9 * machine.available_memory()) or None,
         "threads": torch.get_num_threads(),
     }
-    found: list[dict] = []
+    results: list[dict] = []
     with subprocess.Popen(
         [sys.executable, "-c", f"from {__spec__.name} import _serve; _serve()"],
         stdin=subprocess.PIPE,
@@ -78,11 +78,11 @@ def in_processes(
         child.stdin.write(json.dumps(asked))
         child.stdin.close()
         for line in child.stdout:
-            found.append(json.loads(line))
+            results.append(json.loads(line))
             if after is not None:
-                after(len(found) - 1, found[-1])
+                after(len(results) - 1, results[-1])
     lost = {"failed": f"the measuring process ended with code {child.returncode}"}
-    return found + [{**lost, "out_of_memory": False}] * (len(jobs) - len(found))
+    return results + [{**lost, "out_of_memory": False}] * (len(jobs) - len(results))
 
 
 @contextlib.contextmanager
@@ -136,11 +136,11 @@ def measure(arguments: argparse.Namespace) -> Iterator[tuple[dict, str]]:
         names = [v.name for v in variants.catalogue(case) if not v.why_not(case)]
         names = [n for n in arguments.variants or names if n in names and n not in gone]
         peaks, failed = {}, dict(gone)
-        for name, found in zip(names, in_processes([(case, name) for name in names])):
-            if "peak_mib" in found:
-                peaks[name] = found["peak_mib"]
+        for name, result in zip(names, in_processes([(case, name) for name in names])):
+            if "peak_mib" in result:
+                peaks[name] = result["peak_mib"]
             else:
-                failed[name], gone[name] = found["failed"], f"failed at N = {rows}"
+                failed[name], gone[name] = result["failed"], f"failed at N = {rows}"
         record = {
             "rows": rows,
             "width": case.width,
@@ -176,11 +176,11 @@ def _forked(case: Case, name: str, asked: dict) -> dict:
         try:
             torch.set_num_threads(asked["threads"])
             with limited(asked["limit"]):
-                found = {"peak_mib": round(_peak(case, name) / MIB, 2)}
+                result = {"peak_mib": round(_peak(case, name) / MIB, 2)}
         except BaseException as error:
-            found = timing.failure(error)
+            result = timing.failure(error)
         with os.fdopen(writer, "w") as pipe:
-            pipe.write(json.dumps(found))
+            pipe.write(json.dumps(result))
         os._exit(0)
     os.close(writer)
     with os.fdopen(reader) as pipe:
@@ -197,7 +197,7 @@ def _peak(case: Case, name: str) -> int:
     variant = next(v for v in variants.catalogue(case) if v.name == name)
     function: Loss = variant.build(case)
     r1, r2 = (r.requires_grad_() for r in case.views())
-    # What compiles does so for one shape: there the whole step warms up.
+    # A compiled function serves one shape, so it warms up with the whole step.
     warm = case.rows if "compiled" in name else min(WARM_ROWS, case.rows)
     function(r1[:warm], r2[:warm]).backward()
     r1.grad = r2.grad = None

@@ -2,11 +2,11 @@
 
     python -m directclr_fast.bench.processes --rows 4096 --out distributed.json
 
-Two processes take turns at: one process with all rows, two with half of them each ("all", "ring").
-Beside the times stand the constants that docs/scaling.py models two processes with: the rate of the
-one, and the link as the two see it. Two threads of one processor share its caches and its memory,
-which the model does not know; on a machine with other work, processor seconds of the first process
-say more than the clock.
+One process with all rows and two with half of them each ("all", "ring") take turns. The result also
+has the constants with which docs/scaling.py models two processes: the rate of the one, and the link
+as the two see it. Two threads of one processor share its caches and its memory, of which the model
+knows nothing. On a machine with other work, processor seconds of the first process say more than
+the clock.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ def link(block: int) -> tuple[float, float]:
         own, into = torch.zeros(elements), torch.empty(PROCESSES * elements)
         return lambda: dist.all_gather_into_tensor(into, own)
 
-    found = interleaved({"tiny": gather(8), "whole": gather(block // 4)}, ROUNDS_OF_LINK)
-    tiny, whole = (found[name]["median"] for name in ("tiny", "whole"))
+    times = interleaved({"tiny": gather(8), "whole": gather(block // 4)}, ROUNDS_OF_LINK)
+    tiny, whole = (times[name]["median"] for name in ("tiny", "whole"))
     return block * (PROCESSES - 1) / max(whole - tiny, 1e-9), tiny
 
 
 def case_of(rank: int, rows: int, arguments: argparse.Namespace) -> dict:
-    """One N; what the first process returns is the case."""
+    """One N. The case is the return value of the first process."""
     width, dim = arguments.width, arguments.dim
     whole = [r.requires_grad_() for r in make_views(rows, width)]
     half = rows // PROCESSES

@@ -9,6 +9,7 @@ of memory and errors likewise by their own.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 from . import timing
 
@@ -71,13 +72,13 @@ def compare(
     common = [key for key in after if key in before]
     if not common:
         raise ValueError("against: expected results with a common case, got none")
-    found = [
+    changes = [
         change
         for key in common
         for change in _case(before[key], after[key], relative, absolute, base, milliseconds)
     ]
     rank = {True: 0, False: 1, None: 2}
-    return sorted(found, key=lambda c: (rank[c.worse], -_size(c)))
+    return sorted(changes, key=lambda c: (rank[c.worse], -_size(c)))
 
 
 def summary(changes: list[Change], old: dict, new: dict) -> str:
@@ -98,37 +99,35 @@ def _size(change: Change) -> float:
     return abs(change.new / change.old - 1)
 
 
-def _case(old: dict, new: dict, relative, absolute, base, milliseconds) -> list[Change]:
+def _case(old: dict, new: dict, relative, absolute, base, milliseconds) -> Iterator[Change]:
     text = f"N {new['rows']}, d {new['dim']}, {new['dtype']}, {new['negatives']}"
-    found = []
     for name, was in old["variants"].items():
         row = new["variants"].get(name)
         if row is None or "why_not" in row:
             if "median" in was and row is not None:
                 reasons = "; ".join(row["why_not"])
-                found.append(Change(text, name, f"not run now: {reasons}", None, None, None))
+                yield Change(text, name, f"not run now: {reasons}", None, None, None)
             continue
         if "median" in was and "median" not in row:
             reason = row.get("failed", "it has no time")
-            found.append(Change(text, name, f"fails now: {reason}", None, None, True))
+            yield Change(text, name, f"fails now: {reason}", None, None, True)
             continue
         if "median" in row and "failed" in was:
-            found.append(Change(text, name, "runs now, failed before", None, None, False))
+            yield Change(text, name, "runs now, failed before", None, None, False)
         if "median" in was and "median" in row and (name != base or milliseconds):
             what, a, b, threshold = _times(old, new, name, base, milliseconds, absolute)
             if a is None or b is None:
-                found.append(Change(text, name, f"no time of {base} to compare", None, None, None))
+                yield Change(text, name, f"no time of {base} to compare", None, None, None)
             elif _moved(a, b, relative, threshold):
-                found.append(Change(text, name, what, a, b, b > a))
+                yield Change(text, name, what, a, b, b > a)
         if was.get("peak_mib") and row.get("peak_mib"):
             a, b = was["peak_mib"], row["peak_mib"]
             if _moved(a, b, relative, MEMORY_MIB):
-                found.append(Change(text, name, "peak MiB", a, b, b > a))
+                yield Change(text, name, "peak MiB", a, b, b > a)
         if was.get("error") and row.get("error") and was["family"] == "ours":
             a, b = was["error"], row["error"]
             if b > ERROR_FACTOR * a + ERROR_FLOOR or a > ERROR_FACTOR * b + ERROR_FLOOR:
-                found.append(Change(text, name, "error", a, b, b > a))
-    return found
+                yield Change(text, name, "error", a, b, b > a)
 
 
 def _times(old, new, name, base, milliseconds, absolute) -> tuple:

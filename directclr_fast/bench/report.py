@@ -21,27 +21,27 @@ ORDER = {"ours": 0, "plain": 1, "peer": 2, "neighbour": 3}
 def load(paths: Iterable[str | Path]) -> dict:
     """One result from the result files of a machine: the cases of all, the rest of the first.
 
-    ValueError where a file is not one, or where they are of different machines.
+    ValueError for a file that is no result, and for files of different machines.
     """
     whole: dict = {}
     for path in paths:
         try:
-            found = json.loads(Path(path).read_text())
+            result = json.loads(Path(path).read_text())
         except ValueError as error:
             raise ValueError(f"{path}: expected a result file of bench, got {error}") from None
-        if not isinstance(found, dict) or found.get("format") != FORMAT:
-            got = found.get("format") if isinstance(found, dict) else type(found).__name__
+        if not isinstance(result, dict) or result.get("format") != FORMAT:
+            got = result.get("format") if isinstance(result, dict) else type(result).__name__
             raise ValueError(f"{path}: expected a result file of format {FORMAT}, got {got}")
         if not whole:
-            whole = found
+            whole = result
             continue
         for key in ("processor", "gpu", "threads"):
-            if found["machine"].get(key) != whole["machine"].get(key):
+            if result["machine"].get(key) != whole["machine"].get(key):
                 raise ValueError(
                     f"{path}: expected results of one machine, got another {key}: "
-                    f"{found['machine'].get(key)!r} beside {whole['machine'].get(key)!r}"
+                    f"{result['machine'].get(key)!r} beside {whole['machine'].get(key)!r}"
                 )
-        whole["cases"] += found["cases"]
+        whole["cases"] += result["cases"]
     if not whole:
         raise ValueError("files: expected at least one result file, got none")
     whole["cases"].sort(key=lambda c: (c["negatives"] != "cross", c["dim"], c["rows"]))
@@ -74,7 +74,7 @@ def speedup(case: dict, name: str) -> tuple[float, str] | None:
 
 
 def table(result: dict) -> str:
-    """Every case as lines of text, the fastest variant first, and who is not there and why."""
+    """Every case as lines of text, the fastest variant first; then who is absent, and why."""
     gpu = "gpu" in result["machine"]
     unit, scale = ("TFLOP/s", 1e12) if gpu else ("GFLOP/s", 1e9)
     lines = [describe(result["machine"])]
@@ -109,9 +109,9 @@ def absent(cases: list[dict]) -> dict[str, list[str]]:
     reasons: dict[str, list[str]] = {}
     for case in cases:
         for name, row in case["variants"].items():
-            found = row.get("why_not", [])
-            reasons[name] = min(reasons.get(name, found), found, key=len)
-    return {name: found for name, found in reasons.items() if found}
+            why = row.get("why_not", [])
+            reasons[name] = min(reasons.get(name, why), why, key=len)
+    return {name: why for name, why in reasons.items() if why}
 
 
 def _rates(rates: dict[str, float], unit: str, scale: float) -> str:
@@ -135,10 +135,10 @@ def _figures(case: dict, name: str, scale: float) -> str:
     text += f"{peak:>10}{error:>9}"
     if row["family"] == "ours":
         return text
-    found = speedup(case, name)
     if row["family"] == "neighbour":
         return text + "  another loss"
-    return text + (f"  {found[0]:.2f}x {found[1]}" if found else "")
+    ratio = speedup(case, name)
+    return text + (f"  {ratio[0]:.2f}x {ratio[1]}" if ratio else "")
 
 
 def _percent(share: float | None, width: int) -> str:
@@ -153,11 +153,11 @@ def _number(value: float | None, width: int) -> str:
 
 
 def figures(result: dict, folder: str | Path, stem: str = "bench") -> list[Path]:
-    """Draws what the result has points for into ``folder``; the files written.
+    """Draws every figure that the result has points for into ``folder``; returns the files.
 
     ImportError without matplotlib.
     """
-    found = []
+    written = []
     cases = main_cases(result)
     for name, draw in (
         ("time", draw_time),
@@ -167,8 +167,8 @@ def figures(result: dict, folder: str | Path, stem: str = "bench") -> list[Path]
     ):
         path = Path(folder) / f"{stem}-{name}.png"
         if draw(result, cases, path):
-            found.append(path)
-    return found
+            written.append(path)
+    return written
 
 
 def main_cases(result: dict) -> list[dict]:
@@ -177,8 +177,8 @@ def main_cases(result: dict) -> list[dict]:
         return []
     keys = ("width", "dim", "dtype", "device", "negatives", "temperature")
     first = next((c for c in result["cases"] if c["dim"] == 360), result["cases"][0])
-    found = [c for c in result["cases"] if all(c[key] == first[key] for key in keys)]
-    return sorted(found, key=lambda case: case["rows"])
+    cases = [c for c in result["cases"] if all(c[key] == first[key] for key in keys)]
+    return sorted(cases, key=lambda case: case["rows"])
 
 
 def _title(result: dict, cases: list[dict], what: str) -> str:
@@ -189,13 +189,13 @@ def _title(result: dict, cases: list[dict], what: str) -> str:
 
 def _series(cases: list[dict], key: str) -> dict[str, list[tuple[int, float]]]:
     """Points (N, value) of each variant that has any, ours first."""
-    found: dict[str, list] = {}
+    series: dict[str, list] = {}
     for case in cases:
         for name, row in case["variants"].items():
             if row.get(key) is not None:
-                found.setdefault(name, []).append((case["rows"], row[key]))
+                series.setdefault(name, []).append((case["rows"], row[key]))
     family = {n: r["family"] for case in cases for n, r in case["variants"].items()}
-    return dict(sorted(found.items(), key=lambda item: ORDER[family[item[0]]]))
+    return dict(sorted(series.items(), key=lambda item: ORDER[family[item[0]]]))
 
 
 def _style(cases: list[dict], name: str) -> dict:
@@ -291,13 +291,13 @@ def draw_accuracy(result: dict, cases: list[dict], path: Path) -> bool:
     """Relative error of the gradient against ms, at the largest N that most variants completed."""
     points: dict[str, tuple[float, float]] = {}
     for case in cases:
-        found = {
+        completed = {
             name: (1e3 * row["median"], row.get("error_fp32", row["error"]))
             for name, row in case["variants"].items()
             if "median" in row and row.get("error")
         }
-        if found and len(found) >= len(points):
-            points, rows = found, case["rows"]
+        if completed and len(completed) >= len(points):
+            points, rows = completed, case["rows"]
     if not points:
         return False
     title = _title(result, cases, f"Error against time, N = {rows}")

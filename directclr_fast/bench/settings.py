@@ -9,7 +9,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def setting(default: Any, help: str, *, low: int | None = None, choices=None, **flag) -> Any:
-    """A field of Settings, which is a flag of ``bench``, too. None for a default is allowed.
+    """A field of Settings and the flag of ``bench`` for it. The default may be None.
 
     ``low``: the least value, of each where there are several; ``choices``: the values there are.
     ``flag``: what argparse takes beside ``help``, and the flag's ``name`` where it is another.
@@ -94,15 +94,15 @@ class Settings:
         """The variants wanted for a case. ValueError for a name that none has."""
         from . import variants
 
-        found = variants.catalogue(case, self.precisions)
+        offered = variants.catalogue(case, self.precisions)
         if self.names is None:
-            return found
-        known = {v.name for v in found}
+            return offered
+        known = {v.name for v in offered}
         if unknown := [name for name in self.names if name not in known]:
             raise ValueError(
                 f"variants: expected names of {', '.join(sorted(known))}, got {', '.join(unknown)}"
             )
-        return [v for v in found if v.name in self.names]
+        return [v for v in offered if v.name in self.names]
 
 
 QUICK = Settings(rows=(256, 1024, 4096), both_rows=(128, 1024), rounds=5, budget=8.0)

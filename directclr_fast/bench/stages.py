@@ -113,7 +113,7 @@ def measure(args: argparse.Namespace) -> Iterator[tuple[dict, str]]:
     calls = {"peak": lambda: _cpu.fma_peak(threads=args.threads, iterations=iterations)}
     operations = calls["peak"]()
     calls |= {name: call for name, _, _, call in table}
-    medians = {name: found["median"] for name, found in interleaved(calls, args.rounds).items()}
+    medians = {name: times["median"] for name, times in interleaved(calls, args.rounds).items()}
     peak = operations / medians.pop("peak")
     both = sum(medians.values())
     text = [

@@ -30,7 +30,7 @@ def parser(study: ModuleType) -> argparse.ArgumentParser:
 
 
 def main(study: ModuleType, argv: list[str] | None = None) -> None:
-    """Measures what the flags ask for; the file is there as soon as the first case is."""
+    """Measures what the flags ask for; the file of --out exists from the first case on."""
     words = sys.argv[1:] if argv is None else argv
     arguments = parser(study).parse_args(words)
     settings = {name: value for name, value in vars(arguments).items() if name != "out"}
@@ -44,7 +44,7 @@ def main(study: ModuleType, argv: list[str] | None = None) -> None:
 
 
 def writer(path: str | Path) -> Callable[[dict], None]:
-    """What puts a result there, whole each time. A place that cannot be written is said at once."""
+    """A function that writes a result to ``path``, whole each time. Raises now if it cannot."""
     path = Path(path)
     partial = path.with_name(f"{path.name}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)

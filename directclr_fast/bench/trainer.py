@@ -34,7 +34,7 @@ FLAGS = {
 
 
 def trainer(loss: str, rows: int, arguments: argparse.Namespace, folder: str) -> Trainer:
-    """A run of one batch that has all the images, which is never started."""
+    """A run that is never started, of one batch with all the images."""
     config = TrainConfig(
         data=f"fake:n={rows},size={arguments.image_size}",
         encoder=arguments.encoder,
@@ -79,7 +79,7 @@ def backward(run: Trainer, function: Callable, leaves: list[torch.Tensor], upstr
 
 
 def calls(runs: dict[str, Trainer]) -> dict[str, Callable[[], None]]:
-    """Name to a call of what is timed."""
+    """The call to time, by name."""
     run = runs["fast"]
     images, _, _ = next(iter(run.batches))
     whole, encoder = slice(0, len(images)), run.model.encoder
@@ -117,8 +117,8 @@ def measure(arguments: argparse.Namespace) -> Iterator[tuple[dict, str]]:
             f"N {rows}, {arguments.encoder} (R {case['width']}) on {arguments.image_size} pixels, "
             f"d {case['dim']}"
         ]
-        for name, found in times.items():
-            shown = f"{1e3 * found['median']:.1f} ms" if "median" in found else found["failed"]
+        for name, row in times.items():
+            shown = f"{1e3 * row['median']:.1f} ms" if "median" in row else row["failed"]
             lines.append(f"  {name:<16} {shown}")
         bare = times["encoder"]
         if "median" in bare:
@@ -127,16 +127,16 @@ def measure(arguments: argparse.Namespace) -> Iterator[tuple[dict, str]]:
             whole, alone = times[f"step, {loss}"], times[f"loss, {loss}"]
             if "median" not in whole or "median" not in bare:
                 continue
-            case[loss] = found = {
+            case[loss] = rates = {
                 "images_per_second": rows / whole["median"],
                 "of_bare_encoder": timing.ratio(bare, whole),
                 "share_of_loss": timing.ratio(alone, whole),
             }
             lines.append(
-                f"  with {loss}: {found['images_per_second']:.0f} images/s, "
-                f"{100 * found['of_bare_encoder']:.0f} % of the bare encoder's "
+                f"  with {loss}: {rates['images_per_second']:.0f} images/s, "
+                f"{100 * rates['of_bare_encoder']:.0f} % of the bare encoder's "
                 f"{case['bare_images_per_second']:.0f}, "
-                f"loss {100 * found['share_of_loss']:.1f} % of the step"
+                f"loss {100 * rates['share_of_loss']:.1f} % of the step"
             )
         yield case, "\n".join(lines)
 

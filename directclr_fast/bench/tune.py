@@ -33,14 +33,13 @@ FLAGS = {
 }
 
 
-def candidates(kernel: str, hopper: bool) -> list[Tile]:
+def candidates(kernel: str, hopper: bool) -> Iterator[Tile]:
     """What is tried: shapes x warps x stages, with and without descriptors and flattening."""
     shapes = {
         "sums": [(64, 64), (64, 128), (128, 64), (128, 128), (128, 256), (64, 256)],
         "weights": [(128, 128), (128, 256), (256, 128), (64, 256)],
         "products": [(128, 128), (128, 64), (64, 128), (128, 256)],
     }[kernel]
-    found = []
     for (rows, columns), inner, warps, stages in itertools.product(
         shapes, (64, 128), (4, 8), (2, 3, 4)
     ):
@@ -48,10 +47,9 @@ def candidates(kernel: str, hopper: bool) -> list[Tile]:
         if inner * (rows + columns) * 2 * stages > 220 * 1024 or rows * columns // warps > 4096:
             continue
         for tma in (False, True) if hopper else (False,):
-            found.append(dataclasses.replace(tile, tma=tma))
+            yield dataclasses.replace(tile, tma=tma)
             if kernel == "sums" and stages == 3:
-                found.append(dataclasses.replace(tile, tma=tma, flatten=True))
-    return found
+                yield dataclasses.replace(tile, tma=tma, flatten=True)
 
 
 def runner(kernel: str, layout: Layout, rows: int, tile: Tile):
@@ -75,11 +73,11 @@ def runner(kernel: str, layout: Layout, rows: int, tile: Tile):
     operations = 2 * block.stop**2 * layout.dim
     out = torch.zeros(block.stop**2, dtype=layout.dtype, device=device)
     if kernel == "weights":
-        found = weights.Factors(rows, rows, True, True, device)
-        for vector in (found.row, found.col):
+        factors = weights.Factors(rows, rows, True, True, device)
+        for vector in (factors.row, factors.col):
             vector.fill_(1e-3)
         return (
-            lambda: weights.weights(layout, z1, z2, found, 10.0, 0, block, block, out, tile),
+            lambda: weights.weights(layout, z1, z2, factors, 10.0, 0, block, block, out, tile),
             operations,
         )
     dz = torch.empty(rows, layout.pitch, device=device)
@@ -96,12 +94,12 @@ def timed(kernel: str, layout: Layout, rows: int, tile: Tile) -> dict:
     """{"ms", "tflops"}, the L2 cache cold; {"failed"} where the tile does not compile or run."""
     try:
         function, operations = runner(kernel, layout, rows, tile)
-        found = interleaved({"tile": function}, 9, warmup=2, device="cuda")["tile"]
+        times = interleaved({"tile": function}, 9, warmup=2, device="cuda")["tile"]
     except Exception as error:
-        found = failure(error)
-    if "failed" in found:
-        return {"failed": found["failed"]}
-    ms = 1e3 * found["median"]
+        times = failure(error)
+    if "failed" in times:
+        return {"failed": times["failed"]}
+    ms = 1e3 * times["median"]
     return {"ms": ms, "tflops": operations / ms / 1e9}
 
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch, flops
+from ..backends import packed
 from ..loss import fast_directclr_loss
 from ..problem import Problem
 from ..testing import eager_loss, make_views
@@ -127,16 +128,14 @@ def released_loss(r1: Tensor, r2: Tensor, dim: int, temperature: float = 0.1) ->
 # ------------------------------------------------------------------------ plain PyTorch
 
 
-def plain(case: Case) -> list[Variant]:
+def plain(case: Case) -> Iterator[Variant]:
     """The released formula and one-matrix eager PyTorch, in fp32 and under bf16 autocast."""
-    found = []
-    for mixed in (False, True) if case.dtype == "float32" else (True,):
-        suffix = " bf16" if mixed and case.dtype == "float32" else ""
-        precision = "bf16" if mixed else "fp32"
+    for autocast in (False, True) if case.dtype == "float32" else (True,):
+        suffix = " bf16" if autocast and case.dtype == "float32" else ""
+        precision = "bf16" if autocast else "fp32"
         for name in ("released", "eager", "compiled"):
             why_not = _cross_only if name == "released" else _nothing
-            found.append(Variant(name + suffix, "plain", precision, _plain(name, mixed), why_not))
-    return found
+            yield Variant(name + suffix, "plain", precision, _plain(name, autocast), why_not)
 
 
 def _nothing(case: Case) -> list[str]:
@@ -147,7 +146,7 @@ def _cross_only(case: Case) -> list[str]:
     return [] if case.negatives == "cross" else ["it has negatives 'cross' only"]
 
 
-def _plain(name: str, mixed: bool) -> Callable[[Case], Loss]:
+def _plain(name: str, autocast: bool) -> Callable[[Case], Loss]:
     def build(case: Case) -> Loss:
         function, options = released_loss, {}
         if name != "released":
@@ -158,7 +157,7 @@ def _plain(name: str, mixed: bool) -> Callable[[Case], Loss]:
         def run(a: Tensor, b: Tensor) -> Tensor:
             return function(a, b, case.dim, case.temperature, **options)
 
-        return torch.autocast(case.device, torch.bfloat16)(run) if mixed else run
+        return torch.autocast(case.device, torch.bfloat16)(run) if autocast else run
 
     return build
 
@@ -166,9 +165,8 @@ def _plain(name: str, mixed: bool) -> Callable[[Case], Loss]:
 # ------------------------------------------------------------------------ this package
 
 
-def ours(case: Case, precisions: tuple[str, ...]) -> list[Variant]:
+def ours(case: Case, precisions: tuple[str, ...]) -> Iterator[Variant]:
     """Every backend but the reference, in each precision it is asked for."""
-    found = []
     for backend in dispatch.PRIORITY:
         if backend == "reference":
             continue
@@ -184,14 +182,14 @@ def ours(case: Case, precisions: tuple[str, ...]) -> list[Variant]:
             # "auto" follows the inputs' dtype: named, so that fp32 copies are computed alike.
             asked = runs_in if precision == "auto" and runs_in != "fp32" else precision
             build, why_not = _ours(backend, asked), _our_reasons(backend, asked)
-            found.append(Variant(name, "ours", runs_in, build, why_not))
-    return found
+            yield Variant(name, "ours", runs_in, build, why_not)
 
 
 def _precision(backend: str, case: Case, asked: str) -> str:
+    """In what ``backend`` multiplies this case at ``precision=asked``."""
     if asked == "auto":
-        rule = getattr(dispatch.load(backend), "precision", None)
-        asked = rule(case.problem()) if rule is not None and case.device == "cuda" else "highest"
+        rounds = case.device == "cuda" and isinstance(dispatch.load(backend), packed.Packed)
+        asked = packed.precision(case.problem()) if rounds else "highest"
     return "fp32" if asked == "highest" else asked
 
 

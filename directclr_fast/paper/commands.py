@@ -107,9 +107,9 @@ def run_toy(arguments: argparse.Namespace) -> None:
     from . import toy
 
     settings = {key: getattr(arguments, key) for key in ("out", "loss", "seeds", "steps")}
-    found = toy.run(arguments.task, **settings)
-    print("\n".join(toy.lines(found)))
-    print(f"{found['seconds']:.0f} s; toy-{found['task']}.json, .png in {arguments.out}")
+    results = toy.run(arguments.task, **settings)
+    print("\n".join(toy.lines(results)))
+    print(f"{results['seconds']:.0f} s; toy-{results['task']}.json, .png in {arguments.out}")
 
 
 def add_compare(parser: argparse.ArgumentParser) -> None:
@@ -145,8 +145,8 @@ def run_compare(arguments: argparse.Namespace) -> None:
         **settings,
     )
     out = arguments.out or ("runs/compare-quick" if arguments.quick else "runs/compare")
-    found = compare.run(out, plan, jobs=arguments.jobs)
-    print(report.table(found))
+    numbers = compare.run(out, plan, jobs=arguments.jobs)
+    print(report.table(numbers))
     print(f"written to {Path(out) / 'report.md'} and {Path(out) / 'results.json'}")
 
 
@@ -180,14 +180,13 @@ def run_demo(arguments: argparse.Namespace) -> None:
 
     state = {"channels": trainer.channels, "classes": trainer.classes}
     device = config.device
-    rows = {"trained encoder": model.encoder} | baselines(config, state, device)
-    accuracy = {}
-    features = None
-    for name, encoder in rows.items():
-        found = probe.load_features(encoder, config, device=device)
-        features = found if features is None else features
-        accuracy[name] = probe.scores(found, device=device)
-    spectra = spectrum.of_model(model, features.test)
+    encoders = {"trained encoder": model.encoder} | baselines(config, state, device)
+    features = {
+        name: probe.load_features(encoder, config, device=device)
+        for name, encoder in encoders.items()
+    }
+    accuracy = {name: probe.scores(part, device=device) for name, part in features.items()}
+    spectra = spectrum.of_model(model, features["trained encoder"].test)
 
     metrics = {
         "accuracy": accuracy,

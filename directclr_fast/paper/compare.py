@@ -6,8 +6,8 @@ with each seed at that rate, and only these runs are tested on the test part. Be
 untrained encoder and raw pixels; DirectCLR over d0; DirectCLR again with the reference loss, and
 from weights moved by one rounding error, which is what any difference is to be held against.
 
-Everything finished is kept in a file of its own, so the same command continues a stopped
-comparison, trainings from their checkpoints, and more seeds or modes may be asked of it.
+Every finished run has a file of its own, so the same command continues a stopped comparison,
+trainings from their checkpoints, and it may ask for more seeds or modes.
 """
 
 from __future__ import annotations
@@ -93,9 +93,9 @@ class Plan:
 
     def again(self, rate: float) -> list[Run]:
         """The runs that the loss backends' agreement is read from, beside the mode's own."""
-        kept = {"learning_rate": rate, "keep": True}
+        common = {"learning_rate": rate, "keep": True}
         return [
-            Run(self.agreement, seed, **kept, **how)
+            Run(self.agreement, seed, **common, **how)
             for how in ({"loss": "reference"}, {"rounded": True})
             for seed in self.seeds
         ]
@@ -145,8 +145,7 @@ def plan(
     if seeds < 1:
         raise ValueError(f"seeds: expected at least 1, got {seeds}")
     given = {k: v for k, v in settings.items() if v is not None}
-    place = {k: given[k] for k in ("data_root", "download") if k in given}
-    spec = data_spec or _present(**place)
+    spec = data_spec or _present(given.get("data_root"), bool(given.get("download")))
     budget = dict(BUDGETS.get(spec, {}))
     if resolve_device(given.get("device", "auto")) != "cpu" and spec.startswith("cifar"):
         budget = {"epochs": 20}  # the trainer's recipe, a tenth as long
@@ -163,17 +162,13 @@ def plan(
     return Plan(settings, tuple(modes), tuple(range(1, seeds + 1)), tuple(rates), tuple(dims))
 
 
-def _present(**place) -> str:
+def _present(root: str | None, download: bool) -> str:
     """CIFAR-10 where it can be had, otherwise the patches."""
     try:
-        data.load("cifar10", root=place.get("data_root"), train=False, **_download(place))
+        data.load("cifar10", root=root, train=False, download=download)
         return "cifar10"
     except (FileNotFoundError, ImportError):
         return "patches"
-
-
-def _download(place: dict) -> dict:
-    return {"download": bool(place.get("download"))}
 
 
 def run(out: str | Path, plan: Plan, *, jobs: int | None = None, progress: bool = True) -> dict:
@@ -182,7 +177,8 @@ def run(out: str | Path, plan: Plan, *, jobs: int | None = None, progress: bool 
     ``jobs``: processes; None is one for each core, on a GPU one. Raises TrainingStopped after
     SIGTERM or Ctrl-C, with everything kept that the same call needs to continue.
     """
-    on_cpu = resolve_device(plan.settings["device"]) == "cpu"
+    settings = plan.settings
+    on_cpu = resolve_device(settings["device"]) == "cpu"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if jobs is None:
         jobs = cores if on_cpu else 1
@@ -190,20 +186,20 @@ def run(out: str | Path, plan: Plan, *, jobs: int | None = None, progress: bool 
         raise ValueError(f"jobs: expected at least 1, got {jobs}")
     out = checkpoint.writable("out", out)
     _same_settings(out, plan)
-    # Once, and not by several processes at a time.
-    data.load(plan.settings["data"], root=plan.settings["data_root"], train=True,
-              **_download(plan.settings))  # fmt: skip
-    plan.settings["download"] = False
+    # Downloads here, not in several processes at a time.
+    root, download = settings["data_root"], settings["download"]
+    data.load(settings["data"], root=root, train=True, download=download)
+    settings["download"] = False
     done = _finished(out, plan)
     steps = _steps(plan)
     with _Shown(progress, plan, done, steps) as show:
-        side_by_side(plan.known, done, jobs, plan.settings, out, show.steps, show.finished)
+        side_by_side(plan.known, done, jobs, settings, out, show.steps, show.finished)
     shutil.rmtree(out / "work", ignore_errors=True)
-    found = report.summary(plan, done, out / "weights", steps)
+    numbers = report.summary(plan, done, out / "weights", steps)
     # Of all runs one after another: they may have been made by several calls.
-    found["seconds"] = round(sum(result["seconds"] for result in done.values()))
-    report.write(found, out)
-    return found
+    numbers["seconds"] = round(sum(result["seconds"] for result in done.values()))
+    report.write(numbers, out)
+    return numbers
 
 
 def _steps(plan: Plan) -> int:

@@ -1,4 +1,4 @@
-"""What a comparison found: numbers, tables and figures. The words on them are in docs/paper.md."""
+"""Numbers, tables and figures of a comparison. The words on them are in docs/paper.md."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def summary(plan, done: dict[str, dict], weights: Path, steps: int) -> dict:
     rows = {mode: _row([done[r.name] for r in plan.table(mode, rates[mode])]) for mode in rates}
     for mode in ("untrained", "pixels"):
         rows[mode] = _row([done[Run(mode, seed).name] for seed in plan.seeds])
-    found = {
+    numbers = {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "machine": machine(),
         "settings": plan.settings,
@@ -73,9 +73,9 @@ def summary(plan, done: dict[str, dict], weights: Path, steps: int) -> dict:
         "order": {measure: order(rows, measure) for measure in _MEASURE},
     }
     if "directclr" in rates:
-        found["sweep"] = _sweep(plan, done, rates["directclr"], rows)
-    found["agreement"] = _agreement(plan, done, rates[plan.agreement], weights)
-    return found
+        numbers["sweep"] = _sweep(plan, done, rates["directclr"], rows)
+    numbers["agreement"] = _agreement(plan, done, rates[plan.agreement], weights)
+    return numbers
 
 
 def spread(values: list[float]) -> dict:
@@ -178,47 +178,47 @@ def _agreement(plan, done: dict, rate: float, weights: Path) -> dict:
         "fast": plan.table(plan.agreement, rate), "reference": again[:n], "rounded": again[n:]
     }  # fmt: skip
     results = {kind: [done[run.name] for run in of_kind] for kind, of_kind in runs.items()}
-    found = {"mode": plan.agreement, "learning_rate": rate}
+    agreement = {"mode": plan.agreement, "learning_rate": rate}
     if any(result["diverged"] for of_kind in results.values() for result in of_kind):
-        return {**found, "diverged": True}
+        return {**agreement, "diverged": True}
     files = {kind: [weights / f"{r.name}.pt" for r in of_kind] for kind, of_kind in runs.items()}
     pairs = list(combinations(files["fast"], 2))
-    found["accuracy"] = {
+    agreement["accuracy"] = {
         kind: spread([result["accuracy"]["r"]["linear"] for result in of_kind])
         for kind, of_kind in results.items()
     }
-    found["loss"] = {
+    agreement["loss"] = {
         kind: [[round(v, 5) for v in result["loss"]] for result in of_kind]
         for kind, of_kind in results.items()
         if kind != "rounded"
     }
-    found["loss apart"] = {
+    agreement["loss apart"] = {
         kind: [
             [float(f"{abs(a - b) / b:.3g}") for a, b in zip(x["loss"], y["loss"])]
             for x, y in zip(results["fast"], results[kind])
         ]
         for kind in ("reference", "rounded")
     }
-    found["weights apart"] = {
+    agreement["weights apart"] = {
         kind: spread([apart(*pair) for pair in zip(files[kind], files["fast"])])
         for kind in ("reference", "rounded")
     }
     if pairs:
-        found["weights apart"]["another seed"] = spread([apart(*pair) for pair in pairs])
-    return found
+        agreement["weights apart"]["another seed"] = spread([apart(*pair) for pair in pairs])
+    return agreement
 
 
 # ---------------------------------------------------------------- tables
 
 
-def table(found: dict) -> str:
+def table(numbers: dict) -> str:
     """The projectors, best first by linear probe of r: accuracies in percent, ranks, the paper."""
     head = (
         "mode", "projector", "learning rate", "runs", "linear, r", "kNN, r", "linear, r[:, :d0]",
         "kNN, r[:, :d0]", "effective rank of r", "collapsed / small of r",
         "effective rank, embedding", "collapsed / small, embedding", "paper, linear",
     )  # fmt: skip
-    rows = found["rows"]
+    rows = numbers["rows"]
 
     def place(mode: str) -> float:
         accuracy = rows[mode].get("accuracy")
@@ -227,7 +227,7 @@ def table(found: dict) -> str:
     lines = []
     for mode in sorted(rows, key=place):
         row = rows[mode]
-        rate = found["search"].get(mode, {}).get("chosen")
+        rate = numbers["search"].get(mode, {}).get("chosen")
         lost = f", {row['diverged']} diverged" if row["diverged"] else ""
         cells = [mode, PROJECTOR[mode], "" if rate is None else f"{rate:g}", f"{row['runs']}{lost}"]
         for part in ("r", "sub-vector"):
@@ -241,11 +241,11 @@ def table(found: dict) -> str:
     return _markdown(head, lines)
 
 
-def _order_table(found: dict) -> str:
+def _order_table(numbers: dict) -> str:
     head = ("by", "order here", "order in the paper", "rank correlation", "pairs as in the paper",
             "opposite", "undecided")  # fmt: skip
     lines = []
-    for measure, ranking in found["order"].items():
+    for measure, ranking in numbers["order"].items():
         count = Counter(pair["here"] for pair in ranking["pairs"])
         correlation = ranking["rank correlation"]
         lines.append([
@@ -256,16 +256,16 @@ def _order_table(found: dict) -> str:
     return _markdown(head, lines)
 
 
-def _sweep_table(found: dict) -> str:
+def _sweep_table(numbers: dict) -> str:
     head = ("d0", "linear, r", "kNN, r", "linear, r[:, :d0]", "kNN, r[:, :d0]")
     return _markdown(head, [
         [line["dim"], *(c for p in ("r", "sub-vector") for c in _accuracies(line["accuracy"][p]))]
-        for line in found["sweep"]
+        for line in numbers["sweep"]
     ])  # fmt: skip
 
 
-def _agreement_table(found: dict) -> str:
-    accuracy, weights = (found["agreement"][key] for key in ("accuracy", "weights apart"))
+def _agreement_table(numbers: dict) -> str:
+    accuracy, weights = (numbers["agreement"][key] for key in ("accuracy", "weights apart"))
     names = {"fast": "fast loss", "reference": "reference loss",
              "rounded": "fast loss, initial weights moved by a rounding error",
              "another seed": "fast loss, another seed"}  # fmt: skip
@@ -279,10 +279,10 @@ def _agreement_table(found: dict) -> str:
     return _markdown(head, lines)
 
 
-def _search_table(found: dict) -> str:
-    rates = list(dict.fromkeys(r for s in found["search"].values() for r in s[_INSIDE]))
+def _search_table(numbers: dict) -> str:
+    rates = list(dict.fromkeys(r for s in numbers["search"].values() for r in s[_INSIDE]))
     lines = []
-    for mode, search in found["search"].items():
+    for mode, search in numbers["search"].items():
         scores = [search[_INSIDE].get(rate) for rate in rates]
         cells = ["diverged" if score is None else f"{100 * score:.1f}" for score in scores]
         lines.append([mode, *cells, f"{search['chosen']:g}"])
@@ -322,29 +322,29 @@ def _few(spectrum: dict) -> str:
 # ---------------------------------------------------------------- figures
 
 
-def _figures(found: dict, out: Path) -> dict[str, str]:
-    """Draws every figure into ``out``; file names and what they show."""
-    shown = {
+def _figures(numbers: dict, out: Path) -> dict[str, str]:
+    """Draws every figure into ``out``; returns their captions by file name."""
+    captions = {
         "accuracy.png": "Accuracy on the test part: mean and standard deviation over seeds.",
         "spectra.png": "Spectra of the covariance over the test part, relative to the largest "
         "eigenvalue, means over seeds: of the representation r (as in the paper's figures 7 and 9) "
         "and of what the loss sees (figure 2).",
     }
-    _draw_accuracy(found, out / "accuracy.png")
-    _draw_spectra(found, out / "spectra.png")
-    if len(found.get("sweep", [])) > 1:
-        shown["dims.png"] = (
+    _draw_accuracy(numbers, out / "accuracy.png")
+    _draw_spectra(numbers, out / "spectra.png")
+    if len(numbers.get("sweep", [])) > 1:
+        captions["dims.png"] = (
             "DirectCLR over d0 (figure 12): probe of the whole r and of the columns that were "
             "trained on. The last point is the baseline, all columns, at its own learning rate."
         )
-        _draw_sweep(found, out / "dims.png")
-    if not found["agreement"].get("diverged"):
-        shown["agreement.png"] = (
+        _draw_sweep(numbers, out / "dims.png")
+    if not numbers["agreement"].get("diverged"):
+        captions["agreement.png"] = (
             "Loss of every step with the fast loss (lines) and the reference (dots), and "
             "how far apart the two are, beside the fast loss from rounded initial weights."
         )
-        _draw_agreement(found, out / "agreement.png")
-    return shown
+        _draw_agreement(numbers, out / "agreement.png")
+    return captions
 
 
 def _style(mode: str) -> dict:
@@ -352,10 +352,10 @@ def _style(mode: str) -> dict:
     return {"color": f"C{place % 10}", "linestyle": ("-", "--")[place // 10]}
 
 
-def _draw_accuracy(found: dict, path: Path) -> None:
-    rows = {mode: row for mode, row in found["rows"].items() if "accuracy" in row}
+def _draw_accuracy(numbers: dict, path: Path) -> None:
+    rows = {mode: row for mode, row in numbers["rows"].items() if "accuracy" in row}
     modes = sorted(rows, key=lambda mode: rows[mode]["accuracy"]["r"]["linear"]["mean"])
-    with plots.figure(path, found["settings"]["data"], (7.0, 0.36 * len(modes) + 1.2)) as axes:
+    with plots.figure(path, numbers["settings"]["data"], (7.0, 0.36 * len(modes) + 1.2)) as axes:
         for shift, part, measure, marker, label in (
             (0.16, "r", "linear", "o", "linear probe of r"),
             (0.0, "r", "knn", "s", "nearest neighbours in r"),
@@ -374,10 +374,10 @@ def _draw_accuracy(found: dict, path: Path) -> None:
         axes.legend(fontsize="x-small")
 
 
-def _draw_spectra(found: dict, path: Path) -> None:
+def _draw_spectra(numbers: dict, path: Path) -> None:
     with plots.panels(path, 2, size=(5.6, 4.2)) as panels:
         for axes, part in zip(panels, ("representation", "embedding")):
-            for mode, row in found["rows"].items():
+            for mode, row in numbers["rows"].items():
                 if mode != "pixels" and part in row.get("spectra", {}):
                     logs = row["spectra"][part]["log10"]
                     axes.plot(range(1, len(logs) + 1), logs, label=mode, **_style(mode))
@@ -389,9 +389,9 @@ def _draw_spectra(found: dict, path: Path) -> None:
             axes.legend(fontsize="x-small")
 
 
-def _draw_sweep(found: dict, path: Path) -> None:
-    lines = found["sweep"]
-    with plots.figure(path, f"directclr on {found['settings']['data']}") as axes:
+def _draw_sweep(numbers: dict, path: Path) -> None:
+    lines = numbers["sweep"]
+    with plots.figure(path, f"directclr on {numbers['settings']['data']}") as axes:
         for part, label in (("r", "of the whole r"), ("sub-vector", "of r[:, :d0]")):
             for measure, style in (("linear", "-"), ("knn", ":")):
                 values = [line["accuracy"][part][measure] for line in lines]
@@ -409,11 +409,11 @@ def _draw_sweep(found: dict, path: Path) -> None:
         axes.legend(fontsize="x-small")
 
 
-def _draw_agreement(found: dict, path: Path) -> None:
-    agreement = found["agreement"]
+def _draw_agreement(numbers: dict, path: Path) -> None:
+    agreement = numbers["agreement"]
     with plots.panels(path, 2, size=(5.6, 3.8)) as (curves, apart):
         for i, (fast, reference) in enumerate(zip(*agreement["loss"].values())):
-            seed, steps = found["seeds"][i], range(1, len(fast) + 1)
+            seed, steps = numbers["seeds"][i], range(1, len(fast) + 1)
             every = max(1, len(steps) // 40)
             curves.plot(steps, fast, color=f"C{i}", linewidth=1, label=f"fast, seed {seed}")
             curves.plot(
@@ -440,17 +440,17 @@ def _draw_agreement(found: dict, path: Path) -> None:
 # ---------------------------------------------------------------- the report
 
 
-def write(found: dict, out: Path) -> None:
+def write(numbers: dict, out: Path) -> None:
     """results.json, the figures, and report.md with the tables, into ``out``."""
-    write_json(out / "results.json", found)
-    captions = _figures(found, out)
+    write_json(out / "results.json", numbers)
+    captions = _figures(numbers, out)
     with replacing(out / "report.md") as file:
-        file.write(text(found, captions))
+        file.write(text(numbers, captions))
 
 
-def text(found: dict, captions: dict[str, str]) -> str:
+def text(numbers: dict, captions: dict[str, str]) -> str:
     """The report in Markdown; ``captions`` of the figures beside it, by file name."""
-    settings = found["settings"]
+    settings = numbers["settings"]
     values = ", ".join(f"{k}={v}" for k, v in settings.items() if v is not None)
     parts = [
         f"# Projectors compared on {settings['data']}",
@@ -459,11 +459,12 @@ def text(found: dict, captions: dict[str, str]) -> str:
         "and search for its learning rate. The paper's numbers are ResNet-50, 100 epochs on "
         "ImageNet, one seed each.",
         f"Encoder {settings['encoder']}, crops of {settings['image_size']} pixels, batch "
-        f"{settings['batch_size']}, {found['steps']} steps, {settings['optimizer']}, temperature "
-        f"{settings['temperature']:g}; seeds {', '.join(map(str, found['seeds']))}; "
-        f"{describe(found['machine'])}; one thread a run. Command: `{' '.join(found['command'])}`.",
+        f"{settings['batch_size']}, {numbers['steps']} steps, {settings['optimizer']}, temperature "
+        f"{settings['temperature']:g}; seeds {', '.join(map(str, numbers['seeds']))}; "
+        f"{describe(numbers['machine'])}; one thread a run. "
+        f"Command: `{' '.join(numbers['command'])}`.",
         "## Projectors",
-        table(found),
+        table(numbers),
         "Accuracy in percent on the test part, mean and standard deviation over seeds. "
         f"Collapsed: eigenvalues of the covariance at most {THRESHOLD:g} of the largest; small: at "
         f"most {SMALL:g} of it. Effective rank: exp of the entropy of the eigenvalues. d0 is the "
@@ -471,22 +472,22 @@ def text(found: dict, captions: dict[str, str]) -> str:
         f"paper's figure 2 {PAPER_COLLAPSED} of 128 directions of simclr's embedding have "
         "collapsed.",
         "## Order",
-        _order_table(found),
+        _order_table(numbers),
         "A pair is undecided where the interval of its difference (Student's, 95 % for each pair) "
         "holds 0.",
     ]
-    if len(found.get("sweep", [])) > 1:
-        parts += ["## DirectCLR over d0", _sweep_table(found)]
-    if not found["agreement"].get("diverged"):
-        mode = found["agreement"]["mode"]
+    if len(numbers.get("sweep", [])) > 1:
+        parts += ["## DirectCLR over d0", _sweep_table(numbers)]
+    if not numbers["agreement"].get("diverged"):
+        mode = numbers["agreement"]["mode"]
         parts += [
             f"## Both losses over whole trainings of {mode}",
-            _agreement_table(found),
+            _agreement_table(numbers),
             "Weights apart: norm of the difference over the norm, mean over seeds.",
         ]
     parts += [
         "## Search for the learning rate",
-        _search_table(found),
+        _search_table(numbers),
         "Linear probe trained on the first four fifths of each class of the training part and "
         "scored on the last fifth, percent, on a seed of its own.",
         "## Figures",

@@ -30,7 +30,7 @@ from . import spectrum
 
 ROUNDING = 2.0**-23  # of fp32, relative
 SMALL = 1e-4  # of the largest eigenvalue; counted beside the collapsed ones
-TELL_EVERY = 0.5  # seconds between a run's words about its step, to the process that started it
+REPORT_EVERY = 0.5  # seconds between two reports of a run's step to the process that started it
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,8 @@ def side_by_side(
     """Executes in ``jobs`` processes what ``known(done)`` asks for, until ``done`` has it all.
 
     ``done``: results by name of the run; each joins when its run ends and may make more known.
-    ``settings``, ``out``: as for :func:`execute`. ``on_step(name, step)`` hears of every run's step
-    now and then, ``on_result(name, result)`` of each end.
+    ``settings``, ``out``: as for :func:`execute`. ``on_step(name, step)`` is called now and then
+    with a run's step, ``on_result(name, result)`` at the end of each run.
 
     A process has one thread: on small models several do more than one with all cores, and results
     do not depend on how many there are. RuntimeError names a run that failed. A signal is passed on
@@ -169,7 +169,7 @@ def side_by_side(
 
 
 def _result(future: Future, names: list[str]) -> dict:
-    """Of a run, the first of ``names``, all that were running when it ended."""
+    """The result of run ``names[0]``; the other names are the runs beside it when it ended."""
     try:
         return future.result()
     except BrokenProcessPool:
@@ -190,24 +190,24 @@ def _begin(steps) -> None:
 
 
 def _in_pool(run: Run, settings: dict, out: Path) -> dict:
-    told = 0.0
+    reported = 0.0
 
     def on_step(record: dict) -> None:
-        nonlocal told
-        if time.monotonic() - told > TELL_EVERY:
-            told = time.monotonic()
+        nonlocal reported
+        if time.monotonic() - reported > REPORT_EVERY:
+            reported = time.monotonic()
             _steps.put((run.name, record["step"]))
 
     try:
         return execute(run, settings, out, on_step)
     except TrainingStopped:
-        os._exit(supervise.STOPPED)  # a pool whose end is wanted would have it wait for more
+        os._exit(supervise.STOPPED)  # a process that returned would wait for another run
     except Exception as error:
         raise RuntimeError(f"{type(error).__name__}: {error}") from None  # can always be sent
 
 
 def losses_of(folder: Path) -> list[float | str]:
-    """The training loss of every step, from a run's log; what is not finite as text."""
+    """The training loss of every step, from a run's log; one that is not finite as text."""
     lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
     return [line["loss"] for line in lines if "loss" in line]
 
@@ -254,18 +254,18 @@ def _measure(run: Run, config: TrainConfig, model, encoder, channels: int) -> di
         result["dim"] = run.dim or default_dim(model.width)
         part = features.columns(slice(0, result["dim"]))
         result["accuracy"]["sub-vector"] = probe.scores(part, **seeded)
-    kept = ("representation", "embedding")
-    result["spectra"] = {k: _short(v) for k, v in spectra.items() if k in kept}
+    parts = [part for part in ("representation", "embedding") if part in spectra]
+    result["spectra"] = {part: _short(spectra[part]) for part in parts}
     return result
 
 
 def _short(values: dict) -> dict:
     """A spectrum as log10 relative to its largest eigenvalue, to three digits."""
-    found = torch.tensor(values["spectrum"], dtype=torch.float64)
-    logs = (found / found[0].clamp_min(1e-300)).clamp_min(1e-18).log10()
-    small = spectrum.collapsed(found, SMALL)
-    kept = {k: values[k] for k in ("dimensions", "samples", "collapsed", "effective_rank")}
-    return {**kept, "small": small, "log10": [round(v, 3) for v in logs.tolist()]}
+    eigenvalues = torch.tensor(values["spectrum"], dtype=torch.float64)
+    logs = (eigenvalues / eigenvalues[0].clamp_min(1e-300)).clamp_min(1e-18).log10()
+    small = spectrum.collapsed(eigenvalues, SMALL)
+    same = {k: values[k] for k in ("dimensions", "samples", "collapsed", "effective_rank")}
+    return {**same, "small": small, "log10": [round(v, 3) for v in logs.tolist()]}
 
 
 def apart(a: Path, b: Path) -> float:
@@ -273,8 +273,8 @@ def apart(a: Path, b: Path) -> float:
 
     def values(path: Path) -> Tensor:
         state = checkpoint.load(path)["model"]
-        kept = [v for k, v in state.items() if k.startswith("encoder.") and v.is_floating_point()]
-        return torch.cat([v.double().flatten() for v in kept])
+        own = [v for k, v in state.items() if k.startswith("encoder.") and v.is_floating_point()]
+        return torch.cat([v.double().flatten() for v in own])
 
     a, b = values(a), values(b)
     return ((a - b).norm() / b.norm()).item()

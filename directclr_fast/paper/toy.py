@@ -219,8 +219,8 @@ def train(
 ) -> tuple[list[int], dict[str, Tensor]]:
     """Trains all variants of ``task`` for ``steps`` SGD steps.
 
-    Returns the steps at which was measured, and each quantity of :func:`_measure` at those, with
-    leading dimensions (times, variants, seeds).
+    Returns the measured steps, and each quantity of :func:`_measure` at them, with leading
+    dimensions (times, variants, seeds).
     """
     draws = _Draws(seeds, task.noisy)
     layers = max(variant.layers for variant in task.variants)
@@ -258,7 +258,7 @@ def _times(steps: int) -> list[int]:
 
 
 def _measure(task: Task, weights: Tensor, product: Tensor, centred: Tensor) -> dict[str, Tensor]:
-    """What is followed of weights (V, S, L, n, n) with product (V, S, n, n).
+    """Quantities of weights (V, S, L, n, n) with product (V, S, n, n).
 
     weights, log_weights (V, S, L, n): singular values of each layer. embedding, log_embedding
     (V, S, n): eigenvalues of the covariance of the embeddings of ``centred`` (S, FRESH, n).
@@ -275,7 +275,7 @@ def _measure(task: Task, weights: Tensor, product: Tensor, centred: Tensor) -> d
     tiny = torch.finfo(values.dtype).tiny
     clean = WIDTH - task.noisy
     live = embedding >= COLLAPSED
-    found = {
+    quantities = {
         "weights": values,
         "log_weights": values.clamp_min(tiny).log(),
         "embedding": embedding,
@@ -284,8 +284,8 @@ def _measure(task: Task, weights: Tensor, product: Tensor, centred: Tensor) -> d
         "small": (embedding < SMALL * embedding[..., :1]).sum(-1).double(),
     }
     if clean:
-        found["clean"] = torch.linalg.svdvals(product[..., :clean]).mean(-1)
-        found["noisy"] = torch.linalg.svdvals(product[..., clean:]).mean(-1)
+        quantities["clean"] = torch.linalg.svdvals(product[..., :clean]).mean(-1)
+        quantities["noisy"] = torch.linalg.svdvals(product[..., clean:]).mean(-1)
     if "alignment" in task.curves:
         a, score, chance = theory.alignment(weights[..., 0, :, :], weights[..., 1, :, :])
         diagonal = torch.diagonal(a, 0, -2, -1).abs()
@@ -295,14 +295,14 @@ def _measure(task: Task, weights: Tensor, product: Tensor, centred: Tensor) -> d
             score_, chance_ = (score * mask).sum(-1), (chance * mask).sum(-1)
             return (score_ - chance_) / (mask.sum(-1) - chance_).clamp_min(1e-9)
 
-        found |= {
+        quantities |= {
             "alignment": above_chance(live),
             "alignment_all": above_chance(torch.ones_like(live)),
             "diagonal": (diagonal * live).sum(-1) / count,
             "live": live.sum(-1).double(),
             "matrix": a.abs(),
         }
-    return found
+    return quantities
 
 
 # ---------------------------------------------------------------- results
@@ -338,8 +338,7 @@ def run(
 
     losses = LOSSES if loss == "both" else (loss,)
     runs = _side_by_side(task, losses, seeds, steps, progress)
-    results = {which: _summary(task, *result) for which, result in zip(losses, runs)}
-    found = {
+    results = {
         "task": name,
         "title": task.title,
         "source": "arXiv 2110.09348, sections 4 and 5",
@@ -357,14 +356,14 @@ def run(
         "collapsed_below": COLLAPSED,
         "small_below_share_of_largest": SMALL,
         "spread": "standard deviation over seeds",
-        "losses": results,
+        "losses": {which: _summary(task, *run) for which, run in zip(losses, runs)},
     }
     path = out / f"toy-{name}.json"
-    write_json(path, found)
+    write_json(path, results)
     from . import toy_figures
 
-    toy_figures.draw(found, path.with_suffix(".png"))
-    return found
+    toy_figures.draw(results, path.with_suffix(".png"))
+    return results
 
 
 def _side_by_side(
@@ -437,10 +436,10 @@ def _digits(values: Tensor) -> list | float:
     return float(f"{values.item():.4g}")
 
 
-def lines(found: dict) -> list[str]:
+def lines(results: dict) -> list[str]:
     """The result of :func:`run` in a few sentences, one per variant and loss."""
     text = []
-    for loss, result in found["losses"].items():
+    for loss, result in results["losses"].items():
         for row in result["variants"]:
             what = f"{loss} loss, k = {row['strength']:g}, {row['layers']} layers"
             what += f", start {row['start']} x {row['scale']:g}: "

@@ -17,14 +17,14 @@ _LOSS = {"released": "released loss", "paper": "the paper's Eq. 2"}
 
 
 @contextlib.contextmanager
-def _panels(path: Path, found: dict, columns: int, size: tuple[float, float]) -> Iterator:
+def _panels(path: Path, results: dict, columns: int, size: tuple[float, float]) -> Iterator:
     """Axes (losses, columns) of one figure, rows titled by their loss."""
-    losses = list(found["losses"])
+    losses = list(results["losses"])
     with figure(path, size=(size[0] * columns, size[1] * len(losses) + 0.4)) as axes:
         drawing = axes.figure
         axes.remove()
         drawing.suptitle(
-            f"{found['title']}\n{found['seeds']} seeds, {found['steps']} steps, "
+            f"{results['title']}\n{results['seeds']} seeds, {results['steps']} steps, "
             "mean and standard deviation",
             fontsize="medium",
         )
@@ -52,9 +52,9 @@ def _time(axes, times: list[int], label: str) -> None:
     axes.set_ylabel(label)
 
 
-def _rank(axes, found: dict) -> None:
+def _rank(axes, results: dict) -> None:
     axes.set_xlabel("rank")
-    axes.set_xticks(range(1, found["width"] + 1, 3))
+    axes.set_xticks(range(1, results["width"] + 1, 3))
 
 
 def _colour(i: int, n: int):
@@ -63,10 +63,10 @@ def _colour(i: int, n: int):
     return colormaps["viridis"](0.95 * i / max(n - 1, 1))
 
 
-def _augmentation(found: dict, path: Path) -> None:
-    with _panels(path, found, 3, (4.4, 3.2)) as grid:
+def _augmentation(results: dict, path: Path) -> None:
+    with _panels(path, results, 3, (4.4, 3.2)) as grid:
         for loss, (over_time, final, count) in grid.items():
-            result = found["losses"][loss]
+            result = results["losses"][loss]
             rows, times = result["variants"], result["times"]
             for i, row in enumerate(rows):
                 style = {"color": _colour(i, len(rows))}
@@ -74,32 +74,32 @@ def _augmentation(found: dict, path: Path) -> None:
                 _band(over_time, times, row["curves"]["noisy"], **style)
                 weights = {k: v[0] for k, v in row["final"]["weights"].items()}
                 label = f"k = {row['strength']:g}"
-                _band(final, range(1, found["width"] + 1), weights, label=label, **style)
+                _band(final, range(1, results["width"] + 1), weights, label=label, **style)
             over_time.set_yscale("log")
             _time(over_time, times, "singular values of W:\nclean columns (dashed), noisy (solid)")
             final.set_yscale("log")
             final.set_ylim(1e-2, None)
-            _rank(final, found)
+            _rank(final, results)
             final.set_ylabel("singular value of W at the end")
             final.legend(fontsize="x-small")
             k = [row["strength"] for row in rows]
             for name, label in (
                 ("collapsed", "below e$^{-10}$"),
-                ("small", f"below {found['small_below_share_of_largest']:g} of the largest"),
+                ("small", f"below {results['small_below_share_of_largest']:g} of the largest"),
             ):
                 values = [row["final"][name] for row in rows]
                 mean, spread = ([v[part] for v in values] for part in ("mean", "spread"))
                 count.errorbar(k, mean, spread, marker="o", capsize=3, label=label)
-            count.set_ylim(-0.5, found["width"] + 0.5)
+            count.set_ylim(-0.5, results["width"] + 0.5)
             count.set_xlabel("augmentation strength k")
             count.set_ylabel("eigenvalues of the embedding")
             count.legend(fontsize="x-small")
 
 
-def _regularization(found: dict, path: Path) -> None:
-    with _panels(path, found, 3, (4.2, 3.2)) as grid:
+def _regularization(results: dict, path: Path) -> None:
+    with _panels(path, results, 3, (4.2, 3.2)) as grid:
         for loss, panels in grid.items():
-            result = found["losses"][loss]
+            result = results["losses"][loss]
             (row,) = result["variants"]
             curves = row["curves"]
             layers = [
@@ -111,31 +111,26 @@ def _regularization(found: dict, path: Path) -> None:
             labels = ("log singular value of W$_1$", "log singular value of W$_2$")
             labels += ("log eigenvalue of the embedding",)
             for panel, values, label in zip(panels, (*layers, embedding), labels):
-                for j in range(found["width"]):
+                for j in range(results["width"]):
                     one = {part: v[:, j] for part, v in values.items()}
-                    _band(
-                        panel,
-                        result["times"],
-                        one,
-                        color=_colour(j, found["width"]),
-                        linewidth=1,
-                    )
+                    colour = _colour(j, results["width"])
+                    _band(panel, result["times"], one, color=colour, linewidth=1)
                 _time(panel, result["times"], label)
-            panels[2].axhline(np.log(found["collapsed_below"]), color="tab:red", linestyle=":")
+            panels[2].axhline(np.log(results["collapsed_below"]), color="tab:red", linestyle=":")
             panels[2].set_title(
                 f"{_LOSS[loss]}: below e$^{{-10}}$: {start:.1f} at the start, {end:.1f} at the end",
                 fontsize="small",
             )
 
 
-def _depth(found: dict, path: Path) -> None:
+def _depth(results: dict, path: Path) -> None:
     starts = {
         "random": ("each layer exp(-0.35 j)", "tab:blue"),
         "aligned": ("product exp(-0.7 j), aligned", "tab:orange"),
     }
-    with _panels(path, found, 3, (4.2, 3.2)) as grid:
+    with _panels(path, results, 3, (4.2, 3.2)) as grid:
         for loss, (count, *spectra) in grid.items():
-            rows = found["losses"][loss]["variants"]
+            rows = results["losses"][loss]["variants"]
             for (start, (label, colour)), spectrum in zip(starts.items(), spectra):
                 some = [row for row in rows if row["start"] == start]
                 depth = [row["layers"] for row in some]
@@ -147,44 +142,34 @@ def _depth(found: dict, path: Path) -> None:
                         depth, mean, spread, fmt=style, color=colour, capsize=3, label=text
                     )
                 for i, row in enumerate(some):
-                    _band(
-                        spectrum,
-                        range(1, found["width"] + 1),
-                        row["final"]["log_embedding"],
-                        color=_colour(i, len(some)),
-                        label=f"{row['layers']} layer{'s' * (row['layers'] > 1)}",
-                    )
-                spectrum.axhline(np.log(found["collapsed_below"]), color="tab:red", linestyle=":")
+                    layers = f"{row['layers']} layer{'s' * (row['layers'] > 1)}"
+                    style = {"color": _colour(i, len(some)), "label": layers}
+                    ranks, values = range(1, results["width"] + 1), row["final"]["log_embedding"]
+                    _band(spectrum, ranks, values, **style)
+                spectrum.axhline(np.log(results["collapsed_below"]), color="tab:red", linestyle=":")
                 spectrum.set_title(f"{_LOSS[loss]}, {label}", fontsize="small")
-                _rank(spectrum, found)
+                _rank(spectrum, results)
                 spectrum.set_ylabel("log eigenvalue of the embedding, end")
                 spectrum.legend(fontsize="x-small")
-            count.set_ylim(-0.5, found["width"] + 0.5)
+            count.set_ylim(-0.5, results["width"] + 0.5)
             count.set_xlabel("linear layers")
             count.set_ylabel("eigenvalues below e$^{-10}$")
             count.legend(fontsize="x-small")
 
 
-def _alignment(found: dict, path: Path) -> None:
-    with _panels(path, found, 3, (4.0, 3.3)) as grid:
+def _alignment(results: dict, path: Path) -> None:
+    with _panels(path, results, 3, (4.0, 3.3)) as grid:
         for loss, (over_time, *matrices) in grid.items():
-            result = found["losses"][loss]
+            result = results["losses"][loss]
             rows, times = result["variants"], result["times"]
             for i, row in enumerate(rows):
                 # Before a direction is above the threshold there is nothing to be aligned.
                 alive = [t for t, live in enumerate(row["curves"]["live"]["mean"]) if live >= 1]
-                for name, style in (("alignment", "-"), ("diagonal", ":")):
+                for name, line in (("alignment", "-"), ("diagonal", ":")):
                     curve = {p: np.array(v)[alive] for p, v in row["curves"][name].items()}
-                    label = f"start x {row['scale']:g}" if style == "-" else None
-                    colour = _colour(i, len(rows))
-                    _band(
-                        over_time,
-                        np.array(times)[alive],
-                        curve,
-                        color=colour,
-                        linestyle=style,
-                        label=label,
-                    )
+                    label = f"start x {row['scale']:g}" if line == "-" else None
+                    style = {"linestyle": line, "color": _colour(i, len(rows)), "label": label}
+                    _band(over_time, np.array(times)[alive], curve, **style)
             _time(
                 over_time, times, "live directions: alignment by group\n(dotted: mean |A$_{kk}$|)"
             )
@@ -209,9 +194,9 @@ _DRAWINGS = {
 }
 
 
-def draw(found: dict, path: str | Path) -> None:
+def draw(results: dict, path: str | Path) -> None:
     """Draws the JSON of ``toy.run`` as a picture at ``path``."""
-    _DRAWINGS[found["task"]](found, Path(path))
+    _DRAWINGS[results["task"]](results, Path(path))
     from PIL import Image  # comes with matplotlib
 
     # Bands of many tints: a palette makes the file a third as large, and looks the same.

@@ -98,16 +98,16 @@ def kills(count: int, folder: Path, epochs: int = 20, seed: int = 0) -> dict:
     duration = time.monotonic() - begin
     want = outcome(whole)
     chance = random.Random(seed)
-    found = {"kills": 0, "while_saving": 0, "before_the_first_checkpoint": 0, "unloadable": 0}
-    found |= {"newest_damaged": 0, "runs": 0, "runs_bitwise_equal": 0, "failed": 0}
+    tally = {"kills": 0, "while_saving": 0, "before_the_first_checkpoint": 0, "unloadable": 0}
+    tally |= {"newest_damaged": 0, "runs": 0, "runs_bitwise_equal": 0, "failed": 0}
 
     def finished(status: int) -> None:
-        found["runs"] += 1
-        found["failed"] += status != 0
-        found["runs_bitwise_equal"] += status == 0 and same(outcome(killed), want)
+        tally["runs"] += 1
+        tally["failed"] += status != 0
+        tally["runs_bitwise_equal"] += status == 0 and same(outcome(killed), want)
         shutil.rmtree(killed)
 
-    while found["kills"] < count:
+    while tally["kills"] < count:
         child = forked(killed, epochs)
         time.sleep(chance.random() * 0.4 * duration)
         os.kill(child, signal.SIGKILL)
@@ -115,20 +115,20 @@ def kills(count: int, folder: Path, epochs: int = 20, seed: int = 0) -> dict:
         if not os.WIFSIGNALED(status):
             finished(status)
             continue
-        found["kills"] += 1
-        found["while_saving"] += any(killed.glob(".checkpoint.pt*"))
+        tally["kills"] += 1
+        tally["while_saving"] += any(killed.glob(".checkpoint.pt*"))
         if not any(killed.glob("checkpoint*.pt")):
-            found["before_the_first_checkpoint"] += 1
+            tally["before_the_first_checkpoint"] += 1
             continue
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             try:
                 checkpoint.load(killed)
             except checkpoint.CheckpointError:
-                found["unloadable"] += 1
-        found["newest_damaged"] += bool(said)
+                tally["unloadable"] += 1
+        tally["newest_damaged"] += bool(said)
     finished(os.waitpid(forked(killed, epochs), 0)[1])
-    return {**found, "seconds": round(time.monotonic() - begin, 1)}
+    return {**tally, "seconds": round(time.monotonic() - begin, 1)}
 
 
 def rank_kills(count: int, folder: Path, timeout: float = 120.0, seed: int = 0) -> dict:
@@ -145,7 +145,7 @@ def rank_kills(count: int, folder: Path, timeout: float = 120.0, seed: int = 0) 
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
     begin = time.monotonic()
     subprocess.run([*command, "--name", "pair"], check=True, timeout=10 * timeout, **quiet)
-    found = {"kills": 0, "resumed": 0, "hangs": 0, "longest_stop_s": 0.0, "steps": []}
+    tally = {"kills": 0, "resumed": 0, "hangs": 0, "longest_stop_s": 0.0, "steps": []}
     log = folder / "pair-killed" / "log.jsonl"
     goals = sorted(chance.sample(range(2, steps - 5), count))
     job = subprocess.Popen([*command, "--name", "pair-killed"], **quiet)
@@ -162,8 +162,8 @@ def rank_kills(count: int, folder: Path, timeout: float = 120.0, seed: int = 0) 
             with contextlib.suppress(ProcessLookupError):
                 os.kill(victim, signal.SIGKILL)
             step, moment = _step(log), time.monotonic()
-            found["kills"] += 1
-            found["steps"].append(step)
+            tally["kills"] += 1
+            tally["steps"].append(step)
 
             def goes_on(job=job, victim=victim, step=step) -> bool:
                 now = _children(job.pid)
@@ -171,21 +171,21 @@ def rank_kills(count: int, folder: Path, timeout: float = 120.0, seed: int = 0) 
                 return len(now) == 2 and victim not in now and _step(log) > step + 2
 
             _wait(goes_on, job, log, timeout)
-            found["resumed"] += 1
-            found["longest_stop_s"] = max(found["longest_stop_s"], time.monotonic() - moment)
+            tally["resumed"] += 1
+            tally["longest_stop_s"] = max(tally["longest_stop_s"], time.monotonic() - moment)
         _wait(lambda: job.poll() is not None, job, log, timeout)
-        found["exit_code"] = job.poll()
+        tally["exit_code"] = job.poll()
     except TimeoutError:
-        found["hangs"] += 1
+        tally["hangs"] += 1
     finally:
         if job.poll() is None:
             os.killpg(job.pid, signal.SIGKILL)
             job.wait()
-    found["bitwise_equal"] = found["hangs"] == 0 and same(
+    tally["bitwise_equal"] = tally["hangs"] == 0 and same(
         outcome(folder / "pair"), outcome(folder / "pair-killed")
     )
-    found["longest_stop_s"] = round(found["longest_stop_s"], 1)
-    return {**found, "seconds": round(time.monotonic() - begin, 1)}
+    tally["longest_stop_s"] = round(tally["longest_stop_s"], 1)
+    return {**tally, "seconds": round(time.monotonic() - begin, 1)}
 
 
 def _wait(until, job: subprocess.Popen, log: Path, timeout: float) -> None:
@@ -214,7 +214,7 @@ def _children(parent: int) -> list[int]:
 
 
 def main() -> None:
-    """Runs both campaigns and prints what became of them."""
+    """Runs both campaigns and prints their tallies."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--rank-kills", type=int, default=20)
@@ -231,9 +231,9 @@ def main() -> None:
             result["kill_9"] = kills(arguments.kills, Path(folder), arguments.epochs)
             print("kill -9:", json.dumps(result["kill_9"]), flush=True)
         if arguments.rank_kills:
-            found = rank_kills(arguments.rank_kills, Path(folder), arguments.timeout)
-            result["rank_killed"] = found
-            print("rank killed:", json.dumps(found), flush=True)
+            tally = rank_kills(arguments.rank_kills, Path(folder), arguments.timeout)
+            result["rank_killed"] = tally
+            print("rank killed:", json.dumps(tally), flush=True)
     if arguments.out:
         Path(arguments.out).parent.mkdir(parents=True, exist_ok=True)
         Path(arguments.out).write_text(json.dumps(result, indent=1) + "\n")

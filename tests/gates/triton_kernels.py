@@ -148,7 +148,7 @@ def code_of(module: str, kernel: str) -> str:
 
 def recorded(arch: str) -> list[Launch]:
     """Every distinct launch of the backend over the options and widths that ship."""
-    found: dict[Launch, None] = {}
+    launches: dict[Launch, None] = {}
 
     def record(kernel, grid, args, warps, stages, constants):
         types, aligned, fixed = [], [], dict(constants)
@@ -165,7 +165,7 @@ def recorded(arch: str) -> list[Launch]:
             module, kernel.fn.__name__, tuple(types), tuple(aligned),
             tuple(sorted(fixed.items())), warps, stages,
         )  # fmt: skip
-        found[entry] = None
+        launches[entry] = None
 
     common.launch.recorder = record
     try:
@@ -173,7 +173,7 @@ def recorded(arch: str) -> list[Launch]:
             _call(Triton(arch), **options)
     finally:
         common.launch.recorder = None
-    return list(found)
+    return list(launches)
 
 
 def _argument(value, specialised: bool) -> tuple[str, bool]:
@@ -195,9 +195,9 @@ def cases(arch: str) -> list[dict]:
     precisions = ["fp16", "bf16", "tf32", "highest"]
     if arch in MATRIX_FP8:
         precisions.append("fp8")
-    found = [{"precision": precision} for precision in precisions]
-    found += [{"precision": precision, "temperature": None} for precision in precisions]
-    found += [{**options, "return_stats": True} for options in found]
+    calls = [{"precision": precision} for precision in precisions]
+    calls += [{"precision": precision, "temperature": None} for precision in precisions]
+    calls += [{**options, "return_stats": True} for options in calls]
     fp16 = [
         {"dim": 128, "width": 128},
         {"dim": 2048},
@@ -213,7 +213,7 @@ def cases(arch: str) -> list[dict]:
         {"symmetric": False, "return_stats": True},
         {"rows": 70_001, "candidates": 70_001, "temperature": None},
     ]
-    return found + [{"precision": "fp16", **options} for options in fp16]
+    return calls + [{"precision": "fp16", **options} for options in fp16]
 
 
 class _Elsewhere:
@@ -346,17 +346,17 @@ def _amd(binary) -> dict:
 def _problems(row: dict, entry: Launch, arch: str) -> list[str]:
     if "error" in row:
         return [row["error"]]
-    found = []
+    problems = []
     if row["spills"] or row["stack"]:
-        found.append(f"spills: {row['spills']} instructions, {row['stack']} bytes of stack")
+        problems.append(f"spills: {row['spills']} instructions, {row['stack']} bytes of stack")
     if row["shared"] > configs.SHARED_BYTES[arch]:
-        found.append(f"shared memory {row['shared']} of {configs.SHARED_BYTES[arch]} bytes")
+        problems.append(f"shared memory {row['shared']} of {configs.SHARED_BYTES[arch]} bytes")
     if entry.kernel in PRODUCTS and dict(entry.constants)["PRECISION"] == "ieee":
         operands = " ".join(entry.types[:2])
         wanted = MATRIX_FP8[arch] if "fp8" in operands else MATRIX[arch]
         if "fp32" not in operands and wanted not in row["matrix"]:
-            found.append(f"no {wanted} among {row['matrix']}")
-    return found
+            problems.append(f"no {wanted} among {row['matrix']}")
+    return problems
 
 
 def judged(work: list, record: dict, workers: int, anew: bool, recheck: int) -> list[dict]:
@@ -372,10 +372,10 @@ def judged(work: list, record: dict, workers: int, anew: bool, recheck: int) -> 
     for i, ((entry, arch), key) in enumerate(zip(work, keys)):
         row = {"arch": arch, "kernel": entry.kernel, "what": entry.label(), "key": key}
         row |= {"warps": entry.warps, "stages": entry.stages, "compiled": i in results}
-        told = results.get(i) or dict(zip(READ, record[key]))
-        row |= told | {"problems": _problems(told, entry, arch)}
-        if i in again and [told.get(name) for name in READ] != record[key]:
-            row["problems"].append(f"the record says {record[key]}, the compiler {told}")
+        values = results.get(i) or dict(zip(READ, record[key]))
+        row |= values | {"problems": _problems(values, entry, arch)}
+        if i in again and [values.get(name) for name in READ] != record[key]:
+            row["problems"].append(f"the record says {record[key]}, the compiler {values}")
         rows.append(row)
     return rows
 
@@ -465,9 +465,9 @@ def main(argv: list[str] | None = None) -> int:
         Path(arguments.json).write_text(json.dumps(rows, indent=1) + "\n")
     if arguments.write:
         whole = len(arguments.arch) == len(TARGETS) and not arguments.kernel
-        kept = {} if whole else of_version
-        told = {row["key"]: [row[n] for n in READ] for row in rows if "error" not in row}
-        record[version] = dict(sorted((kept | told).items()))
+        old = {} if whole else of_version
+        new = {row["key"]: [row[n] for n in READ] for row in rows if "error" not in row}
+        record[version] = dict(sorted((old | new).items()))
         _write(dict(sorted(record.items())))
     if arguments.out:
         pages = [line for v in record for line in summary(v, _on_record(record[v]))]
@@ -498,7 +498,7 @@ def _write(record: dict) -> None:
     """One line a kernel, so that a change of one is a change of one line."""
     versions = []
     for version, kernels in record.items():
-        lines = ",\n".join(f'  "{key}": {json.dumps(told)}' for key, told in kernels.items())
+        lines = ",\n".join(f'  "{key}": {json.dumps(values)}' for key, values in kernels.items())
         versions.append(f'"{version}": {{\n{lines}\n}}')
     RECORD.write_text("{\n" + ",\n".join(versions) + "\n}\n")
 
