@@ -15,13 +15,15 @@ repeat run gives the same bits; strips of fixed blocks keep them within PARTIAL_
 BOUNDED: exp2(a' s), a' = a log2(e), needs no maximum while a + log 2N <= 60 (problem.py);
 otherwise every partial carries the maximum it is relative to, which serves any temperature, also
 one that the host does not know. UPPER, for a view with itself: only j > i is computed, and both
-sums of it. TOP1, for statistics: the bounded form has the maxima too, and the positive's logit is
-written as the tile has it, so that a candidate equal to the positive ties with it.
+sums of it. TOP1, for statistics: the bounded form has the maxima too. OWN, for these and for
+fp32-grade products: the positive's logit is written as the tile has it, in base 2, so that a
+candidate equal to the positive ties with it.
 """
 
 from __future__ import annotations
 
 import numpy as np
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -78,6 +80,7 @@ def _sums_kernel(
     BOUNDED: tl.constexpr,
     UPPER: tl.constexpr,
     TOP1: tl.constexpr,
+    OWN: tl.constexpr,
     SCALE_TENSOR: tl.constexpr,
     TMA: tl.constexpr,
     FLATTEN: tl.constexpr,
@@ -118,6 +121,8 @@ def _sums_kernel(
         if BOUNDED and not TOP1:
             e = tl.exp2(acc * a2)
             if masked:
+                if OWN:
+                    _store_own(own, acc * a2, start_t, offs_t, offs_f, n_moving, n_fixed, offset)
                 e = tl.where(_kept(offs_t, offs_f, n_moving, n_fixed, offset, UPPER), e, 0.0)
             total += e
             if MOVING:
@@ -125,12 +130,8 @@ def _sums_kernel(
         else:
             x = acc * a2
             if masked:
-                if TOP1 and not UPPER:
-                    at = offs_f + offset
-                    here = (at >= start_t) & (at < start_t + BLOCK_T)
-                    here = here & (at < n_moving) & (offs_f < n_fixed)
-                    logit = tl.sum(tl.where(offs_t[:, None] == at[None, :], x, 0.0), 0)
-                    tl.store(own + offs_f, logit, mask=here)
+                if OWN:
+                    _store_own(own, x, start_t, offs_t, offs_f, n_moving, n_fixed, offset)
                 keep = _kept(offs_t, offs_f, n_moving, n_fixed, offset, UPPER)
                 x = tl.where(keep, x, float("-inf"))
             new_peak = tl.maximum(peak, tl.max(x, 0))
@@ -157,6 +158,15 @@ def _sums_kernel(
     else:
         tl.store(fixed_sum + where, mass)
         tl.store(fixed_max + where, peak)
+
+
+@triton.jit
+def _store_own(own, x, start_t, offs_t, offs_f, n_moving, n_fixed, offset):
+    """The positives' logits of a tile ``x`` (T, F) that begins at row ``start_t``, if any."""
+    at = offs_f + offset
+    here = (at >= start_t) & (at < start_t + x.shape[0]) & (at < n_moving) & (offs_f < n_fixed)
+    logit = tl.sum(tl.where(offs_t[:, None] == at[None, :], x, 0.0), 0)
+    tl.store(own + offs_f, logit, mask=here)
 
 
 @triton.jit
@@ -259,6 +269,7 @@ def _combine_kernel(
     PER_ROW: tl.constexpr,
     BOUNDED: tl.constexpr,
     SCALE_TENSOR: tl.constexpr,
+    OWN: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -266,11 +277,14 @@ def _combine_kernel(
     offs_r = offs_c - offset
     mask_c = offs_c < n
     mask_r = (offs_r >= 0) & (offs_r < m)
-    if SCALE_TENSOR:
-        a = tl.load(scale).to(tl.float64)
+    if OWN:
+        logit = tl.load(positives + offs_r, mask=mask_r, other=0.0).to(tl.float64) * LN2
     else:
-        a = tl.full((), 0.0, tl.float64) + scale + scale_low
-    logit = tl.load(positives + offs_r, mask=mask_r, other=0.0) * a
+        if SCALE_TENSOR:
+            a = tl.load(scale).to(tl.float64)
+        else:
+            a = tl.full((), 0.0, tl.float64) + scale + scale_low
+        logit = tl.load(positives + offs_r, mask=mask_r, other=0.0) * a
     if FOLDED:
         rest = tl.load(rest_row + offs_r, mask=mask_r, other=0.0)
     else:
@@ -338,8 +352,8 @@ def sums(
     tops: bool,
 ) -> None:
     """One launch: ``parts`` (``packed.Partials``) of the anchors in ``strip`` (z1) against all
-    candidates (z2). ``tops``: with maxima in either form; ``own`` (M,) gets the positives' logits,
-    in base 2."""
+    candidates (z2). ``tops``: with maxima in either form; ``own`` (M,) gets the positives' logits
+    as the tiles have them, in base 2."""
     n, blocks = len(z2), cdiv(strip.stop - strip.start, tile.rows)
     moving = parts.col_sum is not None
     if upper:  # tiles below the diagonal are not visited
@@ -376,6 +390,7 @@ def sums(
         BOUNDED=bounded,
         UPPER=upper,
         TOP1=tops,
+        OWN=own is not None,
         SCALE_TENSOR=isinstance(scale, Tensor),
         TMA=tile.tma,
         FLATTEN=tile.flatten,
@@ -411,7 +426,8 @@ def combine_blocks(n: int) -> int:
 
 def combine(problem, positives: Tensor, scale, parts, rest, out, *, bounded: bool) -> None:
     """One launch: ``out`` (``packed.Combined``) from ``parts``, of one strip, or from ``rest``, the
-    log-sums of several by row and by column. ``positives`` (M,) cosines, fp64."""
+    log-sums of several by row and by column. ``positives`` (M,): cosines, fp64, or what ``sums``
+    wrote as ``own``, fp32."""
     m, n, symmetric = problem.rows, problem.candidates, problem.symmetric
     tensor, nothing = isinstance(scale, Tensor), out.losses
     # The positive's logit deserves a in fp64: as the sum of two fp32 arguments.
@@ -450,6 +466,7 @@ def combine(problem, positives: Tensor, scale, parts, rest, out, *, bounded: boo
         PER_ROW=problem.reduction == "none",
         BOUNDED=bounded,
         SCALE_TENSOR=tensor,
+        OWN=positives.dtype == torch.float32,
         PARTS=PARTS,
         BLOCK=BLOCK,
         warps=4,

@@ -64,8 +64,7 @@ def _factors_kernel(
     if BOUNDED:
         tl.store(row_factor + offs_r, (weight * tl.exp(-lse)).to(tl.float32), mask=mask_r)
     else:
-        tl.store(row_factor + offs_r, weight.to(tl.float32), mask=mask_r)
-        tl.store(row_shift + offs_r, (lse * LOG2E).to(tl.float32), mask=mask_r)
+        _store_shifted(row_factor, row_shift, offs_r, mask_r, weight, lse)
     if SYMMETRIC:
         diag += weight * expm1(-tl.load(nll_col + offs_r, mask=mask_r, other=0.0))
         lse = tl.load(col_lse + offs_c, mask=mask_c, other=0.0)
@@ -73,9 +72,18 @@ def _factors_kernel(
             factor = tl.where(mask_r, weight * tl.exp(-lse), 0.0)
             tl.store(col_factor + offs_c, factor.to(tl.float32), mask=mask_c)
         else:
-            tl.store(col_factor + offs_c, weight.to(tl.float32), mask=mask_c)
-            tl.store(col_shift + offs_c, (lse * LOG2E).to(tl.float32), mask=mask_c)
+            _store_shifted(col_factor, col_shift, offs_c, mask_c, weight, lse)
     tl.store(diagonal + offs_r, diag.to(tl.float32), mask=mask_r)
+
+
+@triton.jit
+def _store_shifted(factor, shift, offs, mask, weight, lse):
+    """weight exp(x - lse) as factor 2^(log2(e) x - shift); the factor has the shift's rounding."""
+    exact = lse * LOG2E
+    rounded = exact.to(tl.float32)
+    weight = tl.where(weight == 0.0, 0.0, weight * tl.exp2(rounded.to(tl.float64) - exact))
+    tl.store(factor + offs, weight.to(tl.float32), mask=mask)
+    tl.store(shift + offs, rounded, mask=mask)
 
 
 @triton.jit

@@ -89,6 +89,13 @@ def test_generated_cases_match_the_reference(chunk):
             assert error <= allowed or error < 1e-12, (error, allowed, name, case)
 
 
+@pytest.mark.parametrize("rows,dim", [(17, 360), (65, 33)])
+@pytest.mark.parametrize("same", [False, True], ids=["views", "one-tensor"])
+def test_equal_rows_stay_equal(rows, dim, same):
+    r1, r2 = make_views(rows, dim, kind="ties")
+    exact.assert_ties_are_kept("triton", r1, r1 if same else r2)
+
+
 @pytest.mark.parametrize("name", top1.CASES)
 def test_top1_agrees_with_the_reference(name):
     top1.check_against_the_reference(name, backend="triton", precision="highest")

@@ -23,6 +23,8 @@ from ..problem import Problem
 from ..products import may_round
 from .base import Backend, Pair, Saved, Statistics, Tops
 
+LN2 = math.log(2.0)
+
 # One super-block of weights: 8192 x 8192 in half precision.
 DEFAULT_WORKSPACE_BYTES = 128 * 2**20
 
@@ -116,7 +118,7 @@ class Packed(Backend):
     ) -> tuple[Tensor, list[Saved], Statistics | None]:
         """normalize, sums, combine, total: 4 launches while the partial sums fit one strip."""
         layout, offset = self._layout(problem), problem.row_offset
-        bounded = self._bounded_sums(problem, scale)
+        bounded, exact = self._bounded_sums(problem, scale), layout.precision == "highest"
         tile = self._tile("tops" if problem.return_stats else "sums", layout, r1.device, bounded)
         index = None if columns is None else columns[0]
         with self.kernels.device(r1):
@@ -124,7 +126,8 @@ class Packed(Backend):
                 layout, r1, r2, index, offset, problem.eps
             )
             tops = Tops.none_yet(problem, z1, len(z2)) if problem.return_stats else None
-            options = {"columns": problem.symmetric, "bounded": bounded, "tops": tops}
+            own = self._own(layout, z1, tops)
+            options = {"columns": problem.symmetric, "bounded": bounded, "tops": tops, "own": own}
             strips = self._strips(z1, z2, tile, problem.symmetric, tops is not None or not bounded)
             parts, rest = None, (None, None)
             if len(strips) == 1:
@@ -132,15 +135,16 @@ class Packed(Backend):
             else:
                 rest = self._fold_strips(layout, z1, z2, scale, offset, tile, strips, **options)
             loss, row_lse, col_lse, nll_row, nll_col = self._combine(
-                problem, cosines, scale, parts, rest, bounded
+                problem, own if exact else cosines, scale, parts, rest, bounded
             )
             statistics = None
             if tops is not None:
-                own = slice(offset, offset + problem.rows)
-                top1 = tops._replace(col=None if tops.col is None else tops.col[own]).top1(
+                there = slice(offset, offset + problem.rows)
+                top1 = tops._replace(col=None if tops.col is None else tops.col[there]).top1(
                     nll_row, nll_col
                 )
-                of_group = (row_lse, col_lse, cosines * scale, top1)
+                logits = own.double() * LN2 if exact else cosines * scale
+                of_group = (row_lse, col_lse, logits, top1)
                 statistics = Statistics(*(value[None] for value in of_group))
         kept = self.kept_buffer(problem, z1)
         saved = Saved(z1, z2, rnorm1, rnorm2, row_lse, col_lse, nll_row, nll_col, kept)
@@ -246,9 +250,19 @@ class Packed(Backend):
             rows = max(1, m * PARTIAL_BYTES // held // tile.rows) * tile.rows
         return _slices(m, rows)
 
+    def _own(self, layout, z1: Tensor, tops: Tops | None) -> Tensor | None:
+        """(M,) for the positives' logits as the tiles have them, in base 2: where products are of
+        fp32 grade they are the loss's, otherwise top-1's alone; None where nobody asks."""
+        if tops is not None:
+            return tops.own
+        if layout.precision == "highest":
+            return z1.new_empty(len(z1), dtype=torch.float32)
+        return None
+
     def _partials(
-        self, layout, z1, z2, strip, scale, offset, tile, *, columns, bounded, tops, upper=False
-    ) -> tuple[Partials, int]:
+        self, layout, z1, z2, strip, scale, offset, tile, *,
+        columns, bounded, tops, own=None, upper=False,
+    ) -> tuple[Partials, int]:  # fmt: skip
         """One launch over a strip, and the first column that its column sums are of. ``tops`` is
         raised to the largest logits met, in base 2."""
         n, programs = len(z2), self._programs(z1.device)
@@ -265,7 +279,7 @@ class Packed(Backend):
             buffer(columns and peaks, col_lines, n - first),
         )
         self.kernels.sums(
-            layout, z1, z2, strip, scale, offset, tile, programs, parts, tops and tops.own,
+            layout, z1, z2, strip, scale, offset, tile, programs, parts, own,
             bounded=bounded, upper=upper, tops=tops is not None,
         )  # fmt: skip
         if tops is not None:
@@ -277,15 +291,16 @@ class Packed(Backend):
         return parts, first
 
     def _fold_strips(
-        self, layout, z1, z2, scale, offset, tile, strips, *, columns, bounded, tops, upper=False
-    ) -> tuple[Tensor, Tensor | None]:
+        self, layout, z1, z2, scale, offset, tile, strips, *,
+        columns, bounded, tops, own=None, upper=False,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """(rest_row (M,), rest_col (N,) or None) in fp64, strip after strip."""
         row = z1.new_empty(len(z1), dtype=torch.float64)
         col = z1.new_empty(len(z2), dtype=torch.float64) if columns else None
         for strip in strips:
             parts, first = self._partials(
                 layout, z1, z2, strip, scale, offset, tile,
-                columns=columns, bounded=bounded, tops=tops, upper=upper,
+                columns=columns, bounded=bounded, tops=tops, own=own, upper=upper,
             )  # fmt: skip
             self.kernels.fold(parts.row_sum, parts.row_peak, row[strip], True, bounded)
             if columns:
@@ -293,17 +308,18 @@ class Packed(Backend):
                 self.kernels.fold(parts.col_sum, parts.col_peak, col[first:], start, bounded)
         return row, col
 
-    def _combine(self, problem: Problem, cosines: Tensor, scale, parts, rest, bounded: bool):
-        """Loss, row_lse, col_lse, nll_row, nll_col: one launch, or two where losses are summed."""
+    def _combine(self, problem: Problem, positives: Tensor, scale, parts, rest, bounded: bool):
+        """Loss, row_lse, col_lse, nll_row, nll_col: one launch, or two where losses are summed.
+        ``positives`` (M,): cosines, fp64, or logits in base 2, fp32."""
         m, n, symmetric = problem.rows, problem.candidates, problem.symmetric
         per_row = problem.reduction == "none"
 
         def statistic(length: int) -> Tensor:
-            return cosines.new_empty(length, dtype=torch.float64)
+            return positives.new_empty(length, dtype=torch.float64)
 
         losses = statistic(0 if per_row else self.kernels.combine_blocks(n))
         if per_row:
-            losses = cosines.new_empty(m, dtype=torch.float32)
+            losses = positives.new_empty(m, dtype=torch.float32)
         out = Combined(
             losses,
             statistic(m),
@@ -311,10 +327,10 @@ class Packed(Backend):
             statistic(m),
             statistic(m if symmetric else 0),
         )
-        self.kernels.combine(problem, cosines, scale, parts, rest, out, bounded=bounded)
+        self.kernels.combine(problem, positives, scale, parts, rest, out, bounded=bounded)
         if per_row:
             return out
-        loss = cosines.new_empty((), dtype=torch.float32)
+        loss = positives.new_empty((), dtype=torch.float32)
         self.kernels.total(losses, loss, float(m) if problem.reduction == "mean" else 1.0)
         return out._replace(losses=loss)
 
@@ -338,23 +354,28 @@ class Packed(Backend):
         logits: Tensor | None = None,
         tops: Tops | None = None,
     ):
-        offset = problem.row_offset
-        if logits is not None and offset < problem.candidates:
+        layout, offset, met = self._layout(problem, z1), problem.row_offset, logits is not None
+        met = met and offset < problem.candidates
+        exact = met and layout.precision == "highest"
+        own = self._own(layout, z1, tops) if exact or tops is not None else None
+        if met and not exact:
             with self.kernels.device(z1):
-                cosines = self.kernels.positives(self._layout(problem, z1), z1, z2, offset)
-            torch.mul(cosines, scale, out=logits)
-        return self._log_sums(problem, z1, z2, scale, offset, problem.symmetric, tops)
+                torch.mul(self.kernels.positives(layout, z1, z2, offset), scale, out=logits)
+        found = self._log_sums(problem, z1, z2, scale, offset, problem.symmetric, tops, own)
+        if exact:
+            torch.mul(own.double(), LN2, out=logits)
+        return found
 
     def self_sums(self, problem: Problem, z: Tensor, scale, top: Tensor | None = None) -> Tensor:
         tops = None if top is None else Tops(top, top, None)
-        row, column = self._log_sums(problem, z, z, scale, 0, True, tops, upper=True)
+        row, column = self._log_sums(problem, z, z, scale, 0, True, tops, None, upper=True)
         return torch.logaddexp(row, column)
 
     def _bounded_sums(self, problem: Problem, scale) -> bool:
         """Which form of the sums is taken: kernels may have maxima in one of them only."""
         return problem.bounded(scale)
 
-    def _log_sums(self, problem, z1, z2, scale, offset, columns, tops, upper=False):
+    def _log_sums(self, problem, z1, z2, scale, offset, columns, tops, own, upper=False):
         layout, bounded = self._layout(problem, z1), self._bounded_sums(problem, scale)
         kernel, plain = "tops" if problem.return_stats else "sums", bounded and not upper
         tile = self._tile(kernel, layout, z1.device, plain)
@@ -362,7 +383,7 @@ class Packed(Backend):
             strips = self._strips(z1, z2, tile, columns, tops is not None or not bounded)
             return self._fold_strips(
                 layout, z1, z2, scale, offset, tile, strips,
-                columns=columns, bounded=bounded, tops=tops, upper=upper,
+                columns=columns, bounded=bounded, tops=tops, own=own, upper=upper,
             )  # fmt: skip
 
     def products(
@@ -458,7 +479,10 @@ def _factors(pair: Pair, bounded: bool):
     def side(weight: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         weight = weight / unit * STORE
         if not bounded:
-            return weight.float(), (lse * math.log2(math.e)).float()
+            exact = lse / LN2
+            shift = exact.float()  # its rounding is in the weight
+            weight = torch.where(weight == 0.0, 0.0, weight * torch.exp2(shift - exact))
+            return weight.float(), shift
         # Candidates nobody is the positive of have no weight, whatever their log-sum.
         found = torch.where(weight == 0.0, 0.0, weight * torch.exp(-lse)).float()
         return found, found
