@@ -27,8 +27,13 @@ cp $kit/_cuda*.so directclr_fast/ 2> /dev/null
 [ -e directclr_fast/kernels ] || ln -s ../kernels directclr_fast/kernels
 export PYTHONPATH=$PWD:$kit/peers PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 DIRECTCLR_COMMIT={commit}
 export TRITON_CACHE_DIR=$kit/triton
+sed -i "s|{placeholder}|$kit/triton|g" $kit/triton/*/__grp__*.json 2> /dev/null
 echo "kit: $(ls $kit/triton 2> /dev/null | wc -l) kernels cached"
 """
+
+
+# Triton's cache names its files by their whole paths, which differ there.
+PLACEHOLDER = "@TRITON@"
 
 
 def extension(folder: Path) -> str:
@@ -54,6 +59,8 @@ def kernels(folder: Path, arch: str) -> str:
     for path in (folder / "triton").rglob("*"):  # what only a reader wants, and locks
         if path.suffix in (".ttir", ".ttgir", ".llir", ".ptx", ".source", ".lock"):
             path.unlink()
+    for path in (folder / "triton").glob("*/__grp__*.json"):
+        path.write_text(path.read_text().replace(str(folder / "triton"), PLACEHOLDER))
     return done.stdout.strip()
 
 
@@ -83,7 +90,11 @@ def main() -> int:
         ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()
     (folder / "env.sh").write_text(
-        ENV.format(folder=os.path.relpath(folder, ROOT), commit=commit or "unknown")
+        ENV.format(
+            folder=os.path.relpath(folder, ROOT),
+            commit=commit or "unknown",
+            placeholder=PLACEHOLDER,
+        )
     )
     missing = 0
     parts = {
