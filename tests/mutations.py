@@ -205,13 +205,28 @@ MUTATIONS = [
     ),
     Mutation(
         "cuda: the diagonal stays in the sums", "csrc/cuda/tile.h",
-        "p.upper ? beyond > 0 : beyond != 0", "p.upper ? beyond > 0 : beyond == beyond",
+        "(ahead > beyond(i)) & both", "(ahead >= beyond(i)) & both",
         "test_cuda_host.py -k 'every_option and plain'",
     ),
     Mutation(
         "cuda: the diagonal of a view with itself", "csrc/cuda/tile.h",
-        "p.upper ? beyond > 0 :", "p.upper ? beyond > -1 :",
+        "((ahead < beyond(i))", "((ahead <= beyond(i))",
         "test_cuda_host.py -k 'every_option and both'",
+    ),
+    Mutation(
+        "cuda: rows beyond the last count", "csrc/cuda/tile.h",
+        "W::select(own.rows(h) < p.rows, columns, none)", "columns",
+        "test_cuda_host.py -k 'every_option and ragged'",
+    ),
+    Mutation(
+        "cuda: a column's sum is another's", "csrc/cuda/tile.h",
+        "const Int at = place_of_column<Int>(", "const Int at = Int(",
+        "test_cuda_host.py -k 'every_option and wide'",
+    ),
+    Mutation(
+        "cuda: the factors of a pair of columns change places", "csrc/cuda/warp.h",
+        "x[0][i] = p[at[i]], x[1][i] = p[at[i] + 1]", "x[1][i] = p[at[i]], x[0][i] = p[at[i] + 1]",
+        "test_cuda_host.py -k 'every_option and ragged'",
     ),
     Mutation(
         "cuda: a column outside the row", "csrc/cuda/rows.h",

@@ -81,14 +81,15 @@ __device__ __forceinline__ float exponent_scale(const Exponent& e) {
   return (e.scale ? *e.scale : e.value) * 1.4426950408889634f * e.operands;
 }
 
-template <class Kind>
+// Bounded and unbounded are kernels of their own: in one, the registers of both together spill.
+template <class Kind, bool kBounded>
 struct SumsEpilogue : EpilogueBase<SumsArguments> {
   static constexpr int kWarps = Kind::kHeight / kWarpRows;
   // By group, by turn: this tile's column sums of each warp are read while the next one's may be
   // written already, never the one after, which a barrier lies before.
   struct SharedStorage {
     float sums[Kind::kGroups][2][kWarps][kWidth];
-    float peaks[Kind::kGroups][2][kWarps][kWidth];
+    float peaks[Kind::kGroups][2][kBounded ? 1 : kWarps][kWidth];
   };
   using TensorStorage = SharedStorage;
 
@@ -111,14 +112,9 @@ struct SumsEpilogue : EpilogueBase<SumsArguments> {
     const float a2 = exponent_scale(params.exponent);
     float* row_sum = params.row_sum + int64_t(n) * place.rows;
     float* row_peak = params.row_peak + int64_t(n) * place.rows;
-    if (params.bounded) {
-      sums_of_warp<DeviceWarp, kBlocks, true>(acc, place, warp, Kind::kHeight, a2, params.columns,
-                                              row_sum, row_peak, nullptr, sums[warp], peaks[warp]);
-    } else {
-      sums_of_warp<DeviceWarp, kBlocks, false>(acc, place, warp, Kind::kHeight, a2, params.columns,
-                                               row_sum, row_peak, params.own, sums[warp],
-                                               peaks[warp]);
-    }
+    sums_of_warp<DeviceWarp, kBlocks, kBounded>(
+        acc, place, warp, Kind::kHeight, a2, params.columns, row_sum, row_peak, params.own,
+        sums[warp], peaks[kBounded ? 0 : warp]);
     if (!params.columns) return;
     constexpr int kThreads = kWarps * kLanes;
     cutlass::arch::NamedBarrier::sync(kThreads, uint32_t(group));
@@ -126,13 +122,9 @@ struct SumsEpilogue : EpilogueBase<SumsArguments> {
     for (int c = thread; c < kWidth; c += kThreads) {
       if (place.col + c >= place.cols) continue;
       const int64_t at = int64_t(m) * place.cols + place.col + c;
-      if (params.bounded) {
-        sum_of_column<true>(&sums[0][c], &peaks[0][c], kWarps, kWidth, params.col_sum + at,
-                            params.col_peak + at);
-      } else {
-        sum_of_column<false>(&sums[0][c], &peaks[0][c], kWarps, kWidth, params.col_sum + at,
-                             params.col_peak + at);
-      }
+      const int from = place_of_column(c);
+      sum_of_column<kBounded>(&sums[0][from], &peaks[0][from], kWarps, kWidth, params.col_sum + at,
+                              params.col_peak + at);
     }
   }
 
@@ -140,7 +132,7 @@ struct SumsEpilogue : EpilogueBase<SumsArguments> {
   int turn = 0;
 };
 
-template <class Kind, class Half>
+template <class Kind, class Half, bool kBounded>
 struct WeightsEpilogue : EpilogueBase<WeightsArguments> {
   struct SharedStorage {};
   using TensorStorage = SharedStorage;
@@ -156,13 +148,8 @@ struct WeightsEpilogue : EpilogueBase<WeightsArguments> {
     if (place.row >= place.rows || place.col >= place.cols) return;
     const int warp = thread / kLanes;
     const float a2 = exponent_scale(params.exponent);
-    if (params.bounded) {
-      weights_of_warp<DeviceWarp, Half, kBlocks, true>(acc, place, warp, Kind::kHeight, a2,
-                                                       params.factors, params.out, params.pitch);
-    } else {
-      weights_of_warp<DeviceWarp, Half, kBlocks, false>(acc, place, warp, Kind::kHeight, a2,
-                                                        params.factors, params.out, params.pitch);
-    }
+    weights_of_warp<DeviceWarp, Half, kBlocks, kBounded>(
+        acc, place, warp, Kind::kHeight, a2, params.factors, params.out, params.pitch);
   }
 
   Params params;

@@ -87,7 +87,8 @@ void sums_as(const Operands& s, const SumsArguments& a, int height) {
       [&](const Place& p, int m, int) {
         for (int c = 0; a.columns && c < kTileWidth && p.col + c < p.cols; ++c) {
           const int64_t at = int64_t(m) * s.cols + p.col + c;
-          sum_of_column<kBounded>(&sums[size_t(c)], &peaks[size_t(c)], warps, kTileWidth,
+          const size_t from = size_t(place_of_column(c));
+          sum_of_column<kBounded>(&sums[from], &peaks[from], warps, kTileWidth,
                                   a.col_sum + at, a.col_peak + at);
         }
       });
@@ -272,10 +273,10 @@ extern "C" int host_fragment_mismatches() {
   };
   using H = cutlass::half_t;
   using E = cutlass::float_e4m3_t;
-  count(typename Similarity<H, Cooperative, SumsEpilogue<Cooperative>>::Mainloop::TiledMma{},
+  count(typename Similarity<H, Cooperative, SumsEpilogue<Cooperative, true>>::Mainloop::TiledMma{},
         Cooperative{});
-  count(typename Similarity<H, Pingpong, SumsEpilogue<Pingpong>>::Mainloop::TiledMma{}, Pingpong{});
-  count(typename Similarity<E, Cooperative, SumsEpilogue<Cooperative>>::Mainloop::TiledMma{},
+  count(typename Similarity<H, Pingpong, SumsEpilogue<Pingpong, true>>::Mainloop::TiledMma{}, Pingpong{});
+  count(typename Similarity<E, Cooperative, SumsEpilogue<Cooperative, true>>::Mainloop::TiledMma{},
         Cooperative{});
   return wrong;
 }
