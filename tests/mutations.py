@@ -205,12 +205,12 @@ MUTATIONS = [
     ),
     Mutation(
         "cuda: the diagonal stays in the sums", "csrc/cuda/tile.h",
-        "(ahead > beyond(i)) & both", "(ahead >= beyond(i)) & both",
+        "(ahead > beyond(i)) & both", "(ahead > beyond(i) - 1) & both",
         "test_cuda_host.py -k 'every_option and plain'",
     ),
     Mutation(
         "cuda: the diagonal of a view with itself", "csrc/cuda/tile.h",
-        "((ahead < beyond(i))", "((ahead <= beyond(i))",
+        "((ahead < beyond(i))", "((ahead < beyond(i) + 1)",
         "test_cuda_host.py -k 'every_option and both'",
     ),
     Mutation(
@@ -222,6 +222,31 @@ MUTATIONS = [
         "cuda: a column's sum is another's", "csrc/cuda/tile.h",
         "const Int at = place_of_column<Int>(", "const Int at = Int(",
         "test_cuda_host.py -k 'every_option and wide'",
+    ),
+    Mutation(
+        "cuda: tiles below the diagonal are run", "csrc/cuda/order.h",
+        "return per_column ? row / per_column : 0;", "return 0;",
+        "test_cuda_host.py -k 'order or wasted'",
+    ),
+    Mutation(
+        "cuda: a tile on the diagonal is left out", "csrc/cuda/order.h",
+        "(column + 1) * per_column - row)", "(column + 1) * per_column - row - (column == 0))",
+        "test_cuda_host.py -k 'order'",
+    ),
+    Mutation(
+        "cuda: sums of tiles that are left out", "directclr_fast/backends/hopper.py",
+        'buffer.fill_(-torch.inf if name.endswith("peak") else 0.0)', "pass",
+        "test_cuda_host.py -k 'every_option and both'",
+    ),
+    Mutation(
+        "cuda: strips of odd tile rows", "directclr_fast/backends/cuda.py",
+        "return 2 * tile.rows", "return 3 * tile.rows",
+        "test_cuda_host.py -k 'wasted'",
+    ),
+    Mutation(
+        "cuda: a share of the lines is lost", "csrc/cuda/statistics.h",
+        "l = share; l < p.lines; l += shares) {", "l = share + 8; l < p.lines; l += shares) {",
+        "test_cuda_host.py -k 'every_option and plain'",
     ),
     Mutation(
         "cuda: the factors of a pair of columns change places", "csrc/cuda/warp.h",

@@ -7,12 +7,14 @@ not there. ``tests/test_cuda_gate.py`` builds those for sm_90a and reads the bin
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.util
 import subprocess
 import sysconfig
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -338,6 +340,113 @@ def test_four_launches_forward_and_five_backward(monkeypatch, temperature):
     del counting.names[:]
     loss.backward()
     assert counting.names == ["factors", "weights", "finish"] and len(products) == 2
+
+
+# ------------------------------------------------------------------------------ launch plans
+
+
+@pytest.fixture(scope="module")
+def tiles_of(library):
+    """The tiles of a launch of m x n entries, in their order: (count, [(row, column) ...])."""
+    function = ctypes.CDLL(str(library)).host_tiles
+    function.restype = ctypes.c_int64
+    function.argtypes = [ctypes.c_int] * 3 + [ctypes.c_bool, ctypes.c_void_p, ctypes.c_int64]
+
+    def tiles(m: int, n: int, height: int, upper: bool, room: int = 0):
+        found = np.zeros((room, 2), dtype=np.int32)
+        count = function(m, n, height, upper, found.ctypes.data, room)
+        return count, [tuple(tile) for tile in found.tolist()]
+
+    return tiles
+
+
+@pytest.mark.parametrize("height", [64, 128])
+@pytest.mark.parametrize("upper", [False, True])
+def test_the_order_has_every_tile_that_counts_once(tiles_of, height, upper):
+    for m, n in (
+        (1, 1),
+        (1, 9000),
+        (256, 256),
+        (257, 300),
+        (2100, 2100),
+        (5000, 5000),
+        (700, 5000),
+    ):
+        count, found = tiles_of(m, n, height, upper, 8192)
+        found = found[:count]
+        assert len(set(found)) == count, (m, n)
+        rows, columns = -(-m // (2 * height)) * 2, -(-n // 256)
+        wanted = {
+            (row, column)
+            for row in range(0, rows, 2)
+            for column in range(columns)
+            if not upper or min(n, (column + 1) * 256) - 1 > row * height
+        }
+        wanted |= {(row + 1, column) for row, column in wanted}
+        alone = {t for t in set(found) - wanted if t[1] * 256 + 1 == n}  # of a last entry, itself
+        assert set(found) - alone == wanted, (m, n)
+        # Neighbours in the order share operands: 8 clusters of rows before the next column.
+        if not upper and rows >= 16:
+            assert found[:32:2] == [(2 * i, 0) for i in range(8)] + [(2 * i, 1) for i in range(8)]
+
+
+class _Launches:
+    """Kernels that note what they are asked for."""
+
+    lines = staticmethod(hopper.lines)
+
+    def __init__(self):
+        self.sums_of, self.weights_of = [], []
+
+    def device(self, tensor):
+        return contextlib.nullcontext()
+
+    def sums(self, layout, z1, z2, strip, *_, upper, **__):
+        first = strip.start if upper else 0
+        self.sums_of.append((strip.stop - strip.start, len(z2) - first, upper))
+
+    def weights(self, layout, z1, z2, factors, scale, offset, rows, columns, out, tile):
+        self.weights_of.append((rows.stop - rows.start, columns.stop - columns.start, False))
+
+    def fold(self, *_):
+        pass
+
+    product = add_positives = lambda self, *_, **__: None
+
+
+def needed(n: int, tile, upper: bool) -> int:
+    """Tiles of n x n entries with one that counts: for ``upper`` a column beyond its row."""
+    rows, columns = -(-n // tile.rows), -(-n // tile.columns)
+    if not upper:
+        return rows * columns
+    return sum(columns - (row * tile.rows + 1) // tile.columns for row in range(rows))
+
+
+@pytest.mark.parametrize("dim", [128, 360])  # either schedule
+@pytest.mark.parametrize("negatives", ["cross", "both"])
+@pytest.mark.parametrize("n", [1536, 2100, 5000, 32768, 1048576])
+def test_at_most_five_percent_of_the_tiles_are_wasted(monkeypatch, tiles_of, n, negatives, dim):
+    """But for an odd last tile row, whose cluster has a second tile: a row of tiles a launch."""
+    launches, made = _Launches(), backend.Cuda()
+    monkeypatch.setattr(made, "kernels", launches)
+    asked = problem(rows=n, candidates=n, dim=dim, width=dim, negatives=negatives, precision="fp16")
+    layout = made._layout(asked)
+    tile = made._tile("sums", layout, torch.device("meta"))
+    z = torch.empty((n, layout.row), dtype=layout.dtype, device="meta")
+    made.sums(asked, z, z, 10.0, None)
+    wanted = needed(n, tile, False)
+    if negatives == "both":
+        for _ in range(2):
+            made.self_sums(asked, z, 10.0)
+        wanted += 2 * needed(n, tile, True)
+    run = sum(tiles_of(rows, cols, tile.rows, upper)[0] for rows, cols, upper in launches.sums_of)
+    odd = sum(
+        -(-cols // tile.columns) for rows, cols, _ in launches.sums_of
+        if -(-rows // tile.rows) % 2
+    )  # fmt: skip
+    assert wanted <= run <= 1.05 * wanted + odd
+    assert odd == 0 or len(launches.sums_of) == (1 if negatives == "cross" else 3)
+    assert run <= 1.06 * wanted
 
 
 # ------------------------------------------------------------------------------ choices

@@ -34,8 +34,8 @@ template <>
 std::string sums_as<kOperand, kPingpong>(const Operands& s, const SumsArguments& a,
                                              const Stream& stream) {
   using E = Of::Element;
-  return a.bounded ? Similarity<E, Kind, SumsEpilogue<Kind, true>>::run(s, a, stream)
-                   : Similarity<E, Kind, SumsEpilogue<Kind, false>>::run(s, a, stream);
+  return a.bounded ? Similarity<E, Kind, SumsEpilogue<Kind, true>>::run(s, a, stream, a.upper)
+                   : Similarity<E, Kind, SumsEpilogue<Kind, false>>::run(s, a, stream, a.upper);
 }
 
 template <>
@@ -43,7 +43,7 @@ std::string weights_as<kOperand, kPingpong>(const Operands& s, const WeightsArgu
                                                 const Stream& stream) {
   using E = Of::Element;
   return a.bounded
-             ? Similarity<E, Kind, WeightsEpilogue<Kind, Of::Half, true>>::run(s, a, stream)
-             : Similarity<E, Kind, WeightsEpilogue<Kind, Of::Half, false>>::run(s, a, stream);
+             ? Similarity<E, Kind, WeightsEpilogue<Kind, Of::Half, true>>::run(s, a, stream, false)
+             : Similarity<E, Kind, WeightsEpilogue<Kind, Of::Half, false>>::run(s, a, stream, false);
 }
 }  // namespace directclr

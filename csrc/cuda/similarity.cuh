@@ -17,6 +17,7 @@
 #include "cutlass/gemm/kernel/gemm_universal.hpp"
 #include "arguments.h"
 #include "half.h"
+#include "scheduler.cuh"
 #include "tile.h"
 
 namespace directclr {
@@ -102,7 +103,7 @@ struct SumsEpilogue : EpilogueBase<SumsArguments> {
     const auto [m, n, k, l] = coord;
     const Place place{int(m) * Kind::kHeight, int(n) * kWidth,  cute::get<0>(shape),
                       cute::get<1>(shape),    params.step,      params.upper};
-    if (place.row >= place.rows || place.col >= place.cols) return;  // a cluster's padding
+    if (place.row >= place.rows) return;  // the second tile row of a cluster that has one
     auto& storage = *reinterpret_cast<SharedStorage*>(shared);
     const int group = Kind::kGroups == 1 ? 0 : cutlass::canonical_warp_group_idx() - 1;
     auto& sums = storage.sums[group][turn];
@@ -145,7 +146,7 @@ struct WeightsEpilogue : EpilogueBase<WeightsArguments> {
     const auto [m, n, k, l] = coord;
     const Place place{int(m) * Kind::kHeight, int(n) * kWidth,  cute::get<0>(shape),
                       cute::get<1>(shape),    params.step,      false};
-    if (place.row >= place.rows || place.col >= place.cols) return;
+    if (place.row >= place.rows) return;
     const int warp = thread / kLanes;
     const float a2 = exponent_scale(params.exponent);
     weights_of_warp<DeviceWarp, Half, kBlocks, kBounded>(
@@ -163,7 +164,7 @@ struct Similarity {
   static constexpr int kAlignment = 16 / sizeof(Element);
   static constexpr int kDepth = 128 / sizeof(Element);  // one row of the swizzled tile
   using Tile = cute::Shape<cute::Int<Kind::kHeight>, cute::Int<kWidth>, cute::Int<kDepth>>;
-  using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
+  using Cluster = cute::Shape<cute::Int<kClusterTiles>, cute::_1, cute::_1>;
   using Schedule =
       std::conditional_t<kIsFp8<Element>, typename Kind::ScheduleFp8, typename Kind::Schedule>;
   using Epilogue = cutlass::epilogue::collective::detail::Sm90TmaWarpSpecializedAdapter<OurEpilogue>;
@@ -174,13 +175,13 @@ struct Similarity {
           sizeof(typename OurEpilogue::SharedStorage))>,
       Schedule>::CollectiveOp;
   using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop,
-                                                      Epilogue, cutlass::gemm::PersistentScheduler>;
+                                                      Epilogue, InOrder>;
   using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
   static_assert(Kernel::SharedStorageSize <= 227 * 1024, "what a block of sm_90 may use");
 
-  // Empty, or what went wrong.
+  // Empty, or what went wrong. `upper`: only tiles beyond the diagonal.
   static std::string run(const Operands& s, const typename OurEpilogue::Params& epilogue,
-                         const Stream& stream) {
+                         const Stream& stream, bool upper) {
     const auto* a = static_cast<const Element*>(s.a);
     const auto* b = static_cast<const Element*>(s.b);
     typename Gemm::Arguments args{
@@ -189,7 +190,7 @@ struct Similarity {
         {a, {s.pitch, cute::_1{}, int64_t(0)}, b, {s.pitch, cute::_1{}, int64_t(0)}},
         epilogue,
         {stream.device, stream.multiprocessors}};
-    args.scheduler.max_swizzle_size = 8;  // tiles near each other share their operands in L2
+    args.scheduler.upper = upper;
     Gemm gemm;
     cutlass::Status status = Gemm::can_implement(args);
     if (status == cutlass::Status::kSuccess) status = gemm.initialize(args, nullptr, stream.handle);

@@ -71,6 +71,9 @@ class Cuda(Packed):
     def _tile(self, kernel: str, layout, device: torch.device, plain: bool = True):
         return hopper.tile(layout)
 
+    def _whole_rows(self, tile) -> int:
+        return 2 * tile.rows  # a cluster (csrc/cuda/order.h)
+
     def _bounded_sums(self, problem: Problem, scale) -> bool:
         return not problem.return_stats and super()._bounded_sums(problem, scale)
 

@@ -183,6 +183,10 @@ def sums(
     ``upper``, against those from the strip's first row on. ``tops``, without ``bounded`` only:
     ``own`` (M,) gets the positives' logits, in base 2."""
     on, own = _On(z1), None if own is None else own[strip]
+    if upper:  # tiles below the diagonal are left out
+        for name, buffer in parts._asdict().items():
+            if buffer is not None:
+                buffer.fill_(-torch.inf if name.endswith("peak") else 0.0)
     arguments = _cuda.SumsArguments(
         **_parts(on, parts), own=on.f32(own, strip.stop - strip.start),
         exponent=on.exponent(layout, scale), step=0 if upper else strip.start + offset, upper=upper,

@@ -83,6 +83,10 @@ class Packed(Backend):
         """Programs that fill the device a few times over."""
         raise NotImplementedError
 
+    def _whole_rows(self, tile) -> int:
+        """Of what a launch takes whole: strips and super-blocks end where one does."""
+        return tile.rows
+
     def _superblock(self, problem: Problem, layout, tile) -> tuple[int, int]:
         """(rows, columns) of a super-block that fits the workspace, in whole tiles."""
         workspace = problem.workspace_bytes
@@ -99,7 +103,8 @@ class Packed(Backend):
 
         side = math.isqrt(elements)
         columns = min(extent(problem.candidates, tile.columns), whole(side, tile.columns))
-        rows = min(extent(rows_there, tile.rows), whole(elements // columns, tile.rows))
+        fit = whole(elements // columns, self._whole_rows(tile))
+        rows = min(extent(rows_there, tile.rows), fit)
         if rows * columns < elements:
             fit = whole(elements // rows, tile.columns)
             columns = min(extent(problem.candidates, tile.columns), fit)
@@ -235,7 +240,7 @@ class Packed(Backend):
     # ---------------------------------------------------------------- the plan of the sums
 
     def _strips(self, z1: Tensor, z2: Tensor, tile, columns: bool, peaks: bool) -> list[slice]:
-        """The anchors in strips whose partials are within PARTIAL_BYTES, or are of one tile row."""
+        """The anchors in strips whose partials are within PARTIAL_BYTES, or that cannot be less."""
         m, n = len(z1), len(z2)
         programs = self._programs(z1.device)
         row_lines, length, col_lines, _ = self.kernels.lines(tile, slice(0, m), n, programs, False)
@@ -243,7 +248,8 @@ class Packed(Backend):
         held = 4 * elements * (2 if peaks else 1)
         rows = m
         if held > PARTIAL_BYTES:
-            rows = max(1, m * PARTIAL_BYTES // held // tile.rows) * tile.rows
+            step = self._whole_rows(tile)
+            rows = max(1, m * PARTIAL_BYTES // held // step) * step
         return _slices(m, rows)
 
     def _partials(
