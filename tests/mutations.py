@@ -234,6 +234,16 @@ MUTATIONS = [
         "test_cuda_host.py -k 'order'",
     ),
     Mutation(
+        "cuda: a tile's mirror image is not stored", "csrc/cuda/tile.h",
+        "p.col / kSquare <= p.row / kSquare", "p.col / kSquare <= p.row / kSquare + 1",
+        "test_cuda_host.py -k 'mirrored'",
+    ),
+    Mutation(
+        "cuda: blocks of a mirror image are not turned", "csrc/cuda/tile.h",
+        "x[b] = W::transpose8(words[four][h][b])", "x[b] = words[four][h][b]",
+        "test_cuda_host.py -k 'mirrored'",
+    ),
+    Mutation(
         "cuda: sums of tiles that are left out", "directclr_fast/backends/hopper.py",
         'buffer.fill_(-torch.inf if name.endswith("peak") else 0.0)', "pass",
         "test_cuda_host.py -k 'every_option and both'",

@@ -12,15 +12,18 @@ import ctypes
 import importlib.util
 import subprocess
 import sysconfig
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from directclr_fast.kernels.layout import Layout
 
 from directclr_fast import dispatch, fast_directclr_loss, last_backend, ops
 from directclr_fast.backends import cuda as backend
 from directclr_fast.backends import hopper, packed
+from directclr_fast.backends.base import Pair
 from directclr_fast.problem import Options, Problem
 from directclr_fast.testing import eager_loss, evaluate, make_views, relative_error
 from directclr_fast.world import ALONE
@@ -405,8 +408,10 @@ class _Launches:
         first = strip.start if upper else 0
         self.sums_of.append((strip.stop - strip.start, len(z2) - first, upper))
 
-    def weights(self, layout, z1, z2, factors, scale, offset, rows, columns, out, tile):
-        self.weights_of.append((rows.stop - rows.start, columns.stop - columns.start, False))
+    def weights(
+        self, layout, z1, z2, factors, scale, offset, rows, columns, out, tile, mirror=False
+    ):
+        self.weights_of.append((rows.stop - rows.start, columns.stop - columns.start, mirror))
 
     def fold(self, *_):
         pass
@@ -433,20 +438,40 @@ def test_at_most_five_percent_of_the_tiles_are_wasted(monkeypatch, tiles_of, n, 
     layout = made._layout(asked)
     tile = made._tile("sums", layout, torch.device("meta"))
     z = torch.empty((n, layout.row), dtype=layout.dtype, device="meta")
+    dz, w = (torch.empty((n, k), dtype=torch.float64, device="meta") for k in (layout.pitch, 1))
+    factors = packed._factors(Pair(w, w, w, w, w), True)[0]
     made.sums(asked, z, z, 10.0, None)
+    made._tile_products(asked, layout, z, z, 10.0, factors, 0, (True, True))
     wanted = needed(n, tile, False)
     if negatives == "both":
+        wanted += 2 * needed(n, tile, True)
         for _ in range(2):
             made.self_sums(asked, z, 10.0)
-        wanted += 2 * needed(n, tile, True)
-    run = sum(tiles_of(rows, cols, tile.rows, upper)[0] for rows, cols, upper in launches.sums_of)
-    odd = sum(
-        -(-cols // tile.columns) for rows, cols, _ in launches.sums_of
-        if -(-rows // tile.rows) % 2
-    )  # fmt: skip
-    assert wanted <= run <= 1.05 * wanted + odd
-    assert odd == 0 or len(launches.sums_of) == (1 if negatives == "cross" else 3)
-    assert run <= 1.06 * wanted
+            made.add_self_products(asked, z, 10.0, w[:, 0], w[:, 0], dz)
+    for of_pass in (launches.sums_of, launches.weights_of):
+        run = odd = 0
+        for (rows, columns, upper), times in Counter(of_pass).items():
+            run += times * tiles_of(rows, columns, tile.rows, upper)[0]
+            odd += times * (-(-rows // tile.rows) % 2) * -(-columns // tile.columns)
+        assert wanted <= run <= min(1.05 * wanted + odd, 1.06 * wanted)
+
+
+@pytest.mark.parametrize("dim", [40, 300])  # either schedule
+@pytest.mark.parametrize("bounded", [True, False])
+def test_a_mirrored_half_has_the_bits_of_a_computed_one(dim, bounded):
+    for n in (200, 256, 300, 780):
+        layout = Layout("fp16", dim)
+        z, _ = hopper.normalize(layout, make_views(n, 320, dtype=torch.float32)[0], None, 1e-12)
+        w = torch.rand(n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+        found, _ = packed._factors(Pair(w, w, w, w, w), bounded)
+        made = []
+        for mirror in (False, True):
+            out = torch.full((1024 * 1024,), torch.nan, dtype=torch.float16)
+            every, tile = slice(0, n), hopper.tile(layout)
+            given = (layout, z, z, found, 10.0, 0, every, every, out, tile, mirror)
+            made.append(hopper.weights(*given).clone())
+        assert torch.equal(*made)
+        assert torch.equal(made[1][:, :n], made[1][:, :n].T) and not made[1][:, n:].any()
 
 
 # ------------------------------------------------------------------------------ choices

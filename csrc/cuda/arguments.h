@@ -98,6 +98,7 @@ struct WeightsArguments {
   Exponent exponent;
   int step;
   bool bounded;
+  bool mirror;  // P is symmetric: a view's rows with themselves
 };
 
 // ------------------------------------------------------------------------------- statistics

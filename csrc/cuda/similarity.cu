@@ -43,7 +43,7 @@ std::string weights_as<kOperand, kPingpong>(const Operands& s, const WeightsArgu
                                                 const Stream& stream) {
   using E = Of::Element;
   return a.bounded
-             ? Similarity<E, Kind, WeightsEpilogue<Kind, Of::Half, true>>::run(s, a, stream, false)
-             : Similarity<E, Kind, WeightsEpilogue<Kind, Of::Half, false>>::run(s, a, stream, false);
+             ? Similarity<E, Kind, WeightsEpilogue<Kind, Of::Half, true>>::run(s, a, stream, a.mirror)
+             : Similarity<E, Kind, WeightsEpilogue<Kind, Of::Half, false>>::run(s, a, stream, a.mirror);
 }
 }  // namespace directclr

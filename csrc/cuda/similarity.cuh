@@ -150,7 +150,8 @@ struct WeightsEpilogue : EpilogueBase<WeightsArguments> {
     const int warp = thread / kLanes;
     const float a2 = exponent_scale(params.exponent);
     weights_of_warp<DeviceWarp, Half, kBlocks, kBounded>(
-        acc, place, warp, Kind::kHeight, a2, params.factors, params.out, params.pitch);
+        acc, place, warp, Kind::kHeight, a2, params.factors, params.out, params.pitch,
+        params.mirror);
   }
 
   Params params;

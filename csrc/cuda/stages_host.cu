@@ -43,9 +43,9 @@ std::vector<float> widened(const Operands& s, const void* data, int rows) {
 // Calls f(place, warp, values) for every warp of every tile, values as wgmma leaves them; beyond
 // the edge they are what TMA's zeros give. `after(place, m, n)` follows the warps of a tile.
 template <class F, class After>
-void by_tiles(const Operands& s, int height, int step, bool upper, F f, After after) {
+void by_tiles(const Operands& s, int height, int step, bool upper, bool mirror, F f, After after) {
   const std::vector<float> a = widened(s, s.a, s.rows), b = widened(s, s.b, s.cols);
-  const TileOrder order(s.rows, s.cols, height, kTileWidth, upper);
+  const TileOrder order(s.rows, s.cols, height, kTileWidth, upper || mirror);
   TileOrder::Walk walk;
   for (int place = 0, clusters = order.clusters(); place < clusters; ++place) {
     const TileOrder::Cluster at = walk.to(order, place);
@@ -83,7 +83,7 @@ void sums_as(const Operands& s, const SumsArguments& a, int height) {
   std::vector<float> sums(size_t(warps * kTileWidth), NAN), peaks(sums);
   const float a2 = exponent_scale_of(a.exponent);
   by_tiles(
-      s, height, a.step, a.upper,
+      s, height, a.step, a.upper, false,
       [&](const Place& p, int, int n, int w, Values& acc) {
         sums_of_warp<HostWarp, kBlocksOfTile, kBounded>(
             acc, p, w, height, a2, a.columns, a.row_sum + int64_t(n) * s.rows,
@@ -176,10 +176,10 @@ std::string weights(const Operands& s, const WeightsArguments& a, const Stream&)
   const float a2 = exponent_scale_of(a.exponent);
   const auto run = [&](auto half, auto bounded) {
     by_tiles(
-        s, height, a.step, false,
+        s, height, a.step, false, a.mirror,
         [&](const Place& p, int, int, int w, Values& acc) {
           weights_of_warp<HostWarp, decltype(half), kBlocksOfTile, decltype(bounded)::value>(
-              acc, p, w, height, a2, a.factors, a.out, a.pitch);
+              acc, p, w, height, a2, a.factors, a.out, a.pitch, a.mirror);
         },
         [](const Place&, int, int) {});
   };

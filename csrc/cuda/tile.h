@@ -266,10 +266,11 @@ DIRECTCLR_HD void transpose_quad(typename W::Word (&x)[4]) {
 
 // One warp's share of a `weights` tile: P_ij = exp(a s_ij) (row_i + col_j), zero where an entry does
 // not count, in half precision to `out` (row-major, `pitch` a multiple of 8, column blocks within the
-// pitch are written whole, with zeros). Half::pack(low, high) rounds a pair.
+// pitch are written whole, with zeros). Half::pack(low, high) rounds a pair. `mirror`: P is square and
+// symmetric, and what lies below the diagonal's squares of 8 kBlocks is stored by the tiles above.
 template <class W, class Half, int kBlocks, bool kBounded, class Acc>
 DIRECTCLR_HD void weights_of_warp(Acc& acc, const Place& p, int warp, int height, float a2,
-                                  const WeightFactors& f, void* out, int64_t pitch) {
+                                  const WeightFactors& f, void* out, int64_t pitch, bool mirror) {
   using Float = typename W::Float;
   using Int = typename W::Int;
   using Bool = typename W::Bool;
@@ -312,12 +313,12 @@ DIRECTCLR_HD void weights_of_warp(Acc& acc, const Place& p, int warp, int height
     left[h] = W::select(own.rows(h) < p.rows, begin * -1 + int(pitch), begin * 0);
   }
   scale_and_mask<W, kBlocks>(acc, p, own, height, a2, nullptr);
+  typename W::Word words[kBlocks / 4][2][4];
   DIRECTCLR_UNROLL
-  for (int four = 0; four < kBlocks; four += 4) {
-    typename W::Word words[2][4];
+  for (int four = 0; four < kBlocks / 4; ++four) {
     DIRECTCLR_UNROLL
     for (int b = 0; b < 4; ++b) {
-      const int j = four + b;
+      const int j = 4 * four + b;
       Float col_shift[2], y[4];
       if (!kBounded) {
         load_at_edge(f.col, j, 0.0f, col[j]);
@@ -334,13 +335,34 @@ DIRECTCLR_HD void weights_of_warp(Acc& acc, const Place& p, int warp, int height
         }
       }
       DIRECTCLR_UNROLL
-      for (int h = 0; h < 2; ++h) words[h][b] = W::template pack<Half>(y[2 * h], y[2 * h + 1]);
+      for (int h = 0; h < 2; ++h) {
+        words[four][h][b] = W::template pack<Half>(y[2 * h], y[2 * h + 1]);
+      }
     }
     // The lane's block of the four, all eight columns of it.
     DIRECTCLR_UNROLL
     for (int h = 0; h < 2; ++h) {
-      transpose_quad<W>(words[h]);
-      W::store16(out, line[h] + int64_t(four), words[h], left[h] > 8 * four);
+      typename W::Word x[4] = {words[four][h][0], words[four][h][1], words[four][h][2],
+                               words[four][h][3]};
+      transpose_quad<W>(x);
+      W::store16(out, line[h] + int64_t(4 * four), x, left[h] > 32 * four);
+    }
+  }
+  constexpr int kSquare = 8 * kBlocks;
+  if (!mirror || p.col / kSquare <= p.row / kSquare) return;
+  // Each block turned: eight rows of the tile as neighbours, in a row of `out` for each column.
+  const Int lower = W::lane() / 4 + own.quad * 8 + p.col;
+  DIRECTCLR_UNROLL
+  for (int four = 0; four < kBlocks / 4; ++four) {
+    const Int row = lower + 32 * four;
+    DIRECTCLR_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      typename W::Word x[4];
+      DIRECTCLR_UNROLL
+      for (int b = 0; b < 4; ++b) x[b] = W::transpose8(words[four][h][b]);
+      transpose_quad<W>(x);
+      const int64_t column = p.row + kWarpRows * warp + 8 * h;
+      W::store16(out, (W::wide(row) * pitch + column) / int64_t(8), x, row < p.cols);
     }
   }
 }

@@ -85,6 +85,12 @@ struct DeviceWarp {
         : "memory");
   }
   static __device__ __forceinline__ void put(float* p, Int at, Float x) { p[at] = x; }
+  // A block of 8 x 8 halves, row lane / 4, columns 2 (lane % 4) and the next, becomes its transpose.
+  static __device__ __forceinline__ Word transpose8(Word x) {
+    uint32_t y;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+    return y;
+  }
   template <class Half>
   static __device__ __forceinline__ Word pack(Float low, Float high) {
     return Half::pack(low, high);
@@ -202,6 +208,14 @@ struct HostWarp {
     }
   }
   static void put(float* p, const Int& at, const Float& x) { store(p, at, x, true); }
+  static Word transpose8(const Word& x) {
+    Word y;
+    for (int i = 0; i < kLanes; ++i) {
+      const int from = 8 * (i % 4) + i / 8, half = i / 4 % 2 * 16;  // row 2 (i % 4), column i / 4
+      y[i] = (x[from] >> half & 0xffffu) | (x[from + 4] >> half & 0xffffu) << 16;
+    }
+    return y;
+  }
   template <class Half>
   static Word pack(const Float& low, const Float& high) {
     Word y;

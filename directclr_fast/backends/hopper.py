@@ -268,10 +268,11 @@ def factors(problem, saved, upstream: Tensor, largest: Tensor | None, bounded: b
 
 def weights(
     layout: Layout, z1: Tensor, z2: Tensor, found: Factors, scale, offset: int, rows: slice,
-    columns: slice, out: Tensor, tile: Tile,
+    columns: slice, out: Tensor, tile: Tile, mirror: bool = False,
 ) -> Tensor:  # fmt: skip
     """One launch: the super-block ``rows`` x ``columns`` of P into ``out``'s memory; its columns
-    are padded with zeros to whole tiles."""
+    are padded with zeros to whole tiles. ``mirror``: it is symmetric, and tiles of 256 below its
+    diagonal are copies of those above."""
     height = rows.stop - rows.start
     pitch = -(-(columns.stop - columns.start) // tile.columns) * tile.columns
     block = out[: height * pitch].view(height, pitch)
@@ -288,7 +289,7 @@ def weights(
     arguments = _cuda.WeightsArguments(
         out=address(block, layout.dtype, height * pitch, z1.device), pitch=pitch, factors=factors,
         exponent=on.exponent(layout, scale), step=rows.start + offset - columns.start,
-        bounded=found.bounded,
+        bounded=found.bounded, mirror=mirror,
     )  # fmt: skip
     _cuda.weights(on.operands(layout, z1[rows], z2[columns]), arguments, _stream(z1))
     return block

@@ -404,7 +404,7 @@ class Packed(Backend):
                     if columns.start < rows.start:
                         continue
                     p = self.kernels.weights(
-                        layout, z, z, factors, scale, 0, rows, columns, out, tile
+                        layout, z, z, factors, scale, 0, rows, columns, out, tile, rows == columns
                     )
                     self.kernels.product(
                         layout, p, z, dz, rows, columns, transposed=False, add=True, tile=inner

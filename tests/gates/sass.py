@@ -29,9 +29,10 @@ def epilogue(code: list[Instruction]) -> list[Instruction]:
     without products.
 
     `sums` ends at the barrier where the warps' column sums meet. `weights` ends at the last store
-    of P, by way of the last paired load of column factors, where there is one: without it the way
-    of ``symmetric=False`` is shorter. Both arms of a divergent branch are run and one of them is on
-    the way, hence branches are to be counted beside it.
+    of P before blocks are turned for its mirror image, by way of the last paired load of column
+    factors, where there is one: without it the way of ``symmetric=False`` is shorter. Both arms of
+    a divergent branch are run and one of them is on the way, hence branches are to be counted
+    beside it.
     """
 
     def last(pattern: str, end: int | None = None) -> int | None:
@@ -43,7 +44,8 @@ def epilogue(code: list[Instruction]) -> list[Instruction]:
         return []
     after = range(products, len(code))
     begin = next(i for i in after if code[i].operation == "WARPGROUP.DEPBAR.LE")
-    stored = last(r"STG\S*\.128")
+    turned = (i for i in after if code[i].operation.startswith("MOVM"))
+    stored = last(r"STG\S*\.128", next(turned, None))
     if stored is not None:
         marks = [last(r"LDG\.E\.64", stored), stored]
     else:
