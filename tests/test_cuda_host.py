@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import importlib.util
 import subprocess
+import sys
 import sysconfig
 from collections import Counter
 from pathlib import Path
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from directclr_fast.kernels import layout
 from directclr_fast.kernels.layout import Layout
 
 from directclr_fast import dispatch, fast_directclr_loss, last_backend, ops
@@ -345,6 +347,27 @@ def test_four_launches_forward_and_five_backward(monkeypatch, temperature):
     assert counting.names == ["factors", "weights", "finish"] and len(products) == 2
 
 
+@pytest.mark.parametrize("negatives,most", [("cross", 260), ("both", 540)])
+def test_a_step_makes_few_python_calls(negatives, most):
+    """Of functions of this package; below N of about 5,000 a GPU waits for them."""
+    r1, r2 = (r.requires_grad_() for r in make_views(64, 48, dtype=torch.float32))
+    options = {"negatives": negatives, "backend": "cuda", "precision": "fp16"}
+    ours = (str(Path(dispatch.__file__).parent), str(Path(layout.__file__).parent))
+    calls = Counter()
+
+    def note(frame, event, _):
+        if event == "call" and frame.f_code.co_filename.startswith(ours):
+            calls[frame.f_code.co_name] += 1
+
+    for profile in (None, None, note):
+        sys.setprofile(profile)
+        try:
+            fast_directclr_loss(r1, r2, 40, **options).backward()
+        finally:
+            sys.setprofile(None)
+    assert 0.8 * most < calls.total() <= most, calls.most_common(12)
+
+
 # ------------------------------------------------------------------------------ launch plans
 
 
@@ -435,13 +458,13 @@ def test_at_most_five_percent_of_the_tiles_are_wasted(monkeypatch, tiles_of, n, 
     launches, made = _Launches(), backend.Cuda()
     monkeypatch.setattr(made, "kernels", launches)
     asked = problem(rows=n, candidates=n, dim=dim, width=dim, negatives=negatives, precision="fp16")
-    layout = made._layout(asked)
-    tile = made._tile("sums", layout, torch.device("meta"))
-    z = torch.empty((n, layout.row), dtype=layout.dtype, device="meta")
-    dz, w = (torch.empty((n, k), dtype=torch.float64, device="meta") for k in (layout.pitch, 1))
+    packing = made._layout(asked)
+    tile = made._tile("sums", packing, torch.device("meta"))
+    z = torch.empty((n, packing.row), dtype=packing.dtype, device="meta")
+    dz, w = (torch.empty((n, k), dtype=torch.float64, device="meta") for k in (packing.pitch, 1))
     factors = packed._factors(Pair(w, w, w, w, w), True)[0]
     made.sums(asked, z, z, 10.0, None)
-    made._tile_products(asked, layout, z, z, 10.0, factors, 0, (True, True))
+    made._tile_products(asked, packing, z, z, 10.0, factors, 0, (True, True))
     wanted = needed(n, tile, False)
     if negatives == "both":
         wanted += 2 * needed(n, tile, True)
@@ -460,15 +483,15 @@ def test_at_most_five_percent_of_the_tiles_are_wasted(monkeypatch, tiles_of, n, 
 @pytest.mark.parametrize("bounded", [True, False])
 def test_a_mirrored_half_has_the_bits_of_a_computed_one(dim, bounded):
     for n in (200, 256, 300, 780):
-        layout = Layout("fp16", dim)
-        z, _ = hopper.normalize(layout, make_views(n, 320, dtype=torch.float32)[0], None, 1e-12)
+        packing = Layout("fp16", dim)
+        z, _ = hopper.normalize(packing, make_views(n, 320, dtype=torch.float32)[0], None, 1e-12)
         w = torch.rand(n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
         found, _ = packed._factors(Pair(w, w, w, w, w), bounded)
         made = []
         for mirror in (False, True):
             out = torch.full((1024 * 1024,), torch.nan, dtype=torch.float16)
-            every, tile = slice(0, n), hopper.tile(layout)
-            given = (layout, z, z, found, 10.0, 0, every, every, out, tile, mirror)
+            every, tile = slice(0, n), hopper.tile(packing)
+            given = (packing, z, z, found, 10.0, 0, every, every, out, tile, mirror)
             made.append(hopper.weights(*given).clone())
         assert torch.equal(*made)
         assert torch.equal(made[1][:, :n], made[1][:, :n].T) and not made[1][:, n:].any()

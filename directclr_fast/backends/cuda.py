@@ -12,6 +12,7 @@ import sys
 import torch
 from torch import Tensor
 
+from ..kernels.layout import layout_of
 from ..problem import Problem
 from . import hopper
 from .packed import Packed, precision
@@ -61,12 +62,10 @@ class Cuda(Packed):
         return {"built with CUDA": f"{major}.{minor // 10}"}
 
     def _layout(self, problem: Problem, z: Tensor | None = None):
-        from ..kernels.layout import Layout
-
         chosen = precision(problem)
         if z is not None and problem.precision == "auto":  # as the rows were packed
             chosen = "fp16"
-        return Layout(chosen, problem.dim)
+        return layout_of(chosen, problem.dim)
 
     def _tile(self, kernel: str, layout, device: torch.device, plain: bool = True):
         return hopper.tile(layout)

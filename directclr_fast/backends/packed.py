@@ -128,7 +128,7 @@ class Packed(Backend):
             z1, z2, rnorm1, rnorm2, cosines = self.kernels.normalize_views(
                 layout, r1, r2, index, offset, problem.eps
             )
-            tops = Tops.none_yet(problem, z1, len(z2)) if problem.return_stats else None
+            tops = Tops.none_yet(problem, z1, z2.shape[0]) if problem.return_stats else None
             options = {"columns": problem.symmetric, "bounded": bounded, "tops": tops}
             strips = self._strips(z1, z2, tile, problem.symmetric, tops is not None or not bounded)
             parts, rest = None, (None, None)
@@ -211,7 +211,9 @@ class Packed(Backend):
     def _tile_products(self, problem, layout, z1, z2, scale, factors, offset, wanted):
         """(dz1, dz2) of P as accumulated, (., pitch) fp32; None where not wanted."""
         dz1, dz2 = (
-            torch.empty((len(z), layout.pitch), dtype=torch.float32, device=z.device) if w else None
+            torch.empty((z.shape[0], layout.pitch), dtype=torch.float32, device=z.device)
+            if w
+            else None
             for z, w in zip((z1, z2), wanted)
         )
         if not any(wanted):
@@ -220,8 +222,8 @@ class Packed(Backend):
         inner = self._tile("products", layout, z1.device)
         height, width = self._superblock(problem, layout, tile)
         out = torch.empty(height * width, dtype=layout.dtype, device=z1.device)
-        for rows in _slices(len(z1), height):
-            for columns in _slices(len(z2), width):
+        for rows in _slices(z1.shape[0], height):
+            for columns in _slices(z2.shape[0], width):
                 p = self.kernels.weights(
                     layout, z1, z2, factors, scale, offset, rows, columns, out, tile
                 )
@@ -241,7 +243,7 @@ class Packed(Backend):
 
     def _strips(self, z1: Tensor, z2: Tensor, tile, columns: bool, peaks: bool) -> list[slice]:
         """The anchors in strips whose partials are within PARTIAL_BYTES, or that cannot be less."""
-        m, n = len(z1), len(z2)
+        m, n = z1.shape[0], z2.shape[0]
         programs = self._programs(z1.device)
         row_lines, length, col_lines, _ = self.kernels.lines(tile, slice(0, m), n, programs, False)
         elements = row_lines * length + (col_lines * n if columns else 0)
@@ -257,7 +259,7 @@ class Packed(Backend):
     ) -> tuple[Partials, int]:
         """One launch over a strip, and the first column that its column sums are of. ``tops`` is
         raised to the largest logits met, in base 2."""
-        n, programs = len(z2), self._programs(z1.device)
+        n, programs = z2.shape[0], self._programs(z1.device)
         row_lines, length, col_lines, first = self.kernels.lines(tile, strip, n, programs, upper)
 
         def buffer(there: bool, *shape: int) -> Tensor | None:
@@ -276,7 +278,7 @@ class Packed(Backend):
         )  # fmt: skip
         if tops is not None:
             row = tops.row[strip]
-            torch.maximum(row, parts.row_peak.amax(0)[: len(row)], out=row)
+            torch.maximum(row, parts.row_peak.amax(0)[: row.shape[0]], out=row)
             if tops.col is not None:
                 col = tops.col[first:]
                 torch.maximum(col, parts.col_peak.amax(0), out=col)
@@ -286,8 +288,8 @@ class Packed(Backend):
         self, layout, z1, z2, scale, offset, tile, strips, *, columns, bounded, tops, upper=False
     ) -> tuple[Tensor, Tensor | None]:
         """(rest_row (M,), rest_col (N,) or None) in fp64, strip after strip."""
-        row = z1.new_empty(len(z1), dtype=torch.float64)
-        col = z1.new_empty(len(z2), dtype=torch.float64) if columns else None
+        row = z1.new_empty(z1.shape[0], dtype=torch.float64)
+        col = z1.new_empty(z2.shape[0], dtype=torch.float64) if columns else None
         for strip in strips:
             parts, first = self._partials(
                 layout, z1, z2, strip, scale, offset, tile,
@@ -399,8 +401,8 @@ class Packed(Backend):
         with self.kernels.device(z):
             out = torch.empty(side * side, dtype=layout.dtype, device=z.device)
             dz.div_(unit)  # a power of two, so nothing is rounded on the way there and back
-            for rows in _slices(len(z), side):
-                for columns in _slices(len(z), side):
+            for rows in _slices(z.shape[0], side):
+                for columns in _slices(z.shape[0], side):
                     if columns.start < rows.start:
                         continue
                     p = self.kernels.weights(
