@@ -71,13 +71,17 @@ def test_the_way_of_a_tile_is_the_shortest_past_its_marks():
         /*0090*/  FSEL R2, R2, -INF , P3 ;
         /*00a0*/  MUFU.EX2 R1, R1 ;
         /*00b0*/  @P0 STG.E.128 desc[UR8][R2.64], R4 ;
-        /*00c0*/  EXIT ;
+        /*00c0*/  @P4 BRA 0xf0 ;
+        /*00d0*/  MOVM.16.MT88 R1, R2 ;
+        /*00e0*/  STG.E.128 desc[UR8][R2.64], R4 ;
+        /*00f0*/  EXIT ;
     """
     code = gate.sass.instructions(listing)
-    assert len(code) == 13 and code[1].conditional and code[1].operation == "BRA"
+    assert len(code) == 16 and code[1].conditional and code[1].operation == "BRA"
     way = [c.address for c in gate.sass.epilogue(code)]
     assert way == [0x20, 0x30, 0x40, 0x50, 0x70, 0xA0, 0xB0]
     to_a_barrier = listing.replace("@P0 STG.E.128 desc[UR8][R2.64], R4", "BAR.SYNC 0x8, 0x100")
+    to_a_barrier = to_a_barrier.replace("STG.E.128", "STG.E")
     way = [c.address for c in gate.sass.epilogue(gate.sass.instructions(to_a_barrier))]
     assert way == [0x20, 0x30, 0x60, 0x70, 0xA0, 0xB0]
     assert gate.sass.epilogue(code[7:]) == []

@@ -313,6 +313,21 @@ DIRECTCLR_HD void weights_of_warp(Acc& acc, const Place& p, int warp, int height
     left[h] = W::select(own.rows(h) < p.rows, begin * -1 + int(pitch), begin * 0);
   }
   scale_and_mask<W, kBlocks>(acc, p, own, height, a2, nullptr);
+  // Four blocks turned: eight rows of the tile as neighbours, in a row of `out` for each column.
+  constexpr int kSquare = 8 * kBlocks;
+  const bool twice = mirror && p.col / kSquare > p.row / kSquare;
+  const auto store_turned = [&](int four, const typename W::Word(&of)[2][4]) {
+    const Int row = W::lane() / 4 + own.quad * 8 + (p.col + 32 * four);
+    DIRECTCLR_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      typename W::Word x[4];
+      DIRECTCLR_UNROLL
+      for (int b = 0; b < 4; ++b) x[b] = W::transpose8(of[h][b]);
+      transpose_quad<W>(x);
+      const int64_t column = p.row + kWarpRows * warp + 8 * h;
+      W::store16(out, (W::wide(row) * pitch + column) / int64_t(8), x, row < p.cols);
+    }
+  };
   typename W::Word words[kBlocks / 4][2][4];
   DIRECTCLR_UNROLL
   for (int four = 0; four < kBlocks / 4; ++four) {
@@ -347,24 +362,13 @@ DIRECTCLR_HD void weights_of_warp(Acc& acc, const Place& p, int warp, int height
       transpose_quad<W>(x);
       W::store16(out, line[h] + int64_t(4 * four), x, left[h] > 32 * four);
     }
+    if (!kBounded && twice) store_turned(four, words[four]);
   }
-  constexpr int kSquare = 8 * kBlocks;
-  if (!mirror || p.col / kSquare <= p.row / kSquare) return;
-  // Each block turned: eight rows of the tile as neighbours, in a row of `out` for each column.
-  const Int lower = W::lane() / 4 + own.quad * 8 + p.col;
+  // With kBounded all at the end, so that other tiles' way has one branch; the other form has no
+  // registers to keep the words till then.
+  if (!kBounded || !twice) return;
   DIRECTCLR_UNROLL
-  for (int four = 0; four < kBlocks / 4; ++four) {
-    const Int row = lower + 32 * four;
-    DIRECTCLR_UNROLL
-    for (int h = 0; h < 2; ++h) {
-      typename W::Word x[4];
-      DIRECTCLR_UNROLL
-      for (int b = 0; b < 4; ++b) x[b] = W::transpose8(words[four][h][b]);
-      transpose_quad<W>(x);
-      const int64_t column = p.row + kWarpRows * warp + 8 * h;
-      W::store16(out, (W::wide(row) * pitch + column) / int64_t(8), x, row < p.cols);
-    }
-  }
+  for (int four = 0; four < kBlocks / 4; ++four) store_turned(four, words[four]);
 }
 
 }  // namespace directclr

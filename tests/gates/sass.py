@@ -29,57 +29,48 @@ def epilogue(code: list[Instruction]) -> list[Instruction]:
     without products.
 
     `sums` ends at the barrier where the warps' column sums meet. `weights` ends at the last store
-    of P before blocks are turned for its mirror image, by way of the last paired load of column
+    of P that does not turn blocks for its mirror image, by way of the last paired load of column
     factors, where there is one: without it the way of ``symmetric=False`` is shorter. Both arms of
     a divergent branch are run and one of them is on the way, hence branches are to be counted
     beside it.
     """
-
-    def last(pattern: str, end: int | None = None) -> int | None:
-        there = (i for i, c in enumerate(code[:end]) if re.match(pattern, c.operation))
-        return max(there, default=None)
-
-    products = last(r"[HQ]GMMA")
-    if products is None:
+    products = [i for i, c in enumerate(code) if re.match(r"[HQ]GMMA", c.operation)]
+    if not products:
         return []
-    after = range(products, len(code))
-    begin = next(i for i in after if code[i].operation == "WARPGROUP.DEPBAR.LE")
-    turned = (i for i in after if code[i].operation.startswith("MOVM"))
-    stored = last(r"STG\S*\.128", next(turned, None))
-    if stored is not None:
-        marks = [last(r"LDG\.E\.64", stored), stored]
-    else:
-        marks = [next((i for i in after if code[i].operation.startswith("BAR.SYNC")), None)]
-    way = [begin]
-    for mark in marks:
-        if mark is not None:
-            way += shortest(code, way[-1], mark)
+    after = range(products[-1], len(code))
+    way = [next(i for i in after if code[i].operation == "WARPGROUP.DEPBAR.LE")]
+    stores = any(re.match(r"STG\S*\.128", c.operation) for c in code)
+    for pattern in (r"LDG\.E\.64", r"STG\S*\.128") if stores else (r"BAR\.SYNC",):
+        source = reached(code, way[-1])
+        marks = [i for i in source if re.match(pattern, code[i].operation) and i != way[-1]]
+        if not marks:
+            continue
+        part = [marks[-1] if stores else marks[0]]
+        while source[part[-1]] != way[-1]:
+            part.append(source[part[-1]])
+        way += part[::-1]
     return [code[i] for i in way]
 
 
-def shortest(code: list[Instruction], begin: int, end: int) -> list[int]:
-    """Indices of the fewest instructions that lead from ``begin``, without it, to ``end``."""
+def reached(code: list[Instruction], begin: int) -> dict[int, int]:
+    """Indices of what can be executed from ``begin`` on without MOVM, the nearest first, each with
+    the index of the instruction before it on a shortest way."""
     index = {instruction.address: i for i, instruction in enumerate(code)}
     source, front = {begin: begin}, [begin]
-    while end not in source:
-        reached = []
+    while front:
+        following = []
         for i in front:
             _, conditional, operation, operands = code[i]
             target = re.search(r"0x([0-9a-f]+)$", operands) if operation == "BRA" else None
-            following = [index[int(target[1], 16)]] if target else []
+            then = [index[int(target[1], 16)]] if target else []
             if conditional or operation not in ("BRA", "EXIT", "RET"):
-                following.append(i + 1)
-            for j in following:
-                if j < len(code) and j not in source:
+                then.append(i + 1)
+            for j in then:
+                if j < len(code) and j not in source and not code[j].operation.startswith("MOVM"):
                     source[j] = i
-                    reached.append(j)
-        if not reached:
-            raise ValueError(f"no way from {code[begin]} to {code[end]}")
-        front = reached
-    way = [end]
-    while source[way[-1]] != begin:
-        way.append(source[way[-1]])
-    return way[::-1]
+                    following.append(j)
+        front = following
+    return source
 
 
 def count(code: list[Instruction], pattern: str) -> int:
