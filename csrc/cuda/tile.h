@@ -366,9 +366,10 @@ DIRECTCLR_HD void weights_of_warp(Acc& acc, const Place& p, int warp, int height
   }
   // With kBounded all at the end, so that other tiles' way has one branch; the other form has no
   // registers to keep the words till then.
-  if (!kBounded || !twice) return;
-  DIRECTCLR_UNROLL
-  for (int four = 0; four < kBlocks / 4; ++four) store_turned(four, words[four]);
+  if (kBounded && twice) {
+    DIRECTCLR_UNROLL
+    for (int four = 0; four < kBlocks / 4; ++four) store_turned(four, words[four]);
+  }
 }
 
 }  // namespace directclr
