@@ -224,6 +224,11 @@ MUTATIONS = [
         "test_cuda_host.py -k 'every_option and wide'",
     ),
     Mutation(
+        "cuda: the capability of another device", "directclr_fast/backends/packed.py",
+        "index = problem.device_index", "index = None",
+        "test_dispatch.py -k capability",
+    ),
+    Mutation(
         "cuda: tiles below the diagonal are run", "csrc/cuda/order.h",
         "return per_column ? row / per_column : 0;", "return 0;",
         "test_cuda_host.py -k 'order or wasted'",
@@ -235,12 +240,12 @@ MUTATIONS = [
     ),
     Mutation(
         "cuda: a tile's mirror image is not stored", "csrc/cuda/tile.h",
-        "p.col / kSquare <= p.row / kSquare", "p.col / kSquare <= p.row / kSquare + 1",
+        "p.col / kSquare > p.row / kSquare", "p.col / kSquare > p.row / kSquare + 1",
         "test_cuda_host.py -k 'mirrored'",
     ),
     Mutation(
         "cuda: blocks of a mirror image are not turned", "csrc/cuda/tile.h",
-        "x[b] = W::transpose8(words[four][h][b])", "x[b] = words[four][h][b]",
+        "x[b] = W::transpose8(of[h][b])", "x[b] = of[h][b]",
         "test_cuda_host.py -k 'mirrored'",
     ),
     Mutation(

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..kernels.layout import layout_of
 from ..problem import Problem
 from . import hopper
-from .packed import Packed, precision
+from .packed import Packed, capability, precision
 
 # (precision, at least so many columns, at least so many rows) where it beat Triton, each with the
 # result file in bench/results/ that says so. None yet: no GPU has run it.
@@ -34,11 +34,9 @@ class Cuda(Packed):
             return [f"it runs on NVIDIA GPUs under Linux, got {problem.device_type}"]
         reasons = []
         if torch.cuda.is_available():
-            capability = torch.cuda.get_device_capability()
-            if capability != (9, 0):
-                reasons.append(
-                    f"it needs compute capability 9.0, got {capability[0]}.{capability[1]}"
-                )
+            major, minor = capability(problem)
+            if (major, minor) != (9, 0):
+                reasons.append(f"it needs compute capability 9.0, got {major}.{minor}")
         if problem.dtype == torch.float64:
             reasons.append("it computes in fp32 and less, got float64")
         if problem.negatives == "same":

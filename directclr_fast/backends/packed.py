@@ -13,6 +13,7 @@ says which tiles its kernels take and hands in the kernels: an object with ``dev
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -64,6 +65,15 @@ def precision(problem: Problem) -> str:
     if exact and not may_round(problem.device_type):
         return "highest"
     return "fp16"
+
+
+def capability(problem: Problem) -> tuple[int, int]:
+    """Compute capability of the device that the call's tensors are on."""
+    index = problem.device_index
+    return _capability(torch.cuda.current_device() if index is None else index)
+
+
+_capability = cache(torch.cuda.get_device_capability)
 
 
 class Packed(Backend):

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..kernels.layout import layout_of
 from ..problem import Problem
 from .packed import DEFAULT_WORKSPACE_BYTES as DEFAULT_WORKSPACE_BYTES
-from .packed import Packed, precision
+from .packed import Packed, capability, precision
 
 
 def interpreted() -> bool:
@@ -58,7 +58,7 @@ class Triton(Packed):
         if problem.negatives == "same":
             reasons.append("negatives 'same' is in the reference backend only")
         if problem.device_type == "cuda" and torch.cuda.is_available() and not torch.version.hip:
-            major, minor = torch.cuda.get_device_capability()
+            major, minor = capability(problem)
             if major < 8:
                 reasons.append(f"it needs compute capability 8.0, got {major}.{minor}")
             if problem.precision == "fp8" and (major, minor) < (8, 9):
