@@ -189,6 +189,7 @@ CASES = {
     "wide": {"rows": 70, "dim": 300},
     "one-direction": {"symmetric": False, "candidates": 90},
     "both": {"negatives": "both", "rows": 140},
+    "both-tiles": {"negatives": "both", "rows": 300},  # more than one wide
     "both-one-direction": {"negatives": "both", "symmetric": False},
     "cold": {"temperature": 0.005},
     "cold-both": {"temperature": 0.005, "negatives": "both"},
