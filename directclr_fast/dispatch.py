@@ -18,6 +18,7 @@ the caller either runs or fails with its reasons.
 from __future__ import annotations
 
 import importlib
+from functools import cache
 
 from .backends.base import Backend
 from .problem import PRIORITY, Problem
@@ -33,6 +34,7 @@ _MODULES = {
 _last: str | None = None
 
 
+@cache
 def load(name: str) -> Backend:
     """The backend called ``name`` (a key of the table above); its module is imported when first
     asked for."""

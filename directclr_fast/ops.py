@@ -37,8 +37,8 @@ def problem_of(
     options: Options, r1: Tensor, r2: Tensor, columns: Tensor | None, differentiable: bool = True
 ) -> Problem:
     """The record of a forward call on these tensors."""
-    (rows, width), device = r1.shape, r1.device.type
-    return Problem.of(options, rows, r2.shape[0], width, r1.dtype, device, columns, differentiable)
+    (rows, width), n = r1.shape, r2.shape[0]
+    return Problem.of(options, rows, n, width, r1.dtype, r1.device, columns, differentiable)
 
 
 def without_autocast(problem: Problem):
@@ -525,7 +525,7 @@ def loss_backward(dloss, *args):
     saved, rest = Saved(*args[: len(Saved._fields)]), args[len(Saved._fields) :]
     columns, temperature, width, dtype, *need = rest[:7]
     rows, candidates = saved.z1.shape[1], saved.z2.shape[1]
-    options, device = Options(*rest[7:-1]), dloss.device.type
+    options, device = Options(*rest[7:-1]), dloss.device
     problem = Problem.of(options, rows, candidates, width, dtype, device, columns)
     problem = dispatch.choose(problem)
     grads = _of_stacked(problem, dloss, saved, columns, temperature, tuple(need))

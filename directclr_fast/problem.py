@@ -120,6 +120,7 @@ class Problem(Options):
     groups: int = 1
     row_offset: int = 0
     differentiable: bool = False  # a backward pass may follow, so keeping E tiles can pay
+    device_index: int | None = None  # of the views' device, None where it has none
 
     @classmethod
     def of(
@@ -129,7 +130,7 @@ class Problem(Options):
         candidates: int,
         width: int,
         dtype: torch.dtype,
-        device_type: str,
+        device: torch.device,
         columns: Tensor | None,
         differentiable: bool = True,
     ) -> Problem:
@@ -143,7 +144,8 @@ class Problem(Options):
             candidates=candidates,
             width=width,
             dtype=dtype,
-            device_type=device_type,
+            device_type=device.type,
+            device_index=device.index,
             gathered=columns is not None,
             groups=1 if columns is None else columns.shape[0],
             differentiable=differentiable,

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -29,11 +30,11 @@ class Layout:
     dim: int
     ieee: bool = False  # "highest" by IEEE products: where there is no tf32x3 (ROCm)
 
-    @property
+    @cached_property
     def pitch(self) -> int:
         return (self.dim + 63) // 64 * 64
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         return {
             "fp16": torch.float16,
@@ -41,24 +42,24 @@ class Layout:
             "bf16": torch.bfloat16,
         }.get(self.precision, torch.float32)
 
-    @property
+    @cached_property
     def split(self) -> bool:
         """Whether a row is hi and lo."""
         return self.dtype != torch.float32
 
-    @property
+    @cached_property
     def row(self) -> int:
         """Elements of ``dtype`` in a row."""
         if self.precision == "fp8":
             return 2 * self.pitch + self.pitch // 2
         return 2 * self.pitch if self.split else self.pitch
 
-    @property
+    @cached_property
     def fp8_scale(self) -> float:
         """The power of two nearest 2 sqrt(d): typical entries of unit rows near 2 in e4m3."""
         return 2.0 ** round(0.5 * math.log2(4 * self.dim))
 
-    @property
+    @cached_property
     def dot_precision(self) -> str:
         """``input_precision`` of tl.dot: named always, read by Triton for fp32 operands only."""
         if self.precision == "highest" and not self.ieee:
@@ -74,3 +75,12 @@ class Layout:
     def half_operand(self, z: Tensor) -> Tensor:
         """(rows, pitch): what the gradient products are computed from."""
         return z[:, : self.pitch]
+
+
+_made = lru_cache(256)(Layout)
+
+
+def layout_of(precision: str, dim: int, ieee: bool = False) -> Layout:
+    """The layout, made once: what it derives is asked for some 90 times a step."""
+    make = _made if type(dim) is int else Layout  # traced sizes have no hash
+    return make(precision, dim, ieee)

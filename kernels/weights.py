@@ -218,8 +218,10 @@ def weights(
     columns: slice,
     out: Tensor,
     tile: Tile,
+    mirror: bool = False,
 ) -> Tensor:
-    """One launch: the super-block ``rows`` x ``columns`` of P into ``out``'s memory, padded."""
+    """One launch: the super-block ``rows`` x ``columns`` of P into ``out``'s memory, padded.
+    ``mirror`` says that it is symmetric, of which no use is made here."""
     height, width = padded(rows, columns, tile)
     block = out[: height * width].view(height, width)
     a, b = layout.operand(z1), layout.operand(z2)

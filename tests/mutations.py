@@ -205,13 +205,68 @@ MUTATIONS = [
     ),
     Mutation(
         "cuda: the diagonal stays in the sums", "csrc/cuda/tile.h",
-        "p.upper ? beyond > 0 : beyond != 0", "p.upper ? beyond > 0 : beyond == beyond",
+        "(ahead > beyond(i)) & both", "(ahead > beyond(i) - 1) & both",
         "test_cuda_host.py -k 'every_option and plain'",
     ),
     Mutation(
         "cuda: the diagonal of a view with itself", "csrc/cuda/tile.h",
-        "p.upper ? beyond > 0 :", "p.upper ? beyond > -1 :",
+        "((ahead < beyond(i))", "((ahead < beyond(i) + 1)",
         "test_cuda_host.py -k 'every_option and both'",
+    ),
+    Mutation(
+        "cuda: rows beyond the last count", "csrc/cuda/tile.h",
+        "W::select(own.rows(h) < p.rows, columns, none)", "columns",
+        "test_cuda_host.py -k 'every_option and ragged'",
+    ),
+    Mutation(
+        "cuda: a column's sum is another's", "csrc/cuda/tile.h",
+        "const Int at = place_of_column<Int>(", "const Int at = Int(",
+        "test_cuda_host.py -k 'every_option and wide'",
+    ),
+    Mutation(
+        "cuda: the capability of another device", "directclr_fast/backends/packed.py",
+        "index = problem.device_index", "index = None",
+        "test_dispatch.py -k capability",
+    ),
+    Mutation(
+        "cuda: tiles below the diagonal are run", "csrc/cuda/order.h",
+        "return per_column ? row / per_column : 0;", "return 0;",
+        "test_cuda_host.py -k 'order or wasted'",
+    ),
+    Mutation(
+        "cuda: a tile on the diagonal is left out", "csrc/cuda/order.h",
+        "(column + 1) * per_column - row)", "(column + 1) * per_column - row - (column == 0))",
+        "test_cuda_host.py -k 'order'",
+    ),
+    Mutation(
+        "cuda: a tile's mirror image is not stored", "csrc/cuda/tile.h",
+        "p.col / kSquare > p.row / kSquare", "p.col / kSquare > p.row / kSquare + 1",
+        "test_cuda_host.py -k 'mirrored'",
+    ),
+    Mutation(
+        "cuda: blocks of a mirror image are not turned", "csrc/cuda/tile.h",
+        "x[b] = W::transpose8(of[h][b])", "x[b] = of[h][b]",
+        "test_cuda_host.py -k 'mirrored'",
+    ),
+    Mutation(
+        "cuda: sums of tiles that are left out", "directclr_fast/backends/hopper.py",
+        'buffer.fill_(-torch.inf if name.endswith("peak") else 0.0)', "pass",
+        "test_cuda_host.py -k 'every_option and both-tiles'",
+    ),
+    Mutation(
+        "cuda: strips of odd tile rows", "directclr_fast/backends/cuda.py",
+        "return 2 * tile.rows", "return 3 * tile.rows",
+        "test_cuda_host.py -k 'wasted'",
+    ),
+    Mutation(
+        "cuda: a share of the lines is lost", "csrc/cuda/statistics.h",
+        "l = share; l < p.lines; l += shares) {", "l = share + 8; l < p.lines; l += shares) {",
+        "test_cuda_host.py -k 'every_option and plain'",
+    ),
+    Mutation(
+        "cuda: the factors of a pair of columns change places", "csrc/cuda/warp.h",
+        "x[0][i] = p[at[i]], x[1][i] = p[at[i] + 1]", "x[1][i] = p[at[i]], x[0][i] = p[at[i] + 1]",
+        "test_cuda_host.py -k 'every_option and ragged'",
     ),
     Mutation(
         "cuda: a column outside the row", "csrc/cuda/rows.h",

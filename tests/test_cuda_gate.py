@@ -27,8 +27,9 @@ def test_everything_builds_without_spills_and_with_hopper_instructions(tmp_path)
     names = {record["kernel"] for record in found["kernels"]}
     for operand, kind in gate.build_cuda.instantiations:
         for stage in ("sums", "weights"):
-            assert f"{stage} {operand} {kind}".lower() in names
-    assert len(found["kernels"]) == 30
+            for form in ("bounded", "unbounded"):
+                assert f"{stage} {operand} {kind} {form}".lower() in names
+    assert len(found["kernels"]) == 40
 
 
 @pytest.mark.skipif(gate.build_cuda.nvcc() is None, reason="needs nvcc")
@@ -58,8 +59,10 @@ def test_a_record_that_the_compiler_does_not_make_is_seen(tmp_path, monkeypatch)
 
 def test_the_gate_sees_what_it_is_for():
     good = {
-        "object": "similarity_fp16_cooperative.o", "kernel": "sums", "registers": 168, "stack": 0,
-        "spills": 0, "matrix": ["HGMMA"], "tma": 2, "multicast": 1,
+        "object": "similarity_fp16_cooperative.o", "kernel": "sums fp16 cooperative bounded",
+        "registers": 168, "stack": 0, "spills": 0, "matrix": ["HGMMA"], "tma": 2, "multicast": 1,
+        "way": 860, "branches": 6, "exponentials": 128, "shuffles": 60, "reconverge": 8,
+        "collectives": 4,
     }  # fmt: skip
     assert gate.problems(good, "") == []
     assert "spills 8" in gate.problems(good | {"spills": 8}, "")[0]
@@ -69,3 +72,42 @@ def test_the_gate_sees_what_it_is_for():
     assert "multicast" in gate.problems(good | {"multicast": 0}, "")[0]
     assert "serialises" in gate.problems(good, "ptxas info : (C7510) Potential Loss")[0]
     assert "registers" in gate.problems(good | {"registers": 255}, "")[0]
+    assert "901 instructions" in gate.problems(good | {"way": 901}, "")[0]
+    assert "0 instructions" in gate.problems(good | {"way": 0}, "")[0]
+    assert "4 shuffles" in gate.problems(good | {"shuffles": 4}, "")[0]
+    assert "256 exponentials" in gate.problems(good | {"exponentials": 256}, "")[0]
+    assert "branches: 130" in gate.problems(good | {"branches": 130}, "")[0]
+    assert "reconverge: 279" in gate.problems(good | {"reconverge": 279}, "")[0]
+    assert "collectives: 484" in gate.problems(good | {"collectives": 484}, "")[0]
+
+
+def test_the_way_of_a_tile_is_the_shortest_past_its_marks():
+    """A mask is jumped over, the loop before is not entered, the loads are not missed."""
+    listing = """
+        /*0000*/  HGMMA.64x256x16.F32 R24, gdesc[UR12], R24, gsb0 ;  /* 0x0 */
+                                                                     /* 0x1 */
+        /*0010*/  @P0 BRA 0x0 ;
+        /*0020*/  WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0030*/  @!P1 BRA 0x60 ;
+        /*0040*/  LDG.E.64.CONSTANT R152, desc[UR10][R198.64] ;
+        /*0050*/  BRA 0x70 ;
+        /*0060*/  CS2R R152, SRZ ;
+        /*0070*/  @P2 BRA 0xa0 ;
+        /*0080*/  FSEL R1, R1, -INF , P3 ;
+        /*0090*/  FSEL R2, R2, -INF , P3 ;
+        /*00a0*/  MUFU.EX2 R1, R1 ;
+        /*00b0*/  @P0 STG.E.128 desc[UR8][R2.64], R4 ;
+        /*00c0*/  @P4 BRA 0xf0 ;
+        /*00d0*/  MOVM.16.MT88 R1, R2 ;
+        /*00e0*/  STG.E.128 desc[UR8][R2.64], R4 ;
+        /*00f0*/  EXIT ;
+    """
+    code = gate.sass.instructions(listing)
+    assert len(code) == 16 and code[1].conditional and code[1].operation == "BRA"
+    way = [c.address for c in gate.sass.epilogue(code)]
+    assert way == [0x20, 0x30, 0x40, 0x50, 0x70, 0xA0, 0xB0]
+    to_a_barrier = listing.replace("@P0 STG.E.128 desc[UR8][R2.64], R4", "BAR.SYNC 0x8, 0x100")
+    to_a_barrier = to_a_barrier.replace("STG.E.128", "STG.E")
+    way = [c.address for c in gate.sass.epilogue(gate.sass.instructions(to_a_barrier))]
+    assert way == [0x20, 0x30, 0x60, 0x70, 0xA0, 0xB0]
+    assert gate.sass.epilogue(code[7:]) == []

@@ -7,18 +7,25 @@ not there. ``tests/test_cuda_gate.py`` builds those for sm_90a and reads the bin
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.util
 import subprocess
+import sys
 import sysconfig
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from directclr_fast.kernels import layout
+from directclr_fast.kernels.layout import Layout
 
 from directclr_fast import dispatch, fast_directclr_loss, last_backend, ops
 from directclr_fast.backends import cuda as backend
 from directclr_fast.backends import hopper, packed
+from directclr_fast.backends.base import Pair
 from directclr_fast.problem import Options, Problem
 from directclr_fast.testing import eager_loss, evaluate, make_views, relative_error
 from directclr_fast.world import ALONE
@@ -182,6 +189,7 @@ CASES = {
     "wide": {"rows": 70, "dim": 300},
     "one-direction": {"symmetric": False, "candidates": 90},
     "both": {"negatives": "both", "rows": 140},
+    "both-tiles": {"negatives": "both", "rows": 300},  # more than one wide
     "both-one-direction": {"negatives": "both", "symmetric": False},
     "cold": {"temperature": 0.005},
     "cold-both": {"temperature": 0.005, "negatives": "both"},
@@ -338,6 +346,156 @@ def test_four_launches_forward_and_five_backward(monkeypatch, temperature):
     del counting.names[:]
     loss.backward()
     assert counting.names == ["factors", "weights", "finish"] and len(products) == 2
+
+
+@pytest.mark.parametrize("negatives,most", [("cross", 260), ("both", 540)])
+def test_a_step_makes_few_python_calls(negatives, most):
+    """Of functions of this package; below N of about 5,000 a GPU waits for them."""
+    r1, r2 = (r.requires_grad_() for r in make_views(64, 48, dtype=torch.float32))
+    options = {"negatives": negatives, "backend": "cuda", "precision": "fp16"}
+    ours = (str(Path(dispatch.__file__).parent), str(Path(layout.__file__).parent))
+    calls = Counter()
+
+    def note(frame, event, _):
+        if event == "call" and frame.f_code.co_filename.startswith(ours):
+            calls[frame.f_code.co_name] += 1
+
+    for profile in (None, None, note):
+        sys.setprofile(profile)
+        try:
+            fast_directclr_loss(r1, r2, 40, **options).backward()
+        finally:
+            sys.setprofile(None)
+    assert 0.8 * most < calls.total() <= most, calls.most_common(12)
+
+
+# ------------------------------------------------------------------------------ launch plans
+
+
+@pytest.fixture(scope="module")
+def tiles_of(library):
+    """The tiles of a launch of m x n entries, in their order: (count, [(row, column) ...])."""
+    function = ctypes.CDLL(str(library)).host_tiles
+    function.restype = ctypes.c_int64
+    function.argtypes = [ctypes.c_int] * 3 + [ctypes.c_bool, ctypes.c_void_p, ctypes.c_int64]
+
+    def tiles(m: int, n: int, height: int, upper: bool, room: int = 0):
+        found = np.zeros((room, 2), dtype=np.int32)
+        count = function(m, n, height, upper, found.ctypes.data, room)
+        return count, [tuple(tile) for tile in found.tolist()]
+
+    return tiles
+
+
+@pytest.mark.parametrize("height", [64, 128])
+@pytest.mark.parametrize("upper", [False, True])
+def test_the_order_has_every_tile_that_counts_once(tiles_of, height, upper):
+    for m, n in (
+        (1, 1),
+        (1, 9000),
+        (256, 256),
+        (257, 300),
+        (2100, 2100),
+        (5000, 5000),
+        (700, 5000),
+    ):
+        count, found = tiles_of(m, n, height, upper, 8192)
+        found = found[:count]
+        assert len(set(found)) == count, (m, n)
+        rows, columns = -(-m // (2 * height)) * 2, -(-n // 256)
+        wanted = {
+            (row, column)
+            for row in range(0, rows, 2)
+            for column in range(columns)
+            if not upper or min(n, (column + 1) * 256) - 1 > row * height
+        }
+        wanted |= {(row + 1, column) for row, column in wanted}
+        alone = {t for t in set(found) - wanted if t[1] * 256 + 1 == n}  # of a last entry, itself
+        assert set(found) - alone == wanted, (m, n)
+        # Neighbours in the order share operands: 8 clusters of rows before the next column.
+        if not upper and rows >= 16:
+            assert found[:32:2] == [(2 * i, 0) for i in range(8)] + [(2 * i, 1) for i in range(8)]
+
+
+class _Launches:
+    """Kernels that note what they are asked for."""
+
+    lines = staticmethod(hopper.lines)
+
+    def __init__(self):
+        self.sums_of, self.weights_of = [], []
+
+    def device(self, tensor):
+        return contextlib.nullcontext()
+
+    def sums(self, layout, z1, z2, strip, *_, upper, **__):
+        first = strip.start if upper else 0
+        self.sums_of.append((strip.stop - strip.start, len(z2) - first, upper))
+
+    def weights(
+        self, layout, z1, z2, factors, scale, offset, rows, columns, out, tile, mirror=False
+    ):
+        self.weights_of.append((rows.stop - rows.start, columns.stop - columns.start, mirror))
+
+    def fold(self, *_):
+        pass
+
+    product = add_positives = lambda self, *_, **__: None
+
+
+def needed(n: int, tile, upper: bool) -> int:
+    """Tiles of n x n entries with one that counts: for ``upper`` a column beyond its row."""
+    rows, columns = -(-n // tile.rows), -(-n // tile.columns)
+    if not upper:
+        return rows * columns
+    return sum(columns - (row * tile.rows + 1) // tile.columns for row in range(rows))
+
+
+@pytest.mark.parametrize("dim", [128, 360])  # either schedule
+@pytest.mark.parametrize("negatives", ["cross", "both"])
+@pytest.mark.parametrize("n", [1536, 2100, 5000, 32768, 1048576])
+def test_at_most_five_percent_of_the_tiles_are_wasted(monkeypatch, tiles_of, n, negatives, dim):
+    """But for an odd last tile row, whose cluster has a second tile: a row of tiles a launch."""
+    launches, made = _Launches(), backend.Cuda()
+    monkeypatch.setattr(made, "kernels", launches)
+    asked = problem(rows=n, candidates=n, dim=dim, width=dim, negatives=negatives, precision="fp16")
+    packing = made._layout(asked)
+    tile = made._tile("sums", packing, torch.device("meta"))
+    z = torch.empty((n, packing.row), dtype=packing.dtype, device="meta")
+    dz, w = (torch.empty((n, k), dtype=torch.float64, device="meta") for k in (packing.pitch, 1))
+    factors = packed._factors(Pair(w, w, w, w, w), True)[0]
+    made.sums(asked, z, z, 10.0, None)
+    made._tile_products(asked, packing, z, z, 10.0, factors, 0, (True, True))
+    wanted = needed(n, tile, False)
+    if negatives == "both":
+        wanted += 2 * needed(n, tile, True)
+        for _ in range(2):
+            made.self_sums(asked, z, 10.0)
+            made.add_self_products(asked, z, 10.0, w[:, 0], w[:, 0], dz)
+    for of_pass in (launches.sums_of, launches.weights_of):
+        run = odd = 0
+        for (rows, columns, upper), times in Counter(of_pass).items():
+            run += times * tiles_of(rows, columns, tile.rows, upper)[0]
+            odd += times * (-(-rows // tile.rows) % 2) * -(-columns // tile.columns)
+        assert wanted <= run <= min(1.05 * wanted + odd, 1.06 * wanted)
+
+
+@pytest.mark.parametrize("dim", [40, 300])  # either schedule
+@pytest.mark.parametrize("bounded", [True, False])
+def test_a_mirrored_half_has_the_bits_of_a_computed_one(dim, bounded):
+    for n in (200, 256, 300, 780):
+        packing = Layout("fp16", dim)
+        z, _ = hopper.normalize(packing, make_views(n, 320, dtype=torch.float32)[0], None, 1e-12)
+        w = torch.rand(n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+        found, _ = packed._factors(Pair(w, w, w, w, w), bounded)
+        made = []
+        for mirror in (False, True):
+            out = torch.full((1024 * 1024,), torch.nan, dtype=torch.float16)
+            every, tile = slice(0, n), hopper.tile(packing)
+            given = (packing, z, z, found, 10.0, 0, every, every, out, tile, mirror)
+            made.append(hopper.weights(*given).clone())
+        assert torch.equal(*made)
+        assert torch.equal(made[1][:, :n], made[1][:, :n].T) and not made[1][:, n:].any()
 
 
 # ------------------------------------------------------------------------------ choices

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from directclr_fast import dispatch, doctor
+from directclr_fast.backends import hopper, packed
 from directclr_fast.problem import NEGATIVES, PRECISIONS
 from directclr_fast.testing import problem
 
@@ -71,3 +73,25 @@ def test_the_environment_names_the_instruction_set(name):
         assert done.stdout.strip() == "portable", done.stderr
     else:
         assert "DIRECTCLR_FAST_ISA: expected one of" in done.stderr and "'none such'" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_the_capability_is_that_of_the_device_of_the_views_asked_once(monkeypatch, name):
+    pytest.importorskip("triton")
+    asked = []
+    of_devices = {0: (9, 0), 1: (7, 5)}
+
+    def of_device(index):
+        asked.append(index)
+        return of_devices[index]
+
+    monkeypatch.setattr(packed, "_capability", functools.cache(of_device))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    if hopper._cuda is None:
+        monkeypatch.setattr(hopper, "_cuda", object())
+    there = problem(device_type="cuda", dtype=torch.float16, precision="fp16")
+    for index, wanted in ((0, False), (1, True), (None, False), (1, True)):
+        reasons = dispatch.load(name).why_not(there.replace(device_index=index))
+        assert any("got 7.5" in reason for reason in reasons) == wanted
+    assert asked == [0, 1]

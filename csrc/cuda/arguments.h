@@ -82,8 +82,9 @@ struct SumsArguments {
   bool upper, columns, bounded;
 };
 
-// What a tile of weights is made with; pointers to the launch's first row and column. The factors
-// are those of docs/design.md section 2 times the power of two that the stored weights carry.
+// What a tile of weights is made with; pointers to the launch's first row and column, `col` at an
+// address of 8 bytes. The factors are those of docs/design.md section 2 times the power of two that
+// the stored weights carry.
 struct WeightFactors {
   const float *row, *col;              // w_i exp(-row_i), v_j exp(-col_j); without `bounded` w_i, v_j
   const float *row_shift, *col_shift;  // without `bounded`: row_i, col_j in base 2
@@ -97,6 +98,7 @@ struct WeightsArguments {
   Exponent exponent;
   int step;
   bool bounded;
+  bool mirror;  // P is symmetric: a view's rows with themselves
 };
 
 // ------------------------------------------------------------------------------- statistics

@@ -122,7 +122,8 @@ PYBIND11_MODULE(_cuda, m) {
   }
   {
     using S = WeightsArguments;
-    record(m, "WeightsArguments", F(out), F(pitch), F(factors), F(exponent), F(step), F(bounded));
+    record(m, "WeightsArguments", F(out), F(pitch), F(factors), F(exponent), F(step), F(bounded),
+           F(mirror));
     m.def("weights", launching(&weights), "operands"_a, "arguments"_a, "stream"_a);
   }
   {

@@ -1,5 +1,6 @@
-// The O(N d) and O(N) stages as kernels: one warp a row where there are columns, one thread a
-// candidate where there are only statistics. Every sum has a fixed order.
+// The O(N d) and O(N) stages as kernels: one warp a row where there are columns, one lane a candidate
+// where there are only statistics, and a share of the partial sums a warp. Every sum has a fixed
+// order.
 #include "rows.h"
 #include "stages.h"
 #include "statistics.h"
@@ -10,7 +11,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kRowsOfBlock = kThreads / kLanes;
-constexpr int kCombine = 64;  // candidates a block of `combine`, whose losses it adds up
+constexpr int kLine = kLanes;  // of `fold` and `combine`: a warp's columns, one share of lines a warp
 
 template <class T>
 __device__ T sum_over_warp(T x) {
@@ -71,22 +72,47 @@ __global__ void __launch_bounds__(kThreads)
 
 // ------------------------------------------------------------------------------- statistics
 
-__global__ void __launch_bounds__(kThreads) fold_kernel(FoldArguments a) {
-  const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (at < a.n) fold_one(a, at);
+// Of the block's kLine columns, one a lane, the log-sums of their lines, of which every warp adds a
+// share; to be used by the first warp. `there`: whether the lane's column exists.
+__device__ double log_of_parts(const Parts& p, int64_t at, bool there) {
+  __shared__ float highs[kMostShares][kLine];
+  __shared__ double sums[kMostShares][kLine];
+  const int lane = threadIdx.x, share = threadIdx.y, shares = blockDim.y;
+  double top = 0.0;
+  if (p.peaks) {
+    highs[share][lane] = there ? peak_of_share(p, at, share, shares) : -INFINITY;
+    __syncthreads();
+    float high = -INFINITY;
+    for (int s = 0; s < shares; ++s) high = fmaxf(high, highs[s][lane]);
+    top = top_of(high);
+  }
+  sums[share][lane] = there ? sum_of_share(p, at, share, shares, top) : 0.0;
+  __syncthreads();
+  double sum = 0.0;
+  for (int s = 0; share == 0 && s < shares; ++s) sum += sums[s][lane];
+  __syncthreads();  // the next call writes there
+  return log_of_sum(sum, top);
 }
 
-__global__ void __launch_bounds__(kCombine) combine_kernel(CombineArguments a) {
-  const double per_row = combine_one(a, int64_t(blockIdx.x) * kCombine + threadIdx.x);
+__global__ void __launch_bounds__(kLine* kMostShares, 1) fold_kernel(FoldArguments a) {
+  const int64_t at = int64_t(blockIdx.x) * kLine + threadIdx.x;
+  const double log_sum = log_of_parts(parts_of(a), at, at < a.n);
+  if (threadIdx.y == 0 && at < a.n) fold_one(a, at, log_sum);
+}
+
+__global__ void __launch_bounds__(kLine* kMostShares, 1) combine_kernel(CombineArguments a) {
+  const int64_t j = int64_t(blockIdx.x) * kLine + threadIdx.x, i = j - a.offset;
+  const bool has_row = i >= 0 && i < a.m, has_col = a.symmetric && j < a.n;
+  double rest_row = 0.0, rest_col = 0.0;
+  if (!a.rest_row) rest_row = log_of_parts(row_parts(a), i, has_row);
+  if (a.symmetric && !a.rest_col) rest_col = log_of_parts(col_parts(a), j, has_col);
+  if (threadIdx.y != 0) return;
+  if (a.rest_row && has_row) rest_row = a.rest_row[i];
+  if (a.rest_col && has_col) rest_col = a.rest_col[j];
+  const double per_row = combine_one(a, j, rest_row, rest_col);
   if (a.loss_by_row) return;
-  __shared__ double of_warps[kCombine / kLanes];
   const double sum = sum_over_warp(per_row);
-  if (threadIdx.x % kLanes == 0) of_warps[threadIdx.x / kLanes] = sum;
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  double total = 0.0;
-  for (double w : of_warps) total += w;
-  a.loss_by_block[blockIdx.x] = total;
+  if (threadIdx.x == 0) a.loss_by_block[blockIdx.x] = sum;
 }
 
 __global__ void __launch_bounds__(kThreads) total_kernel(TotalArguments a) {
@@ -164,14 +190,14 @@ std::string positives(const Layout& layout, const PositivesArguments& a, const S
 }
 
 std::string fold(const FoldArguments& a, const Stream& stream) {
-  fold_kernel<<<blocks(a.n, kThreads), kThreads, 0, stream.handle>>>(a);
+  fold_kernel<<<blocks(a.n, kLine), dim3(kLine, shares_of(a.lines)), 0, stream.handle>>>(a);
   return launched("fold", a.n);
 }
 
-int64_t combine_blocks(int64_t n) { return blocks(n, kCombine); }
+int64_t combine_blocks(int64_t n) { return blocks(n, kLine); }
 
 std::string combine(const CombineArguments& a, const Stream& stream) {
-  combine_kernel<<<blocks(a.n, kCombine), kCombine, 0, stream.handle>>>(a);
+  combine_kernel<<<blocks(a.n, kLine), dim3(kLine, shares_of(a)), 0, stream.handle>>>(a);
   return launched("combine", a.n);
 }
 

@@ -33,12 +33,17 @@ constexpr Operand kOperand = Operand::DIRECTCLR_JOIN(k, DIRECTCLR_OPERAND);
 template <>
 std::string sums_as<kOperand, kPingpong>(const Operands& s, const SumsArguments& a,
                                              const Stream& stream) {
-  return Similarity<Of::Element, Kind, SumsEpilogue<Kind>>::run(s, a, stream);
+  using E = Of::Element;
+  return a.bounded ? Similarity<E, Kind, SumsEpilogue<Kind, true>>::run(s, a, stream, a.upper)
+                   : Similarity<E, Kind, SumsEpilogue<Kind, false>>::run(s, a, stream, a.upper);
 }
 
 template <>
 std::string weights_as<kOperand, kPingpong>(const Operands& s, const WeightsArguments& a,
                                                 const Stream& stream) {
-  return Similarity<Of::Element, Kind, WeightsEpilogue<Kind, Of::Half>>::run(s, a, stream);
+  using E = Of::Element;
+  return a.bounded
+             ? Similarity<E, Kind, WeightsEpilogue<Kind, Of::Half, true>>::run(s, a, stream, a.mirror)
+             : Similarity<E, Kind, WeightsEpilogue<Kind, Of::Half, false>>::run(s, a, stream, a.mirror);
 }
 }  // namespace directclr

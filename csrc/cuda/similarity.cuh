@@ -17,6 +17,7 @@
 #include "cutlass/gemm/kernel/gemm_universal.hpp"
 #include "arguments.h"
 #include "half.h"
+#include "scheduler.cuh"
 #include "tile.h"
 
 namespace directclr {
@@ -81,14 +82,15 @@ __device__ __forceinline__ float exponent_scale(const Exponent& e) {
   return (e.scale ? *e.scale : e.value) * 1.4426950408889634f * e.operands;
 }
 
-template <class Kind>
+// Bounded and unbounded are kernels of their own: in one, the registers of both together spill.
+template <class Kind, bool kBounded>
 struct SumsEpilogue : EpilogueBase<SumsArguments> {
   static constexpr int kWarps = Kind::kHeight / kWarpRows;
   // By group, by turn: this tile's column sums of each warp are read while the next one's may be
   // written already, never the one after, which a barrier lies before.
   struct SharedStorage {
     float sums[Kind::kGroups][2][kWarps][kWidth];
-    float peaks[Kind::kGroups][2][kWarps][kWidth];
+    float peaks[Kind::kGroups][2][kBounded ? 1 : kWarps][kWidth];
   };
   using TensorStorage = SharedStorage;
 
@@ -101,7 +103,7 @@ struct SumsEpilogue : EpilogueBase<SumsArguments> {
     const auto [m, n, k, l] = coord;
     const Place place{int(m) * Kind::kHeight, int(n) * kWidth,  cute::get<0>(shape),
                       cute::get<1>(shape),    params.step,      params.upper};
-    if (place.row >= place.rows || place.col >= place.cols) return;  // a cluster's padding
+    if (place.row >= place.rows) return;  // the second tile row of a cluster that has one
     auto& storage = *reinterpret_cast<SharedStorage*>(shared);
     const int group = Kind::kGroups == 1 ? 0 : cutlass::canonical_warp_group_idx() - 1;
     auto& sums = storage.sums[group][turn];
@@ -111,14 +113,9 @@ struct SumsEpilogue : EpilogueBase<SumsArguments> {
     const float a2 = exponent_scale(params.exponent);
     float* row_sum = params.row_sum + int64_t(n) * place.rows;
     float* row_peak = params.row_peak + int64_t(n) * place.rows;
-    if (params.bounded) {
-      sums_of_warp<DeviceWarp, kBlocks, true>(acc, place, warp, Kind::kHeight, a2, params.columns,
-                                              row_sum, row_peak, nullptr, sums[warp], peaks[warp]);
-    } else {
-      sums_of_warp<DeviceWarp, kBlocks, false>(acc, place, warp, Kind::kHeight, a2, params.columns,
-                                               row_sum, row_peak, params.own, sums[warp],
-                                               peaks[warp]);
-    }
+    sums_of_warp<DeviceWarp, kBlocks, kBounded>(
+        acc, place, warp, Kind::kHeight, a2, params.columns, row_sum, row_peak, params.own,
+        sums[warp], peaks[kBounded ? 0 : warp]);
     if (!params.columns) return;
     constexpr int kThreads = kWarps * kLanes;
     cutlass::arch::NamedBarrier::sync(kThreads, uint32_t(group));
@@ -126,13 +123,9 @@ struct SumsEpilogue : EpilogueBase<SumsArguments> {
     for (int c = thread; c < kWidth; c += kThreads) {
       if (place.col + c >= place.cols) continue;
       const int64_t at = int64_t(m) * place.cols + place.col + c;
-      if (params.bounded) {
-        sum_of_column<true>(&sums[0][c], &peaks[0][c], kWarps, kWidth, params.col_sum + at,
-                            params.col_peak + at);
-      } else {
-        sum_of_column<false>(&sums[0][c], &peaks[0][c], kWarps, kWidth, params.col_sum + at,
-                             params.col_peak + at);
-      }
+      const int from = place_of_column(c);
+      sum_of_column<kBounded>(&sums[0][from], &peaks[0][from], kWarps, kWidth, params.col_sum + at,
+                              params.col_peak + at);
     }
   }
 
@@ -140,7 +133,7 @@ struct SumsEpilogue : EpilogueBase<SumsArguments> {
   int turn = 0;
 };
 
-template <class Kind, class Half>
+template <class Kind, class Half, bool kBounded>
 struct WeightsEpilogue : EpilogueBase<WeightsArguments> {
   struct SharedStorage {};
   using TensorStorage = SharedStorage;
@@ -153,16 +146,12 @@ struct WeightsEpilogue : EpilogueBase<WeightsArguments> {
     const auto [m, n, k, l] = coord;
     const Place place{int(m) * Kind::kHeight, int(n) * kWidth,  cute::get<0>(shape),
                       cute::get<1>(shape),    params.step,      false};
-    if (place.row >= place.rows || place.col >= place.cols) return;
+    if (place.row >= place.rows) return;
     const int warp = thread / kLanes;
     const float a2 = exponent_scale(params.exponent);
-    if (params.bounded) {
-      weights_of_warp<DeviceWarp, Half, kBlocks, true>(acc, place, warp, Kind::kHeight, a2,
-                                                       params.factors, params.out, params.pitch);
-    } else {
-      weights_of_warp<DeviceWarp, Half, kBlocks, false>(acc, place, warp, Kind::kHeight, a2,
-                                                        params.factors, params.out, params.pitch);
-    }
+    weights_of_warp<DeviceWarp, Half, kBlocks, kBounded>(
+        acc, place, warp, Kind::kHeight, a2, params.factors, params.out, params.pitch,
+        params.mirror);
   }
 
   Params params;
@@ -176,7 +165,7 @@ struct Similarity {
   static constexpr int kAlignment = 16 / sizeof(Element);
   static constexpr int kDepth = 128 / sizeof(Element);  // one row of the swizzled tile
   using Tile = cute::Shape<cute::Int<Kind::kHeight>, cute::Int<kWidth>, cute::Int<kDepth>>;
-  using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
+  using Cluster = cute::Shape<cute::Int<kClusterTiles>, cute::_1, cute::_1>;
   using Schedule =
       std::conditional_t<kIsFp8<Element>, typename Kind::ScheduleFp8, typename Kind::Schedule>;
   using Epilogue = cutlass::epilogue::collective::detail::Sm90TmaWarpSpecializedAdapter<OurEpilogue>;
@@ -187,13 +176,13 @@ struct Similarity {
           sizeof(typename OurEpilogue::SharedStorage))>,
       Schedule>::CollectiveOp;
   using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop,
-                                                      Epilogue, cutlass::gemm::PersistentScheduler>;
+                                                      Epilogue, InOrder>;
   using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
   static_assert(Kernel::SharedStorageSize <= 227 * 1024, "what a block of sm_90 may use");
 
-  // Empty, or what went wrong.
+  // Empty, or what went wrong. `upper`: only tiles beyond the diagonal.
   static std::string run(const Operands& s, const typename OurEpilogue::Params& epilogue,
-                         const Stream& stream) {
+                         const Stream& stream, bool upper) {
     const auto* a = static_cast<const Element*>(s.a);
     const auto* b = static_cast<const Element*>(s.b);
     typename Gemm::Arguments args{
@@ -202,7 +191,7 @@ struct Similarity {
         {a, {s.pitch, cute::_1{}, int64_t(0)}, b, {s.pitch, cute::_1{}, int64_t(0)}},
         epilogue,
         {stream.device, stream.multiprocessors}};
-    args.scheduler.max_swizzle_size = 8;  // tiles near each other share their operands in L2
+    args.scheduler.upper = upper;
     Gemm gemm;
     cutlass::Status status = Gemm::can_implement(args);
     if (status == cutlass::Status::kSuccess) status = gemm.initialize(args, nullptr, stream.handle);

@@ -4,6 +4,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "order.h"
 #include "rows.h"
 #include "stages.h"
 #include "statistics.h"
@@ -42,10 +43,15 @@ std::vector<float> widened(const Operands& s, const void* data, int rows) {
 // Calls f(place, warp, values) for every warp of every tile, values as wgmma leaves them; beyond
 // the edge they are what TMA's zeros give. `after(place, m, n)` follows the warps of a tile.
 template <class F, class After>
-void by_tiles(const Operands& s, int height, int step, bool upper, F f, After after) {
+void by_tiles(const Operands& s, int height, int step, bool upper, bool mirror, F f, After after) {
   const std::vector<float> a = widened(s, s.a, s.rows), b = widened(s, s.b, s.cols);
-  for (int m = 0; m * height < s.rows; ++m) {
-    for (int n = 0; n * kTileWidth < s.cols; ++n) {
+  const TileOrder order(s.rows, s.cols, height, kTileWidth, upper || mirror);
+  TileOrder::Walk walk;
+  for (int place = 0, clusters = order.clusters(); place < clusters; ++place) {
+    const TileOrder::Cluster at = walk.to(order, place);
+    for (int block = 0; block < kClusterTiles; ++block) {
+      const int m = at.row * kClusterTiles + block, n = at.column;
+      if (m * height >= s.rows) continue;
       const Place p{m * height, n * kTileWidth, s.rows, s.cols, step, upper};
       for (int w = 0; w < height / kWarpRows; ++w) {
         Values acc;
@@ -77,7 +83,7 @@ void sums_as(const Operands& s, const SumsArguments& a, int height) {
   std::vector<float> sums(size_t(warps * kTileWidth), NAN), peaks(sums);
   const float a2 = exponent_scale_of(a.exponent);
   by_tiles(
-      s, height, a.step, a.upper,
+      s, height, a.step, a.upper, false,
       [&](const Place& p, int, int n, int w, Values& acc) {
         sums_of_warp<HostWarp, kBlocksOfTile, kBounded>(
             acc, p, w, height, a2, a.columns, a.row_sum + int64_t(n) * s.rows,
@@ -87,7 +93,8 @@ void sums_as(const Operands& s, const SumsArguments& a, int height) {
       [&](const Place& p, int m, int) {
         for (int c = 0; a.columns && c < kTileWidth && p.col + c < p.cols; ++c) {
           const int64_t at = int64_t(m) * s.cols + p.col + c;
-          sum_of_column<kBounded>(&sums[size_t(c)], &peaks[size_t(c)], warps, kTileWidth,
+          const size_t from = size_t(place_of_column(c));
+          sum_of_column<kBounded>(&sums[from], &peaks[from], warps, kTileWidth,
                                   a.col_sum + at, a.col_peak + at);
         }
       });
@@ -169,10 +176,10 @@ std::string weights(const Operands& s, const WeightsArguments& a, const Stream&)
   const float a2 = exponent_scale_of(a.exponent);
   const auto run = [&](auto half, auto bounded) {
     by_tiles(
-        s, height, a.step, false,
+        s, height, a.step, false, a.mirror,
         [&](const Place& p, int, int, int w, Values& acc) {
           weights_of_warp<HostWarp, decltype(half), kBlocksOfTile, decltype(bounded)::value>(
-              acc, p, w, height, a2, a.factors, a.out, a.pitch);
+              acc, p, w, height, a2, a.factors, a.out, a.pitch, a.mirror);
         },
         [](const Place&, int, int) {});
   };
@@ -185,16 +192,34 @@ std::string weights(const Operands& s, const WeightsArguments& a, const Stream&)
 
 int tile_height(bool pingpong) { return pingpong ? 64 : 128; }
 
+static double log_of_parts(const Parts& p, int64_t at, int shares) {  // the order of rows.cu
+  float high = -INFINITY;
+  for (int s = 0; p.peaks && s < shares; ++s) high = fmaxf(high, peak_of_share(p, at, s, shares));
+  const double top = p.peaks ? top_of(high) : 0.0;
+  double sum = 0.0;
+  for (int s = 0; s < shares; ++s) sum += sum_of_share(p, at, s, shares, top);
+  return log_of_sum(sum, top);
+}
+
 std::string fold(const FoldArguments& a, const Stream&) {
-  for (int64_t at = 0; at < a.n; ++at) fold_one(a, at);
+  for (int64_t at = 0; at < a.n; ++at) {
+    fold_one(a, at, log_of_parts(parts_of(a), at, shares_of(a.lines)));
+  }
   return {};
 }
 
 int64_t combine_blocks(int64_t n) { return n; }
 
 std::string combine(const CombineArguments& a, const Stream&) {
+  const int shares = shares_of(a);
   for (int64_t j = 0; j < a.n; ++j) {
-    const double per_row = combine_one(a, j);
+    const int64_t i = j - a.offset;
+    double rest_row = 0.0, rest_col = 0.0;
+    if (i >= 0 && i < a.m) {
+      rest_row = a.rest_row ? a.rest_row[i] : log_of_parts(row_parts(a), i, shares);
+    }
+    if (a.symmetric) rest_col = a.rest_col ? a.rest_col[j] : log_of_parts(col_parts(a), j, shares);
+    const double per_row = combine_one(a, j, rest_row, rest_col);
     if (!a.loss_by_row) a.loss_by_block[j] = per_row;
   }
   return {};
@@ -244,6 +269,22 @@ std::string add_positives(const Layout& layout, const AddPositivesArguments& a, 
 
 using namespace directclr;
 
+// The tiles of a launch in their order: how many, of which the first `room` as (row, column) go to
+// `found`. With an odd number of tile rows the last ones' clusters have a tile beyond the end.
+extern "C" int64_t host_tiles(int m, int n, int height, bool upper, int32_t* found, int64_t room) {
+  const TileOrder order(m, n, height, kTileWidth, upper);
+  const int clusters = order.clusters();
+  TileOrder::Walk walk;
+  for (int place = 0; place < clusters && place < room / kClusterTiles; ++place) {
+    const TileOrder::Cluster at = walk.to(order, place);
+    for (int block = 0; block < kClusterTiles; ++block) {
+      *found++ = at.row * kClusterTiles + block;
+      *found++ = at.column;
+    }
+  }
+  return int64_t(clusters) * kClusterTiles;
+}
+
 // Where a packed row and a stored weight lie, in elements, far beyond 2^31 of them.
 extern "C" int64_t host_row_offset(int64_t row, int64_t stride) {
   const Packed<Fp16> z{nullptr, stride, 64, false, 1.0f};
@@ -272,10 +313,10 @@ extern "C" int host_fragment_mismatches() {
   };
   using H = cutlass::half_t;
   using E = cutlass::float_e4m3_t;
-  count(typename Similarity<H, Cooperative, SumsEpilogue<Cooperative>>::Mainloop::TiledMma{},
+  count(typename Similarity<H, Cooperative, SumsEpilogue<Cooperative, true>>::Mainloop::TiledMma{},
         Cooperative{});
-  count(typename Similarity<H, Pingpong, SumsEpilogue<Pingpong>>::Mainloop::TiledMma{}, Pingpong{});
-  count(typename Similarity<E, Cooperative, SumsEpilogue<Cooperative>>::Mainloop::TiledMma{},
+  count(typename Similarity<H, Pingpong, SumsEpilogue<Pingpong, true>>::Mainloop::TiledMma{}, Pingpong{});
+  count(typename Similarity<E, Cooperative, SumsEpilogue<Cooperative, true>>::Mainloop::TiledMma{},
         Cooperative{});
   return wrong;
 }

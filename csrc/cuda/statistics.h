@@ -8,20 +8,38 @@
 
 namespace directclr {
 
-// log of the sum of a column of partials, each relative to its peak where there are peaks (base 2).
-DIRECTCLR_HD double log_of_parts(const float* sums, const float* peaks, int64_t at, int lines,
-                                 int64_t stride) {
-  double top = 0.0, total = 0.0;
-  if (peaks) {
-    float high = -INFINITY;
-    for (int l = 0; l < lines; ++l) high = fmaxf(high, peaks[l * stride + at]);
-    top = high == -INFINITY ? 0.0 : high;
+// Partial sums in lines, `stride` apart, and, where there are, the peaks they are relative to (base 2).
+// A column's lines are added by shares: share s of S adds lines s, s + S, s + 2 S ... in their order,
+// then the shares are added in theirs, whoever runs them.
+struct Parts {
+  const float *sums, *peaks;
+  int lines;
+  int64_t stride;
+};
+
+constexpr int kMostShares = 32;
+
+DIRECTCLR_HD int shares_of(int lines) { return lines < 512 ? 8 : kMostShares; }
+
+DIRECTCLR_HD float peak_of_share(const Parts& p, int64_t at, int share, int shares) {
+  float high = -INFINITY;
+  for (int l = share; l < p.lines; l += shares) high = fmaxf(high, p.peaks[l * p.stride + at]);
+  return high;
+}
+
+DIRECTCLR_HD double sum_of_share(const Parts& p, int64_t at, int share, int shares, double top) {
+  double sum = 0.0;
+  for (int l = share; l < p.lines; l += shares) {
+    const double part = p.sums[l * p.stride + at];
+    sum += p.peaks ? part * exp2(p.peaks[l * p.stride + at] - top) : part;
   }
-  for (int l = 0; l < lines; ++l) {
-    const double part = sums[l * stride + at];
-    total += peaks ? part * exp2(peaks[l * stride + at] - top) : part;
-  }
-  return log(total) + top * 0.6931471805599453;
+  return sum;
+}
+
+DIRECTCLR_HD double top_of(float high) { return high == -INFINITY ? 0.0 : high; }
+
+DIRECTCLR_HD double log_of_sum(double sum, double top) {
+  return log(sum) + top * 0.6931471805599453;
 }
 
 DIRECTCLR_HD double add_logs(double a, double b) {
@@ -29,34 +47,42 @@ DIRECTCLR_HD double add_logs(double a, double b) {
   return log(exp(a - base) + exp(b - base)) + base;
 }
 
-DIRECTCLR_HD void fold_one(const FoldArguments& a, int64_t at) {
-  const double log_sum = log_of_parts(a.sums, a.peaks, at, a.lines, a.stride);
+DIRECTCLR_HD Parts parts_of(const FoldArguments& a) { return {a.sums, a.peaks, a.lines, a.stride}; }
+
+DIRECTCLR_HD void fold_one(const FoldArguments& a, int64_t at, double log_sum) {
   a.into[at] = a.first ? log_sum : add_logs(log_sum, a.into[at]);
 }
 
 // log(1 + exp(x)); a NaN stays one.
 DIRECTCLR_HD double softplus(double x) { return (x < 0.0 ? 0.0 : x) + log1p(exp(-fabs(x))); }
 
-// Candidate j and its anchor i = j - offset: log-sums, -log p by row and by column. Returns the
-// anchor's loss, 0 where there is none.
-DIRECTCLR_HD double combine_one(const CombineArguments& a, int64_t j) {
+DIRECTCLR_HD Parts row_parts(const CombineArguments& a) {
+  return {a.row_sum, a.row_peak, a.row_lines, a.m};
+}
+DIRECTCLR_HD Parts col_parts(const CombineArguments& a) {
+  return {a.col_sum, a.col_peak, a.col_lines, a.n};
+}
+DIRECTCLR_HD int shares_of(const CombineArguments& a) {
+  return shares_of(a.row_lines > a.col_lines ? a.row_lines : a.col_lines);
+}
+
+// Candidate j and its anchor i = j - offset: log-sums, -log p by row and by column, from the log-sums
+// of their negatives where they exist. Returns the anchor's loss, 0 where there is none.
+DIRECTCLR_HD double combine_one(const CombineArguments& a, int64_t j, double rest_row,
+                                double rest_col) {
   const int64_t i = j - a.offset;
   const bool has_row = i >= 0 && i < a.m, has_col = j < a.n;
   double per_row = 0.0, logit = 0.0;
   if (has_row) {
     logit = a.positives[i] * (a.scale ? double(*a.scale) : a.scale_value);
-    const double rest = a.rest_row ? a.rest_row[i]
-                                   : log_of_parts(a.row_sum, a.row_peak, i, a.row_lines, a.m);
-    const double nll = softplus(rest - logit);
+    const double nll = softplus(rest_row - logit);
     a.nll_row[i] = nll;
     a.row_lse[i] = logit + nll;
     per_row = nll;
   }
   if (a.symmetric && has_col) {
-    const double rest = a.rest_col ? a.rest_col[j]
-                                   : log_of_parts(a.col_sum, a.col_peak, j, a.col_lines, a.n);
-    const double nll = softplus(rest - logit);
-    a.col_lse[j] = has_row ? logit + nll : rest;
+    const double nll = softplus(rest_col - logit);
+    a.col_lse[j] = has_row ? logit + nll : rest_col;
     if (has_row) {
       a.nll_col[i] = nll;
       per_row = 0.5 * (per_row + nll);

@@ -28,13 +28,6 @@ DIRECTCLR_HD bool needs_mask(const Place& p, int height, int width) {
   return ragged || (reaches && p.col + width > p.row + p.step);
 }
 
-template <class W>
-DIRECTCLR_HD typename W::Bool counts(const Place& p, typename W::Int row, typename W::Int col) {
-  const typename W::Int beyond = col - row - p.step;
-  const typename W::Bool here = p.upper ? beyond > 0 : beyond != 0;
-  return here && row < p.rows && col < p.cols;
-}
-
 // The rows and columns of a lane.
 template <class W>
 struct Fragment {
@@ -46,6 +39,52 @@ struct Fragment {
     return quad * 2 + (p.col + 8 * j);
   }
 };
+
+// Which of a lane's values count. A question is three compares with constants, nothing is kept for
+// later: a tile's accumulators leave few registers.
+template <class W>
+struct Counting {
+  using Bool = typename W::Bool;
+  typename W::Int ahead;    // from the lane's first column to its first row's positive
+  typename W::Int left[2];  // columns from the first one on, none where there is no row
+  Bool both;                // whether columns before the positive count
+
+  DIRECTCLR_HD Counting(const Place& p, const Fragment<W>& own)
+      : ahead(own.row + p.step - own.cols(p, 0)), both(!p.upper) {
+    const typename W::Int none = own.quad * 0, columns = none + p.cols - own.cols(p, 0);
+    DIRECTCLR_UNROLL
+    for (int h = 0; h < 2; ++h) left[h] = W::select(own.rows(h) < p.rows, columns, none);
+  }
+  DIRECTCLR_HD Bool there(int i) const { return left[i / 2 % 2] > column(i); }
+  DIRECTCLR_HD Bool positive(int i) const { return (ahead == beyond(i)) & there(i); }
+  DIRECTCLR_HD Bool operator()(int i) const {
+    return ((ahead < beyond(i)) | ((ahead > beyond(i)) & both)) & there(i);
+  }
+
+ private:
+  static constexpr DIRECTCLR_HD int column(int i) { return i / 4 * 8 + i % 2; }
+  static constexpr DIRECTCLR_HD int beyond(int i) { return column(i) - i / 2 % 2 * 8; }
+};
+
+// acc: 4 kBlocks inner products a lane, times a2 = log2(e) / temperature times the operands' scale;
+// -inf where an entry does not count. `own_logit`, where not null, receives those of the positives
+// met, by the launch's row.
+template <class W, int kBlocks, class Acc>
+DIRECTCLR_HD void scale_and_mask(Acc& acc, const Place& p, const Fragment<W>& own, int height,
+                                 float a2, float* own_logit) {
+  using Float = typename W::Float;
+  DIRECTCLR_UNROLL
+  for (int i = 0; i < 4 * kBlocks; ++i) acc[i] = acc[i] * a2;
+  if (!needs_mask(p, height, 8 * kBlocks)) return;
+  // All values in one place that other tiles jump over: a question at each value's use is a branch
+  // a value.
+  const Counting<W> counts(p, own);
+  DIRECTCLR_UNROLL
+  for (int i = 0; i < 4 * kBlocks; ++i) {
+    if (own_logit) W::store(own_logit, own.rows(i / 2 % 2), Float(acc[i]), counts.positive(i));
+    acc[i] = W::select(counts(i), Float(acc[i]), Float(-INFINITY));
+  }
+}
 
 // --------------------------------------------------------------------------------- sums
 
@@ -70,19 +109,19 @@ DIRECTCLR_HD Scaled<W> add(const Scaled<W>& a, const Scaled<W>& b) {
 template <class W, bool kBounded, int kKept, int kMask, class Acc>
 DIRECTCLR_HD void halve(Acc& acc) {
   using Float = typename W::Float;
-  const typename W::Bool high = (W::lane() & kMask) != 0;
+  const typename W::Mask high = W::mask((W::lane() & kMask) != 0);
   DIRECTCLR_UNROLL
   for (int k = 0; k < kKept; ++k) {
     if (kBounded) {
       const Float a = acc[k], b = acc[k + kKept];
-      acc[k] = W::select(high, b, a) + W::shuffle_xor(W::select(high, a, b), kMask);
+      acc[k] = W::pick(high, b, a) + W::shuffle_xor(W::pick(high, a, b), kMask);
     } else {
       // Value v: its peak at 4 (v / 2) + v % 2, its mass two behind.
       const int ka = 4 * (k / 2) + k % 2, kb = 4 * ((k + kKept) / 2) + (k + kKept) % 2;
       const Scaled<W> a{acc[ka], acc[ka + 2]}, b{acc[kb], acc[kb + 2]};
-      const Float peak = W::shuffle_xor(W::select(high, a.peak, b.peak), kMask);
-      const Float mass = W::shuffle_xor(W::select(high, a.mass, b.mass), kMask);
-      const Scaled<W> kept{W::select(high, b.peak, a.peak), W::select(high, b.mass, a.mass)};
+      const Float peak = W::shuffle_xor(W::pick(high, a.peak, b.peak), kMask);
+      const Float mass = W::shuffle_xor(W::pick(high, a.mass, b.mass), kMask);
+      const Scaled<W> kept{W::pick(high, b.peak, a.peak), W::pick(high, b.mass, a.mass)};
       const Scaled<W> sum = add<W>(kept, {peak, mass});
       acc[ka] = sum.peak;
       acc[ka + 2] = sum.mass;
@@ -90,11 +129,18 @@ DIRECTCLR_HD void halve(Acc& acc) {
   }
 }
 
+// Where a warp's sum of column `c` of the tile lies: 32 lanes that write, eight columns each 32
+// apart, and 32 that read neighbours find as many banks.
+template <class Int>
+DIRECTCLR_HD Int place_of_column(const Int& c) {
+  const Int group = c / 32;
+  return c ^ (group % 2 + group / 2 * 8);
+}
+
 // One warp's share of a `sums` tile. acc: 4 kBlocks inner products a lane; overwritten.
 // row_sum/row_peak: this tile's line of row partials, indexed by the launch's row. by_warp/peaks:
-// kBlocks * 8 floats, this warp's column sums of the tile. a2 = log2(e) / temperature, times the
-// operands' scale. Without kBounded every sum carries the maximum it is relative to, and `own_logit`,
-// where not null, receives the logits of the positives met, by the launch's row.
+// kBlocks * 8 floats, this warp's column sums of the tile by place_of_column. Without kBounded every
+// sum carries the maximum it is relative to, and `own_logit` may be asked for.
 template <class W, int kBlocks, bool kBounded, class Acc>
 DIRECTCLR_HD void sums_of_warp(Acc& acc, const Place& p, int warp, int height, float a2, bool columns,
                                float* row_sum, float* row_peak, float* own_logit, float* by_warp,
@@ -103,28 +149,15 @@ DIRECTCLR_HD void sums_of_warp(Acc& acc, const Place& p, int warp, int height, f
   using Int = typename W::Int;
   using Bool = typename W::Bool;
   const Fragment<W> own(p, warp);
-  const bool mask = needs_mask(p, height, 8 * kBlocks);
-  const float nothing = kBounded ? 0.0f : -INFINITY;
-  DIRECTCLR_UNROLL
-  for (int j = 0; j < kBlocks; ++j) {
+  scale_and_mask<W, kBlocks>(acc, p, own, height, a2, kBounded ? nullptr : own_logit);
+  if (kBounded) {
     DIRECTCLR_UNROLL
-    for (int k = 0; k < 4; ++k) {
-      Float x = acc[4 * j + k] * a2;
-      if (kBounded) x = W::exp2(x);
-      if (mask) {
-        const Int row = own.rows(k / 2), col = own.cols(p, j) + k % 2;
-        if (!kBounded && own_logit) {
-          W::store(own_logit, row, x, col == row + p.step && row < p.rows && col < p.cols);
-        }
-        x = W::select(counts<W>(p, row, col), x, Float(nothing));
-      }
-      acc[4 * j + k] = x;
-    }
+    for (int i = 0; i < 4 * kBlocks; ++i) acc[i] = W::exp2(acc[i]);
   }
   const Bool leads = own.quad == 0;
   DIRECTCLR_UNROLL
   for (int h = 0; h < 2; ++h) {
-    Scaled<W> row{Float(nothing), Float(0.0f)};
+    Scaled<W> row{Float(-INFINITY), Float(0.0f)};
     if (!kBounded) {
       DIRECTCLR_UNROLL
       for (int j = 0; j < kBlocks; ++j) {
@@ -150,8 +183,8 @@ DIRECTCLR_HD void sums_of_warp(Acc& acc, const Place& p, int warp, int height, f
       }
     }
     const Int at = own.rows(h);
-    W::store(row_sum, at, row.mass, leads && at < p.rows);
-    if (!kBounded) W::store(row_peak, at, row.peak, leads && at < p.rows);
+    W::store(row_sum, at, row.mass, leads & (at < p.rows));
+    if (!kBounded) W::store(row_peak, at, row.peak, leads & (at < p.rows));
   }
   if (!columns) return;
   // In place: the two rows of a lane first, then the eight lanes of a column, which exchange halves
@@ -177,21 +210,17 @@ DIRECTCLR_HD void sums_of_warp(Acc& acc, const Place& p, int warp, int height, f
   halve<W, kBounded, kBlocks, 16>(acc);
   halve<W, kBounded, kBlocks / 2, 8>(acc);
   halve<W, kBounded, kBlocks / 4, 4>(acc);
-  Int first = W::lane() * 0;
+  constexpr int kLeft = 2 * kBlocks / 8;
+  const Int first = W::lane() / 4 * kLeft;
   DIRECTCLR_UNROLL
-  for (int m = 16, n = kBlocks; m >= 4; m /= 2, n /= 2) {
-    first = first + W::select((W::lane() & m) != 0, Int(W::lane() * 0 + n), Int(W::lane() * 0));
-  }
-  const Bool all = own.quad < 4;
-  DIRECTCLR_UNROLL
-  for (int k = 0; k < 2 * kBlocks / 8; ++k) {
+  for (int k = 0; k < kLeft; ++k) {
     // Value `first + k` is block (first + k) / 2, column (first + k) % 2 of the lane's pair.
-    const Int at = (first + k) / 2 * 8 + own.quad * 2 + (first + k) % 2;
+    const Int at = place_of_column<Int>((first + k) / 2 * 8 + own.quad * 2 + (first + k) % 2);
     if (kBounded) {
-      W::store(by_warp, at, Float(acc[k]), all);
+      W::put(by_warp, at, Float(acc[k]));
     } else {
-      W::store(peaks, at, Float(acc[4 * (k / 2) + k % 2]), all);
-      W::store(by_warp, at, Float(acc[4 * (k / 2) + 2 + k % 2]), all);
+      W::put(peaks, at, Float(acc[4 * (k / 2) + k % 2]));
+      W::put(by_warp, at, Float(acc[4 * (k / 2) + 2 + k % 2]));
     }
   }
 }
@@ -223,29 +252,50 @@ template <class W>
 DIRECTCLR_HD void transpose_quad(typename W::Word (&x)[4]) {
   DIRECTCLR_UNROLL
   for (int m = 1; m <= 2; m *= 2) {
-    const typename W::Bool odd = (W::lane() & m) != 0;
+    const typename W::Mask odd = W::mask((W::lane() & m) != 0);
     DIRECTCLR_UNROLL
     for (int i = 0; i < 4; ++i) {
       if (i & m) continue;
-      const typename W::Word gift = W::select(odd, x[i], x[i | m]);
+      const typename W::Word gift = W::pick(odd, x[i], x[i | m]);
       const typename W::Word got = W::shuffle_xor(gift, m);
-      x[i] = W::select(odd, got, x[i]);
-      x[i | m] = W::select(odd, x[i | m], got);
+      x[i] = W::pick(odd, got, x[i]);
+      x[i | m] = W::pick(odd, x[i | m], got);
     }
   }
 }
 
 // One warp's share of a `weights` tile: P_ij = exp(a s_ij) (row_i + col_j), zero where an entry does
 // not count, in half precision to `out` (row-major, `pitch` a multiple of 8, column blocks within the
-// pitch are written whole, with zeros). Half::pack(low, high) rounds a pair.
+// pitch are written whole, with zeros). Half::pack(low, high) rounds a pair. `mirror`: P is square and
+// symmetric, and what lies below the diagonal's squares of 8 kBlocks is stored by the tiles above.
 template <class W, class Half, int kBlocks, bool kBounded, class Acc>
 DIRECTCLR_HD void weights_of_warp(Acc& acc, const Place& p, int warp, int height, float a2,
-                                  const WeightFactors& f, void* out, int64_t pitch) {
+                                  const WeightFactors& f, void* out, int64_t pitch, bool mirror) {
   using Float = typename W::Float;
   using Int = typename W::Int;
   using Bool = typename W::Bool;
   const Fragment<W> own(p, warp);
-  const bool mask = needs_mask(p, height, 8 * kBlocks);
+  // Of the lane's columns two a block: all under way before the first is used, in pairs but at the
+  // edge. Without kBounded there are too few registers, and they are read where they are used.
+  const int columns = f.symmetric ? p.cols : 0;
+  Float col[kBlocks][2];
+  const auto load_at_edge = [&](const float* from, int j, float other, Float(&x)[2]) {
+    DIRECTCLR_UNROLL
+    for (int c = 0; c < 2; ++c) {
+      const Int at = own.cols(p, j) + c;
+      x[c] = W::load(from, at, at < columns, other);
+    }
+  };
+  if (kBounded && !f.symmetric) {
+    DIRECTCLR_UNROLL
+    for (int j = 0; j < kBlocks; ++j) col[j][0] = col[j][1] = Float(0.0f);
+  } else if (kBounded && p.col + 8 * kBlocks <= columns) {
+    DIRECTCLR_UNROLL
+    for (int j = 0; j < kBlocks; ++j) W::load2(f.col, own.cols(p, j), col[j]);
+  } else if (kBounded) {
+    DIRECTCLR_UNROLL
+    for (int j = 0; j < kBlocks; ++j) load_at_edge(f.col, j, 0.0f, col[j]);
+  }
   Float row[2], row_shift[2];
   DIRECTCLR_UNROLL
   for (int h = 0; h < 2; ++h) {
@@ -253,47 +303,72 @@ DIRECTCLR_HD void weights_of_warp(Acc& acc, const Place& p, int warp, int height
     row[h] = W::load(f.row, own.rows(h), there, 0.0f);
     if (!kBounded) row_shift[h] = W::load(f.row_shift, own.rows(h), there, INFINITY);
   }
+  // Where the lane's first eight columns go, in units of eight, and how many may be written there.
+  typename W::Long line[2];
+  Int left[2];
+  const Int begin = own.quad * 8 + p.col;
   DIRECTCLR_UNROLL
-  for (int four = 0; four < kBlocks; four += 4) {
-    typename W::Word words[2][4];
+  for (int h = 0; h < 2; ++h) {
+    line[h] = (W::wide(own.rows(h)) * pitch + W::wide(begin)) / int64_t(8);
+    left[h] = W::select(own.rows(h) < p.rows, begin * -1 + int(pitch), begin * 0);
+  }
+  scale_and_mask<W, kBlocks>(acc, p, own, height, a2, nullptr);
+  // Four blocks turned: eight rows of the tile as neighbours, in a row of `out` for each column.
+  constexpr int kSquare = 8 * kBlocks;
+  const bool twice = mirror && p.col / kSquare > p.row / kSquare;
+  const auto store_turned = [&](int four, const typename W::Word(&of)[2][4]) {
+    const Int row = W::lane() / 4 + own.quad * 8 + (p.col + 32 * four);
+    DIRECTCLR_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      typename W::Word x[4];
+      DIRECTCLR_UNROLL
+      for (int b = 0; b < 4; ++b) x[b] = W::transpose8(of[h][b]);
+      transpose_quad<W>(x);
+      const int64_t column = p.row + kWarpRows * warp + 8 * h;
+      W::store16(out, (W::wide(row) * pitch + column) / int64_t(8), x, row < p.cols);
+    }
+  };
+  typename W::Word words[kBlocks / 4][2][4];
+  DIRECTCLR_UNROLL
+  for (int four = 0; four < kBlocks / 4; ++four) {
     DIRECTCLR_UNROLL
     for (int b = 0; b < 4; ++b) {
-      const int j = four + b;
-      Float g[4];
+      const int j = 4 * four + b;
+      Float col_shift[2], y[4];
+      if (!kBounded) {
+        load_at_edge(f.col, j, 0.0f, col[j]);
+        load_at_edge(f.col_shift, j, INFINITY, col_shift);
+      }
       DIRECTCLR_UNROLL
-      for (int c = 0; c < 2; ++c) {
-        const Int at = own.cols(p, j) + c;
-        const Bool there = at < p.cols;
-        Float col(0.0f), col_shift(0.0f);
-        if (f.symmetric) {
-          col = W::load(f.col, at, there, 0.0f);
-          if (!kBounded) col_shift = W::load(f.col_shift, at, there, INFINITY);
-        }
-        DIRECTCLR_UNROLL
-        for (int h = 0; h < 2; ++h) {
-          const Float x = acc[4 * j + 2 * h + c] * a2;
-          Float y;
-          if (kBounded) {
-            y = W::exp2(x) * (row[h] + col);
-          } else {
-            y = W::exp2(x - row_shift[h]) * row[h];
-            if (f.symmetric) y = y + W::exp2(x - col_shift) * col;
-          }
-          if (mask) y = W::select(counts<W>(p, own.rows(h), at), y, Float(0.0f));
-          g[2 * h + c] = y;
+      for (int i = 0; i < 4; ++i) {
+        const int h = i / 2, c = i % 2;
+        const Float x = acc[4 * j + i];
+        if (kBounded) {
+          y[i] = W::exp2(x) * (row[h] + col[j][c]);
+        } else {
+          y[i] = W::exp2(x - row_shift[h]) * row[h] + W::exp2(x - col_shift[c]) * col[j][c];
         }
       }
       DIRECTCLR_UNROLL
-      for (int h = 0; h < 2; ++h) words[h][b] = W::template pack<Half>(g[2 * h], g[2 * h + 1]);
+      for (int h = 0; h < 2; ++h) {
+        words[four][h][b] = W::template pack<Half>(y[2 * h], y[2 * h + 1]);
+      }
     }
     // The lane's block of the four, all eight columns of it.
-    const Int col = own.quad * 8 + (p.col + 8 * four);
     DIRECTCLR_UNROLL
     for (int h = 0; h < 2; ++h) {
-      transpose_quad<W>(words[h]);
-      const Bool there = own.rows(h) < p.rows && W::wide(col) < pitch;
-      W::store16(out, (W::wide(own.rows(h)) * pitch + W::wide(col)) / int64_t(8), words[h], there);
+      typename W::Word x[4] = {words[four][h][0], words[four][h][1], words[four][h][2],
+                               words[four][h][3]};
+      transpose_quad<W>(x);
+      W::store16(out, line[h] + int64_t(4 * four), x, left[h] > 32 * four);
     }
+    if (!kBounded && twice) store_turned(four, words[four]);
+  }
+  // With kBounded all at the end, so that other tiles' way has one branch; the other form has no
+  // registers to keep the words till then.
+  if (kBounded && twice) {
+    DIRECTCLR_UNROLL
+    for (int four = 0; four < kBlocks / 4; ++four) store_turned(four, words[four]);
   }
 }
 

@@ -33,11 +33,23 @@ struct DeviceWarp {
   static __device__ __forceinline__ Int lane() {
     int id;
     asm("mov.u32 %0, %%laneid;" : "=r"(id));
-    return id;
+    return id & (kLanes - 1);
   }
   template <class T>
   static __device__ __forceinline__ T select(bool c, T a, T b) {
     return c ? a : b;
+  }
+  // A condition that picks one of two values by their bits. Given a plain select under a shuffle the
+  // compiler branches, and shuffles in both arms, each with a part of the warp.
+  using Mask = uint32_t;
+  static __device__ __forceinline__ Mask mask(Bool c) {
+    uint32_t bits = c ? ~0u : 0u;
+    asm("" : "+r"(bits));  // no longer known to be one of two
+    return bits;
+  }
+  static __device__ __forceinline__ Word pick(Mask c, Word a, Word b) { return (a & c) | (b & ~c); }
+  static __device__ __forceinline__ Float pick(Mask c, Float a, Float b) {
+    return __uint_as_float(pick(c, __float_as_uint(a), __float_as_uint(b)));
   }
   template <class T>
   static __device__ __forceinline__ T shuffle_xor(T x, int mask) {
@@ -58,17 +70,39 @@ struct DeviceWarp {
   static __device__ __forceinline__ Float load(const float* p, Int at, Bool c, float other) {
     return c ? __ldg(p + at) : other;
   }
-  template <class T>
-  static __device__ __forceinline__ void store(T* p, Int at, T x, Bool c) {
-    if (c) p[at] = x;
+  // Two neighbours, the first at an address of 8 bytes.
+  static __device__ __forceinline__ void load2(const float* p, Int at, Float (&x)[2]) {
+    const float2 both = __ldg(reinterpret_cast<const float2*>(p + at));
+    x[0] = both.x, x[1] = both.y;
+  }
+  // To global memory; one instruction under a predicate, never a branch.
+  static __device__ __forceinline__ void store(float* p, Int at, Float x, Bool c) {
+    asm volatile(
+        "{\n  .reg .pred there;\n  setp.ne.s32 there, %2, 0;\n"
+        "  @there st.global.f32 [%0], %1;\n}"
+        :
+        : "l"(p + at), "f"(x), "r"(int(c))
+        : "memory");
+  }
+  static __device__ __forceinline__ void put(float* p, Int at, Float x) { p[at] = x; }
+  // A block of 8 x 8 halves, row lane / 4, columns 2 (lane % 4) and the next, becomes its transpose.
+  static __device__ __forceinline__ Word transpose8(Word x) {
+    uint32_t y;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+    return y;
   }
   template <class Half>
   static __device__ __forceinline__ Word pack(Float low, Float high) {
     return Half::pack(low, high);
   }
-  // 16 bytes at p + at (in units of 16 bytes).
+  // 16 bytes to global memory at p + at (in units of 16 bytes).
   static __device__ __forceinline__ void store16(void* p, Long at, const Word (&x)[4], Bool c) {
-    if (c) static_cast<uint4*>(p)[at] = make_uint4(x[0], x[1], x[2], x[3]);
+    asm volatile(
+        "{\n  .reg .pred there;\n  setp.ne.s32 there, %1, 0;\n"
+        "  @there st.global.v4.b32 [%0], {%2, %3, %4, %5};\n}"
+        :
+        : "l"(static_cast<uint4*>(p) + at), "r"(int(c)), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
+        : "memory");
   }
 };
 #endif
@@ -106,12 +140,13 @@ DIRECTCLR_LANE_OPERATOR(T, -)
 DIRECTCLR_LANE_OPERATOR(T, *)
 DIRECTCLR_LANE_OPERATOR(T, /)
 DIRECTCLR_LANE_OPERATOR(T, &)
+DIRECTCLR_LANE_OPERATOR(T, |)
+DIRECTCLR_LANE_OPERATOR(T, ^)
 DIRECTCLR_LANE_OPERATOR(T, %)
 DIRECTCLR_LANE_OPERATOR(bool, <)
 DIRECTCLR_LANE_OPERATOR(bool, >)
 DIRECTCLR_LANE_OPERATOR(bool, ==)
 DIRECTCLR_LANE_OPERATOR(bool, !=)
-DIRECTCLR_LANE_OPERATOR(bool, &&)
 #undef DIRECTCLR_LANE_OPERATOR
 
 struct HostWarp {
@@ -137,6 +172,12 @@ struct HostWarp {
     for (int i = 0; i < kLanes; ++i) y[i] = c[i] ? a[i] : b[i];
     return y;
   }
+  using Mask = Bool;
+  static Mask mask(const Bool& c) { return c; }
+  template <class T>
+  static Lanes<T> pick(const Mask& c, const Lanes<T>& a, const Lanes<T>& b) {
+    return select(c, a, b);
+  }
   template <class T>
   static Lanes<T> shuffle_xor(const Lanes<T>& x, int mask) {
     Lanes<T> y;
@@ -158,11 +199,22 @@ struct HostWarp {
     for (int i = 0; i < kLanes; ++i) y[i] = c[i] ? p[at[i]] : other;
     return y;
   }
-  template <class T>
-  static void store(T* p, const Int& at, const Lanes<T>& x, const Bool& c) {
+  static void load2(const float* p, const Int& at, Float (&x)[2]) {
+    for (int i = 0; i < kLanes; ++i) x[0][i] = p[at[i]], x[1][i] = p[at[i] + 1];
+  }
+  static void store(float* p, const Int& at, const Float& x, const Bool& c) {
     for (int i = 0; i < kLanes; ++i) {
       if (c[i]) p[at[i]] = x[i];
     }
+  }
+  static void put(float* p, const Int& at, const Float& x) { store(p, at, x, true); }
+  static Word transpose8(const Word& x) {
+    Word y;
+    for (int i = 0; i < kLanes; ++i) {
+      const int from = 8 * (i % 4) + i / 8, half = i / 4 % 2 * 16;  // row 2 (i % 4), column i / 4
+      y[i] = (x[from] >> half & 0xffffu) | (x[from + 4] >> half & 0xffffu) << 16;
+    }
+    return y;
   }
   template <class Half>
   static Word pack(const Float& low, const Float& high) {

@@ -12,9 +12,10 @@ import sys
 import torch
 from torch import Tensor
 
+from ..kernels.layout import layout_of
 from ..problem import Problem
 from . import hopper
-from .packed import Packed, precision
+from .packed import Packed, capability, precision
 
 # (precision, at least so many columns, at least so many rows) where it beat Triton, each with the
 # result file in bench/results/ that says so. None yet: no GPU has run it.
@@ -33,11 +34,9 @@ class Cuda(Packed):
             return [f"it runs on NVIDIA GPUs under Linux, got {problem.device_type}"]
         reasons = []
         if torch.cuda.is_available():
-            capability = torch.cuda.get_device_capability()
-            if capability != (9, 0):
-                reasons.append(
-                    f"it needs compute capability 9.0, got {capability[0]}.{capability[1]}"
-                )
+            major, minor = capability(problem)
+            if (major, minor) != (9, 0):
+                reasons.append(f"it needs compute capability 9.0, got {major}.{minor}")
         if problem.dtype == torch.float64:
             reasons.append("it computes in fp32 and less, got float64")
         if problem.negatives == "same":
@@ -61,15 +60,16 @@ class Cuda(Packed):
         return {"built with CUDA": f"{major}.{minor // 10}"}
 
     def _layout(self, problem: Problem, z: Tensor | None = None):
-        from ..kernels.layout import Layout
-
         chosen = precision(problem)
         if z is not None and problem.precision == "auto":  # as the rows were packed
             chosen = "fp16"
-        return Layout(chosen, problem.dim)
+        return layout_of(chosen, problem.dim)
 
     def _tile(self, kernel: str, layout, device: torch.device, plain: bool = True):
         return hopper.tile(layout)
+
+    def _whole_rows(self, tile) -> int:
+        return 2 * tile.rows  # a cluster (csrc/cuda/order.h)
 
     def _bounded_sums(self, problem: Problem, scale) -> bool:
         return not problem.return_stats and super()._bounded_sums(problem, scale)

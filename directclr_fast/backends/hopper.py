@@ -6,7 +6,7 @@ Every function queues its work on the current stream of its tensors' device and 
 from __future__ import annotations
 
 import contextlib
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -63,31 +63,27 @@ class _On:
 
     def __init__(self, like: Tensor) -> None:
         self.device = like.device
-
-    def f32(self, tensor: Tensor | None, size: int) -> int:
-        return address(tensor, torch.float32, size, self.device)
-
-    def f64(self, tensor: Tensor | None, size: int) -> int:
-        return address(tensor, torch.float64, size, self.device)
+        # Of (tensor or None, size=): some 40 of them a step, so no functions of our own.
+        self.f32 = partial(address, dtype=torch.float32, device=like.device)
+        self.f64 = partial(address, dtype=torch.float64, device=like.device)
 
     def index(self, layout: Layout, columns: Tensor | None) -> int:
         return address(columns, torch.int64, layout.dim, self.device)
 
     def rows(self, layout: Layout, z: Tensor) -> int:
-        return address(z, layout.dtype, len(z) * layout.row, self.device)
+        return address(z, layout.dtype, z.shape[0] * layout.row, self.device)
 
     def scale(self, scale) -> tuple[int, float]:
         """(address, value) of 1/temperature, of which one counts."""
-        return (self.f32(scale, 1), 0.0) if isinstance(scale, Tensor) else (0, scale)
+        return (self.f32(scale, size=1), 0.0) if isinstance(scale, Tensor) else (0, scale)
 
     def operands(self, layout: Layout, a: Tensor, b: Tensor):
-        starts = []
-        for z in (a, b):
-            self.rows(layout, z)  # a row's operand is a part of it
-            starts.append(start("z", layout.operand(z), self.device))
+        # What layout.operand(z) is: the first halves of a row, or the bytes behind both.
+        fp8, a_at, b_at = layout.precision == "fp8", self.rows(layout, a), self.rows(layout, b)
+        at = 4 * layout.pitch if fp8 else 0
         return _cuda.Operands(
-            type=_OPERANDS[layout.precision], pingpong=pingpong(layout), a=starts[0], b=starts[1],
-            rows=len(a), cols=len(b), k=layout.pitch, pitch=layout.operand(a).stride(0),
+            type=_OPERANDS[layout.precision], pingpong=pingpong(layout), a=a_at + at, b=b_at + at,
+            rows=a.shape[0], cols=b.shape[0], k=layout.pitch, pitch=layout.row * (2 if fp8 else 1),
         )  # fmt: skip
 
     def exponent(self, layout: Layout, scale):
@@ -115,8 +111,8 @@ def _input(r: Tensor):
 
 
 def _unit_rows(layout: Layout, r: Tensor) -> tuple[Tensor, Tensor]:
-    z = torch.empty((len(r), layout.row), dtype=layout.dtype, device=r.device)
-    return z, torch.empty(len(r), dtype=torch.float32, device=r.device)
+    z = torch.empty((r.shape[0], layout.row), dtype=layout.dtype, device=r.device)
+    return z, torch.empty(r.shape[0], dtype=torch.float32, device=r.device)
 
 
 def normalize(layout: Layout, r: Tensor, index: Tensor | None, eps: float):
@@ -124,7 +120,7 @@ def normalize(layout: Layout, r: Tensor, index: Tensor | None, eps: float):
     (z, rnorm), on, rows = _unit_rows(layout, r), _On(r), _input(r)
     arguments = _cuda.NormalizeArguments(
         r1=rows, r2=rows, index=on.index(layout, index), z1=on.rows(layout, z), z2=0,
-        rnorm1=on.f32(rnorm, len(r)), rnorm2=0, positives=0, offset=0, eps=eps, both=False,
+        rnorm1=on.f32(rnorm, size=r.shape[0]), rnorm2=0, positives=0, offset=0, eps=eps, both=False,
     )  # fmt: skip
     _cuda.normalize(_layout(layout), arguments, _stream(r))
     return z, rnorm
@@ -135,11 +131,12 @@ def normalize_views(
 ):
     """(z1, z2, rnorm1, rnorm2, positives) in one launch; positives fp64 (rows of r1,)."""
     (z1, rnorm1), (z2, rnorm2) = _unit_rows(layout, r1), _unit_rows(layout, r2)
-    found, on = torch.empty(len(r1), dtype=torch.float64, device=r1.device), _On(r1)
+    found, on = torch.empty(r1.shape[0], dtype=torch.float64, device=r1.device), _On(r1)
     arguments = _cuda.NormalizeArguments(
         r1=_input(r1), r2=_input(r2), index=on.index(layout, index), z1=on.rows(layout, z1),
-        z2=on.rows(layout, z2), rnorm1=on.f32(rnorm1, len(r1)), rnorm2=on.f32(rnorm2, len(r2)),
-        positives=on.f64(found, len(r1)), offset=offset, eps=eps, both=True,
+        z2=on.rows(layout, z2), rnorm1=on.f32(rnorm1, size=r1.shape[0]),
+        rnorm2=on.f32(rnorm2, size=r2.shape[0]),
+        positives=on.f64(found, size=r1.shape[0]), offset=offset, eps=eps, both=True,
     )  # fmt: skip
     _cuda.normalize(_layout(layout), arguments, _stream(r1))
     return z1, z2, rnorm1, rnorm2, found
@@ -147,10 +144,10 @@ def normalize_views(
 
 def positives(layout: Layout, z1: Tensor, z2: Tensor, offset: int) -> Tensor:
     """s_ip(i) in fp64, (rows of z1,), from packed rows; p(i) = i + offset lies in z2."""
-    found, on = torch.empty(len(z1), dtype=torch.float64, device=z1.device), _On(z1)
+    found, on = torch.empty(z1.shape[0], dtype=torch.float64, device=z1.device), _On(z1)
     arguments = _cuda.PositivesArguments(
-        z1=on.rows(layout, z1), z2=on.rows(layout, z2), positives=on.f64(found, len(z1)),
-        n=len(z1), offset=offset,
+        z1=on.rows(layout, z1), z2=on.rows(layout, z2), positives=on.f64(found, size=z1.shape[0]),
+        n=z1.shape[0], offset=offset,
     )  # fmt: skip
     _cuda.positives(_layout(layout), arguments, _stream(z1))
     return found
@@ -170,7 +167,7 @@ def lines(tile: Tile, strip: slice, columns: int, programs: int, upper: bool):
 def _parts(on: _On, parts) -> dict[str, int]:
     """Addresses of ``packed.Partials`` as the binding names them."""
     return {
-        name: 0 if buffer is None else on.f32(buffer, buffer.numel())
+        name: 0 if buffer is None else on.f32(buffer, size=buffer.numel())
         for name, buffer in parts._asdict().items()
     }
 
@@ -183,8 +180,12 @@ def sums(
     ``upper``, against those from the strip's first row on. ``tops``, without ``bounded`` only:
     ``own`` (M,) gets the positives' logits, in base 2."""
     on, own = _On(z1), None if own is None else own[strip]
+    if upper:  # tiles below the diagonal are left out
+        for name, buffer in parts._asdict().items():
+            if buffer is not None:
+                buffer.fill_(-torch.inf if name.endswith("peak") else 0.0)
     arguments = _cuda.SumsArguments(
-        **_parts(on, parts), own=on.f32(own, strip.stop - strip.start),
+        **_parts(on, parts), own=on.f32(own, size=strip.stop - strip.start),
         exponent=on.exponent(layout, scale), step=0 if upper else strip.start + offset, upper=upper,
         columns=parts.col_sum is not None, bounded=bounded,
     )  # fmt: skip
@@ -196,8 +197,8 @@ def fold(sums: Tensor, peaks: Tensor | None, into: Tensor, first: bool, bounded:
     """``into`` (n,) fp64 log-sums: set (``first``) or increased by the lines of ``sums``."""
     (lines, n), on = sums.shape, _On(sums)
     arguments = _cuda.FoldArguments(
-        sums=on.f32(sums, lines * n), peaks=on.f32(peaks, lines * n), into=on.f64(into, n), n=n,
-        lines=lines, stride=n, first=first,
+        sums=on.f32(sums, size=lines * n), peaks=on.f32(peaks, size=lines * n),
+        into=on.f64(into, size=n), n=n, lines=lines, stride=n, first=first,
     )  # fmt: skip
     _cuda.fold(arguments, _stream(sums))
 
@@ -214,17 +215,17 @@ def combine(problem, positives: Tensor, scale, parts, rest, out, *, bounded: boo
     per_row = problem.reduction == "none"
     partials = dict.fromkeys((*_PARTIALS, "row_lines", "col_lines"), 0)
     if parts is not None:
-        col_lines = 0 if parts.col_sum is None else len(parts.col_sum)
-        partials = _parts(on, parts) | {"row_lines": len(parts.row_sum), "col_lines": col_lines}
+        col_lines = 0 if parts.col_sum is None else parts.col_sum.shape[0]
+        partials = _parts(on, parts) | {"row_lines": parts.row_sum.shape[0], "col_lines": col_lines}
     columns, own = (n, m) if problem.symmetric else (0, 0)
     scale_at, scale_value = on.scale(scale)
     arguments = _cuda.CombineArguments(
-        **partials, rest_row=on.f64(rest[0], m), rest_col=on.f64(rest[1], n),
-        positives=on.f64(positives, m), scale=scale_at, scale_value=scale_value,
-        row_lse=on.f64(out.row_lse, m), col_lse=on.f64(out.col_lse, columns),
-        nll_row=on.f64(out.nll_row, m), nll_col=on.f64(out.nll_col, own),
-        loss_by_row=on.f32(out.losses, m) if per_row else 0,
-        loss_by_block=0 if per_row else on.f64(out.losses, len(out.losses)), m=m, n=n,
+        **partials, rest_row=on.f64(rest[0], size=m), rest_col=on.f64(rest[1], size=n),
+        positives=on.f64(positives, size=m), scale=scale_at, scale_value=scale_value,
+        row_lse=on.f64(out.row_lse, size=m), col_lse=on.f64(out.col_lse, size=columns),
+        nll_row=on.f64(out.nll_row, size=m), nll_col=on.f64(out.nll_col, size=own),
+        loss_by_row=on.f32(out.losses, size=m) if per_row else 0,
+        loss_by_block=0 if per_row else on.f64(out.losses, size=out.losses.shape[0]), m=m, n=n,
         offset=problem.row_offset, symmetric=problem.symmetric,
     )  # fmt: skip
     _cuda.combine(arguments, _stream(positives))
@@ -232,9 +233,9 @@ def combine(problem, positives: Tensor, scale, parts, rest, out, *, bounded: boo
 
 def total(losses: Tensor, loss: Tensor, factor: float) -> None:
     """One launch: ``loss`` (0-dim) = sum of ``losses`` / factor, in a fixed order."""
-    on, n = _On(losses), len(losses)
+    on, n = _On(losses), losses.shape[0]
     arguments = _cuda.TotalArguments(
-        parts=on.f64(losses, n), loss=on.f32(loss, 1), n=n, factor=factor
+        parts=on.f64(losses, size=n), loss=on.f32(loss, size=1), n=n, factor=factor
     )
     _cuda.total(arguments, _stream(losses))
 
@@ -250,12 +251,14 @@ def factors(problem, saved, upstream: Tensor, largest: Tensor | None, bounded: b
     col = n if problem.symmetric else m  # where there is none, the row's stands for it
     col_shift = m if bounded else col
     arguments = _cuda.FactorsArguments(
-        upstream=on.f32(upstream, 1 if largest is None else m), largest=on.f32(largest, 1),
-        row_lse=on.f64(saved.row_lse, m), col_lse=on.f64(saved.col_lse, columns),
-        nll_row=on.f64(saved.nll_row, m), nll_col=on.f64(saved.nll_col, own),
-        row=on.f32(found.row, m), col=on.f32(found.col, col),
-        row_shift=on.f32(found.row_shift, m), col_shift=on.f32(found.col_shift, col_shift),
-        diagonal=on.f32(found.diagonal, m), m=m, n=n, offset=problem.row_offset, store=STORE,
+        upstream=on.f32(upstream, size=1 if largest is None else m),
+        largest=on.f32(largest, size=1),
+        row_lse=on.f64(saved.row_lse, size=m), col_lse=on.f64(saved.col_lse, size=columns),
+        nll_row=on.f64(saved.nll_row, size=m), nll_col=on.f64(saved.nll_col, size=own),
+        row=on.f32(found.row, size=m), col=on.f32(found.col, size=col),
+        row_shift=on.f32(found.row_shift, size=m),
+        col_shift=on.f32(found.col_shift, size=col_shift),
+        diagonal=on.f32(found.diagonal, size=m), m=m, n=n, offset=problem.row_offset, store=STORE,
         symmetric=problem.symmetric, bounded=bounded,
     )  # fmt: skip
     _cuda.factors(arguments, _stream(upstream))
@@ -264,10 +267,11 @@ def factors(problem, saved, upstream: Tensor, largest: Tensor | None, bounded: b
 
 def weights(
     layout: Layout, z1: Tensor, z2: Tensor, found: Factors, scale, offset: int, rows: slice,
-    columns: slice, out: Tensor, tile: Tile,
+    columns: slice, out: Tensor, tile: Tile, mirror: bool = False,
 ) -> Tensor:  # fmt: skip
     """One launch: the super-block ``rows`` x ``columns`` of P into ``out``'s memory; its columns
-    are padded with zeros to whole tiles."""
+    are padded with zeros to whole tiles. ``mirror``: it is symmetric, and tiles of 256 below its
+    diagonal are copies of those above."""
     height = rows.stop - rows.start
     pitch = -(-(columns.stop - columns.start) // tile.columns) * tile.columns
     block = out[: height * pitch].view(height, pitch)
@@ -276,15 +280,15 @@ def weights(
         col, col_shift = found.col[columns], found.col_shift[columns]
     on = _On(z1)
     factors = _cuda.WeightFactors(
-        row=on.f32(found.row[rows], height), col=on.f32(col, len(col)),
-        row_shift=on.f32(found.row_shift[rows], height),
-        col_shift=on.f32(col_shift, len(col_shift if found.bounded else col)),
+        row=on.f32(found.row[rows], size=height), col=on.f32(col, size=col.shape[0]),
+        row_shift=on.f32(found.row_shift[rows], size=height),
+        col_shift=on.f32(col_shift, size=(col_shift if found.bounded else col).shape[0]),
         symmetric=found.symmetric,
     )  # fmt: skip
     arguments = _cuda.WeightsArguments(
         out=address(block, layout.dtype, height * pitch, z1.device), pitch=pitch, factors=factors,
         exponent=on.exponent(layout, scale), step=rows.start + offset - columns.start,
-        bounded=found.bounded,
+        bounded=found.bounded, mirror=mirror,
     )  # fmt: skip
     _cuda.weights(on.operands(layout, z1[rows], z2[columns]), arguments, _stream(z1))
     return block
@@ -322,25 +326,26 @@ def finish(
     for (view, number), partner in zip(views, (other, views[0][0].z), strict=False):
         to_other, to_diagonal = (offset, 0) if number == 1 else (-offset, -offset)
         row_stride, col_stride = (0, 0) if view.dr is None else view.dr.stride()
-        n, dr = len(view.z), view.dr
+        n, dr = view.z.shape[0], view.dr
         side = _cuda.FinishSide(
-            z=on.rows(layout, view.z), other=on.rows(layout, partner), rnorm=on.f32(view.rnorm, n),
-            acc=on.f32(view.acc, n * layout.pitch),
+            z=on.rows(layout, view.z), other=on.rows(layout, partner),
+            rnorm=on.f32(view.rnorm, size=n),
+            acc=on.f32(view.acc, size=n * layout.pitch),
             dr=0 if dr is None else start("dr", dr, on.device), dr_row_stride=row_stride,
-            dr_col_stride=col_stride, dots=on.f32(view.dots, n), rows=n, to_other=to_other,
+            dr_col_stride=col_stride, dots=on.f32(view.dots, size=n), rows=n, to_other=to_other,
             to_diagonal=to_diagonal,
         )  # fmt: skip
         sides.append(side)
     outputs = [view.dr for view, _ in views if view.dr is not None]
     dtype = _DTYPES[outputs[0].dtype if outputs else torch.float32]
-    diagonals = 0 if diagonal is None else len(diagonal)
+    diagonals = 0 if diagonal is None else diagonal.shape[0]
     # An eps below fp32's reach has no largest reciprocal there.
     largest = min(1.0 / eps, float("inf")) if eps > 0 else float("inf")
     scale_at, scale_value = on.scale(scale)
     arguments = _cuda.FinishArguments(
-        dtype=dtype, index=on.index(layout, index), diagonal=on.f32(diagonal, diagonals),
+        dtype=dtype, index=on.index(layout, index), diagonal=on.f32(diagonal, size=diagonals),
         diagonals=diagonals, d=layout.dim, width=width, largest_rnorm=largest, add=add,
-        factor=factor, upstream=on.f32(upstream, 1), scale=scale_at, scale_value=scale_value,
+        factor=factor, upstream=on.f32(upstream, size=1), scale=scale_at, scale_value=scale_value,
     )  # fmt: skip
     first, second = sides if len(sides) > 1 else (sides[0], None)
     _cuda.finish(_layout(layout), first, second, arguments, _stream(views[0][0].z))
@@ -352,8 +357,9 @@ def add_positives(
     """dz_i = factor dz_i + diagonal_{i + shift} z'_{i + step}, where that entry exists; fp32."""
     on = _On(dz)
     arguments = _cuda.AddPositivesArguments(
-        dz=on.f32(dz, len(dz) * layout.pitch), other=on.rows(layout, other),
-        diagonal=on.f32(diagonal, len(diagonal)), factor=on.f32(factor, 1), n=len(dz),
-        others=len(other), diagonals=len(diagonal), to_other=step, to_diagonal=shift,
+        dz=on.f32(dz, size=dz.shape[0] * layout.pitch), other=on.rows(layout, other),
+        diagonal=on.f32(diagonal, size=diagonal.shape[0]), factor=on.f32(factor, size=1),
+        n=dz.shape[0], others=other.shape[0], diagonals=diagonal.shape[0], to_other=step,
+        to_diagonal=shift,
     )  # fmt: skip
     _cuda.add_positives(_layout(layout), arguments, _stream(dz))

@@ -13,6 +13,7 @@ says which tiles its kernels take and hands in the kernels: an object with ``dev
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -68,6 +69,15 @@ def precision(problem: Problem) -> str:
     return "fp16"
 
 
+def capability(problem: Problem) -> tuple[int, int]:
+    """Compute capability of the device that the call's tensors are on."""
+    index = problem.device_index
+    return _capability(torch.cuda.current_device() if index is None else index)
+
+
+_capability = cache(torch.cuda.get_device_capability)
+
+
 class Packed(Backend):
     """Abstract: ``kernels`` and the next three methods are a subclass's."""
 
@@ -85,6 +95,10 @@ class Packed(Backend):
         """Programs that fill the device a few times over."""
         raise NotImplementedError
 
+    def _whole_rows(self, tile) -> int:
+        """Of what a launch takes whole: strips and super-blocks end where one does."""
+        return tile.rows
+
     def _superblock(self, problem: Problem, layout, tile) -> tuple[int, int]:
         """(rows, columns) of a super-block that fits the workspace, in whole tiles."""
         workspace = problem.workspace_bytes
@@ -101,7 +115,8 @@ class Packed(Backend):
 
         side = math.isqrt(elements)
         columns = min(extent(problem.candidates, tile.columns), whole(side, tile.columns))
-        rows = min(extent(rows_there, tile.rows), whole(elements // columns, tile.rows))
+        fit = whole(elements // columns, self._whole_rows(tile))
+        rows = min(extent(rows_there, tile.rows), fit)
         if rows * columns < elements:
             fit = whole(elements // rows, tile.columns)
             columns = min(extent(problem.candidates, tile.columns), fit)
@@ -125,7 +140,7 @@ class Packed(Backend):
             z1, z2, rnorm1, rnorm2, cosines = self.kernels.normalize_views(
                 layout, r1, r2, index, offset, problem.eps
             )
-            tops = Tops.none_yet(problem, z1, len(z2)) if problem.return_stats else None
+            tops = Tops.none_yet(problem, z1, z2.shape[0]) if problem.return_stats else None
             own = self._own(layout, z1, tops)
             options = {"columns": problem.symmetric, "bounded": bounded, "tops": tops, "own": own}
             strips = self._strips(z1, z2, tile, problem.symmetric, tops is not None or not bounded)
@@ -210,7 +225,9 @@ class Packed(Backend):
     def _tile_products(self, problem, layout, z1, z2, scale, factors, offset, wanted):
         """(dz1, dz2) of P as accumulated, (., pitch) fp32; None where not wanted."""
         dz1, dz2 = (
-            torch.empty((len(z), layout.pitch), dtype=torch.float32, device=z.device) if w else None
+            torch.empty((z.shape[0], layout.pitch), dtype=torch.float32, device=z.device)
+            if w
+            else None
             for z, w in zip((z1, z2), wanted)
         )
         if not any(wanted):
@@ -219,8 +236,8 @@ class Packed(Backend):
         inner = self._tile("products", layout, z1.device)
         height, width = self._superblock(problem, layout, tile)
         out = torch.empty(height * width, dtype=layout.dtype, device=z1.device)
-        for rows in _slices(len(z1), height):
-            for columns in _slices(len(z2), width):
+        for rows in _slices(z1.shape[0], height):
+            for columns in _slices(z2.shape[0], width):
                 p = self.kernels.weights(
                     layout, z1, z2, factors, scale, offset, rows, columns, out, tile
                 )
@@ -239,15 +256,16 @@ class Packed(Backend):
     # ---------------------------------------------------------------- the plan of the sums
 
     def _strips(self, z1: Tensor, z2: Tensor, tile, columns: bool, peaks: bool) -> list[slice]:
-        """The anchors in strips whose partials are within PARTIAL_BYTES, or are of one tile row."""
-        m, n = len(z1), len(z2)
+        """The anchors in strips whose partials are within PARTIAL_BYTES, or that cannot be less."""
+        m, n = z1.shape[0], z2.shape[0]
         programs = self._programs(z1.device)
         row_lines, length, col_lines, _ = self.kernels.lines(tile, slice(0, m), n, programs, False)
         elements = row_lines * length + (col_lines * n if columns else 0)
         held = 4 * elements * (2 if peaks else 1)
         rows = m
         if held > PARTIAL_BYTES:
-            rows = max(1, m * PARTIAL_BYTES // held // tile.rows) * tile.rows
+            step = self._whole_rows(tile)
+            rows = max(1, m * PARTIAL_BYTES // held // step) * step
         return _slices(m, rows)
 
     def _own(self, layout, z1: Tensor, tops: Tops | None) -> Tensor | None:
@@ -256,7 +274,7 @@ class Packed(Backend):
         if tops is not None:
             return tops.own
         if layout.precision == "highest":
-            return z1.new_empty(len(z1), dtype=torch.float32)
+            return z1.new_empty(z1.shape[0], dtype=torch.float32)
         return None
 
     def _partials(
@@ -265,7 +283,7 @@ class Packed(Backend):
     ) -> tuple[Partials, int]:  # fmt: skip
         """One launch over a strip, and the first column that its column sums are of. ``tops`` is
         raised to the largest logits met, in base 2."""
-        n, programs = len(z2), self._programs(z1.device)
+        n, programs = z2.shape[0], self._programs(z1.device)
         row_lines, length, col_lines, first = self.kernels.lines(tile, strip, n, programs, upper)
 
         def buffer(there: bool, *shape: int) -> Tensor | None:
@@ -284,7 +302,7 @@ class Packed(Backend):
         )  # fmt: skip
         if tops is not None:
             row = tops.row[strip]
-            torch.maximum(row, parts.row_peak.amax(0)[: len(row)], out=row)
+            torch.maximum(row, parts.row_peak.amax(0)[: row.shape[0]], out=row)
             if tops.col is not None:
                 col = tops.col[first:]
                 torch.maximum(col, parts.col_peak.amax(0), out=col)
@@ -295,8 +313,8 @@ class Packed(Backend):
         columns, bounded, tops, own=None, upper=False,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """(rest_row (M,), rest_col (N,) or None) in fp64, strip after strip."""
-        row = z1.new_empty(len(z1), dtype=torch.float64)
-        col = z1.new_empty(len(z2), dtype=torch.float64) if columns else None
+        row = z1.new_empty(z1.shape[0], dtype=torch.float64)
+        col = z1.new_empty(z2.shape[0], dtype=torch.float64) if columns else None
         for strip in strips:
             parts, first = self._partials(
                 layout, z1, z2, strip, scale, offset, tile,
@@ -414,12 +432,12 @@ class Packed(Backend):
         with self.kernels.device(z):
             out = torch.empty(side * side, dtype=layout.dtype, device=z.device)
             dz.div_(unit)  # a power of two, so nothing is rounded on the way there and back
-            for rows in _slices(len(z), side):
-                for columns in _slices(len(z), side):
+            for rows in _slices(z.shape[0], side):
+                for columns in _slices(z.shape[0], side):
                     if columns.start < rows.start:
                         continue
                     p = self.kernels.weights(
-                        layout, z, z, factors, scale, 0, rows, columns, out, tile
+                        layout, z, z, factors, scale, 0, rows, columns, out, tile, rows == columns
                     )
                     self.kernels.product(
                         layout, p, z, dz, rows, columns, transposed=False, add=True, tile=inner

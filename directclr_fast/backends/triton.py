@@ -15,9 +15,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..kernels.layout import layout_of
 from ..problem import Problem
 from .packed import DEFAULT_WORKSPACE_BYTES as DEFAULT_WORKSPACE_BYTES
-from .packed import Packed, precision
+from .packed import Packed, capability, precision
 
 
 def interpreted() -> bool:
@@ -57,7 +58,7 @@ class Triton(Packed):
         if problem.negatives == "same":
             reasons.append("negatives 'same' is in the reference backend only")
         if problem.device_type == "cuda" and torch.cuda.is_available() and not torch.version.hip:
-            major, minor = torch.cuda.get_device_capability()
+            major, minor = capability(problem)
             if major < 8:
                 reasons.append(f"it needs compute capability 8.0, got {major}.{minor}")
             if problem.precision == "fp8" and (major, minor) < (8, 9):
@@ -83,13 +84,11 @@ class Triton(Packed):
 
     def _layout(self, problem: Problem, z: Tensor | None = None):
         """That of packed rows to be made, or of ``z``: the process's setting may have changed."""
-        from ..kernels.common import Layout
-
         ieee = self.arch == "gfx942" if self.arch else bool(torch.version.hip)
         chosen = precision(problem)
         if z is not None and problem.precision == "auto":
             chosen = "highest" if z.dtype == torch.float32 else "fp16"
-        return Layout(chosen, problem.dim, ieee)
+        return layout_of(chosen, problem.dim, ieee)
 
     def _tile(self, kernel: str, layout, device: torch.device, plain: bool = True):
         from ..kernels import configs

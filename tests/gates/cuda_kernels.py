@@ -1,5 +1,5 @@
 """Builds the Hopper kernels for sm_90a, with no GPU needed, and reads the binaries: registers,
-stack, spills, matrix instructions.
+stack, spills, matrix instructions, and what a warp executes of an epilogue (sass.py).
 
     python tests/gates/cuda_kernels.py                                # a table
     python tests/gates/cuda_kernels.py --write --out docs/cuda-kernels.md
@@ -10,8 +10,9 @@ the flags, nvcc and CUTLASS. ``--recheck`` builds one object and compares it whe
 the record's, and everything where it is not.
 
 Exit status 1 if a kernel spills or has a stack, if ptxas serialises its wgmma (C75xx), if a tile
-product lacks Hopper's matrix instruction, TMA or multicast, or if the linked module does not load
-or names a library beyond the system's own.
+product lacks Hopper's matrix instruction, TMA or multicast, if its epilogue branches or shuffles
+otherwise than LIMITS says, or if the linked module does not load or names a library beyond the
+system's own.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -31,6 +33,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+try:
+    from . import sass
+except ImportError:  # run as a script
+    import sass
+
 CSRC = Path(__file__).parents[2] / "csrc"
 SYSTEM = "linux-vdso libstdc++ libgcc_s libc. libm. ld-linux libpthread libdl librt".split()
 _spec = importlib.util.spec_from_file_location("directclr_fast_build", CSRC / "build.py")
@@ -40,6 +47,20 @@ build_cuda = _build.CUDA
 RECORD = Path(__file__).with_suffix(".json")
 RECHECKED = "rows.o"  # the quickest object with kernels
 
+# At most, of the instructions on the way of a tile without a mask, by stage and form; exactly 128
+# values of a lane take an exponential each (two without the bound), and as many shuffles as said.
+WAY = {
+    "sums bounded": 900, "sums unbounded": 2350, "weights bounded": 1100, "weights unbounded": 2100,
+}  # fmt: skip
+SHUFFLES = {
+    "sums bounded": 4 + 56, "sums unbounded": 2 * (4 + 56), "weights bounded": 64,
+    "weights unbounded": 64,
+}  # fmt: skip
+# Branches on the way: masks, edges, options, all of them the same for a whole warp. Of the whole
+# kernel: what must reconverge, and CUTLASS's own two divergent calls in its loading warps.
+BRANCHES = {"sums bounded": 8, "sums unbounded": 8, "weights bounded": 8, "weights unbounded": 16}
+RECONVERGE, COLLECTIVES = 20, 4
+
 
 def nvcc_says() -> str:
     """The compiler's own name of its version."""
@@ -48,8 +69,9 @@ def nvcc_says() -> str:
 
 
 def key(folder: Path = CSRC / "cuda") -> str:
-    """Digest of the code in ``folder`` without its comments, flags, compiler and CUTLASS."""
+    """Digest of the code in ``folder`` without its comments, flags, compiler, CUTLASS, reader."""
     parts = [nvcc_says(), (build_cuda.cutlass() / "cutlass/version.h").read_text()]
+    parts += [inspect.getsource(reader) for reader in (kernels, label, sass)]
     for command, _, target in build_cuda.compile_commands(Path()):
         parts += [target.name, *(word for word in command if "/" not in word)]
     for path in sorted(folder.iterdir()):
@@ -92,17 +114,18 @@ def tool(name: str) -> str:
 
 def kernels(name: str, said: str, binary: Path) -> list[dict]:
     """One record for each kernel of an object file."""
-    sass = subprocess.run(
+    dump = subprocess.run(
         [tool("cuobjdump"), "--dump-sass", str(binary)], capture_output=True, text=True, check=True
     ).stdout
-    code = dict(re.findall(r"Function : (\S+)\n(.*?)(?=Function : |\Z)", sass, re.S))
+    code = dict(re.findall(r"Function : (\S+)\n(.*?)(?=Function : |\Z)", dump, re.S))
     found = []
     for entry in re.split(r"Compiling entry function '", said)[1:]:
         symbol = entry.partition("'")[0]
         stack, stores, loads = re.search(
             r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry
         ).groups()
-        text = code[symbol]
+        whole = sass.instructions(code[symbol])
+        way = sass.epilogue(whole)
         found.append(
             {
                 "object": name,
@@ -110,12 +133,16 @@ def kernels(name: str, said: str, binary: Path) -> list[dict]:
                 "registers": int(re.search(r"Used (\d+) registers", entry)[1]),
                 "stack": int(stack),
                 "spills": int(stores) + int(loads),
-                "matrix": sorted(set(re.findall(r"\b([HQ]GMMA)\.", text))),
-                "tma": len(re.findall(r"\bUTMALDG\S*", text)),
-                "multicast": len(re.findall(r"\bUTMALDG\S*MULTICAST", text)),
-                "exponentials": len(re.findall(r"\bMUFU\.EX2", text)),
-                "shuffles": len(re.findall(r"\bSHFL", text)),
-                "wide_stores": len(re.findall(r"\bSTG\S*\.128", text)),
+                "matrix": sorted({c.operation[:5] for c in whole if "GMMA." in c.operation}),
+                "tma": sass.count(whole, "UTMALDG"),
+                "multicast": sass.count(whole, r"UTMALDG\S*MULTICAST"),
+                "wide_stores": sass.count(whole, r"STG\S*\.128"),
+                "reconverge": sass.count(whole, "BSSY"),
+                "collectives": sass.count(whole, r"WARPSYNC\.COLLECTIVE|ENDCOLLECTIVE"),
+                "way": len(way),
+                "branches": sass.count(way, "BRA"),
+                "exponentials": sass.count(way or whole, r"MUFU\.EX2"),
+                "shuffles": sass.count(way or whole, r"SHFL\.BFLY"),
             }
         )
     return found
@@ -124,7 +151,9 @@ def kernels(name: str, said: str, binary: Path) -> list[dict]:
 def label(name: str, symbol: str) -> str:
     if name.startswith("similarity"):
         stage = "sums" if "SumsEpilogue" in symbol else "weights"
-        return f"{stage} {name.removeprefix('similarity_').removesuffix('.o').replace('_', ' ')}"
+        form = "bounded" if re.search(r"Epilogue.*Lb1E", symbol) else "unbounded"
+        kind = name.removeprefix("similarity_").removesuffix(".o").replace("_", " ")
+        return f"{stage} {kind} {form}"
     short = re.search(r"\d+([a-z_]+_kernel)", symbol)[1]
     halves = {"Fp16": "fp16", "Bf16": "bf16"}
     kinds = [text for key, text in halves.items() if key in symbol]
@@ -149,6 +178,19 @@ def problems(record: dict, said: str) -> list[str]:
             found.append("ptxas serialises wgmma: " + re.search(r"\(C75\d+\)[^\n]{0,80}", said)[0])
         if record["registers"] > 168:
             found.append(f"{record['registers']} registers of 384 threads, at most 168")
+        stage, *_, bound = record["kernel"].split()
+        form = f"{stage} {bound}"
+        if not 0 < record["way"] <= WAY[form]:
+            found.append(f"{record['way']} instructions a tile, at least 1, at most {WAY[form]}")
+        if record["shuffles"] != SHUFFLES[form]:
+            found.append(f"{record['shuffles']} shuffles a tile, expected {SHUFFLES[form]}")
+        if bound == "bounded" and record["exponentials"] != 128:
+            found.append(f"{record['exponentials']} exponentials a lane and tile, expected 128")
+        for key, most in (
+            ("branches", BRANCHES[form]), ("reconverge", RECONVERGE), ("collectives", COLLECTIVES)
+        ):  # fmt: skip
+            if record[key] > most:
+                found.append(f"{key}: {record[key]}, at most {most}")
     return found
 
 
@@ -181,8 +223,9 @@ def recheck(folder: Path, recorded: list[dict], jobs: int) -> list[str]:
 
 
 def table(records: list[dict]) -> str:
-    heads = "kernel|registers|spills|matrix|TMA|EX2|SHFL|16-byte stores"
-    keys = "kernel registers spills matrix tma exponentials shuffles wide_stores".split()
+    heads = "kernel|registers|spills|matrix|TMA|16-byte stores|BSSY|COLLECTIVE|way|BRA|EX2|SHFL"
+    keys = "kernel registers spills matrix tma wide_stores reconverge collectives".split()
+    keys += "way branches exponentials shuffles".split()
     rows = [f"| {heads.replace('|', ' | ')} |", "|" + "---|" * len(keys)]
     for record in records:
         values = [" ".join(v) if isinstance(v := record[k], list) else str(v) for k in keys]
@@ -231,6 +274,14 @@ def main() -> int:
             "--write --out docs/cuda-kernels.md`, no GPU needed. Tile products have 384 threads "
             "and, after `setmaxnreg`, more registers in their consumers than the 168 they start "
             "with.\n\n"
+            "BSSY opens a region whose lanes may part and must meet again; COLLECTIVE begins or "
+            "ends what the parts of a warp do one after another (CUTLASS's loading warps do so "
+            "twice). `way` is the number of instructions that a warp executes of the epilogue of a "
+            "tile without a mask: the fewest that lead from the end of the products to the barrier "
+            "where column sums meet (`sums`) or, past the loads of column factors, to the last "
+            "store (`weights`). The columns after it count on that way, and in all the code of "
+            "kernels without a tile. A lane holds 128 values. The script fails above its limits."
+            "\n\n"
         )
         Path(arguments.out).write_text(text + table(records) + "\n")
     return 1 if wrong else 0
