@@ -1,0 +1,330 @@
+"""The adapters against a plain formula, and against their originals where those are installed."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from directclr_fast import info_nce
+from directclr_fast.adapters import lightly, open_clip, pytorch_metric_learning
+from directclr_fast.adapters import sentence_transformers as sentences
+from directclr_fast.testing import make_views, relative_error
+
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5}
+dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp64", "fp32"])
+
+
+def original(module: str):
+    """The library, or a skip that says why not."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        pytest.skip(f"{module} cannot be imported: {error}")
+
+
+def evaluated(loss, *leaves: torch.Tensor) -> list[torch.Tensor]:
+    """Value and gradients."""
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    value = loss(*leaves)
+    return [value.detach(), *torch.autograd.grad(value, leaves)]
+
+
+def assert_same(ours, theirs, *leaves, dtype=None) -> None:
+    """Equal values and gradients."""
+    dtype = dtype or leaves[0].dtype
+    for mine, other in zip(evaluated(ours, *leaves), evaluated(theirs, *leaves), strict=True):
+        assert relative_error(mine, other) < TOLERANCE[dtype]
+
+
+def nll(anchors, candidates, temperature, own=None):
+    """Loss of each anchor; candidate i is the positive of anchor i, ``own`` marks what to drop."""
+    logits = F.normalize(anchors, dim=1) @ F.normalize(candidates, dim=1).T / temperature
+    if own is not None:
+        logits = logits.masked_fill(own, -torch.inf)
+    return F.cross_entropy(logits, torch.arange(len(anchors)), reduction="none")
+
+
+def nt_xent(out0, out1, temperature):
+    """Loss of each pair of rows, with the other 2N - 1 rows as candidates."""
+    none, self = torch.zeros(len(out0), len(out0)).bool(), torch.eye(len(out0)).bool()
+    own = torch.cat([none, self], 1)
+    first = nll(out0, torch.cat([out1, out0]), temperature, own)
+    return (first + nll(out1, torch.cat([out0, out1]), temperature, own)) / 2
+
+
+# lightly
+
+
+@dtypes
+def test_lightly_nt_xent(dtype):
+    views = make_views(33, 24, dtype=dtype)
+    ours = lightly.NTXentLoss(0.3, memory_bank_size=(0, 24))
+    assert_same(ours, lambda a, b: nt_xent(a, b, 0.3).mean(), *views)
+    theirs = original("lightly.loss").NTXentLoss(0.3)
+    assert_same(ours, theirs, *views)
+
+
+@dtypes
+@pytest.mark.parametrize("loss_dim", [16, 24, 500, -4])
+def test_lightly_directclr(dtype, loss_dim):
+    views = [view.view(33, 4, 6) for view in make_views(33, 24, dtype=dtype)]
+    ours = lightly.DirectCLRLoss(loss_dim=loss_dim, temperature=0.2)
+
+    def plain(a, b):
+        return nt_xent(a.flatten(1)[:, :loss_dim], b.flatten(1)[:, :loss_dim], 0.2).mean()
+
+    assert_same(ours, plain, *views)
+    library = original("lightly.loss")
+    if not hasattr(library, "DirectCLRLoss"):
+        pytest.skip("this lightly has no DirectCLRLoss")
+    assert_same(ours, library.DirectCLRLoss(loss_dim, 0.2), *views)
+
+
+def test_lightly_defaults_and_errors():
+    assert lightly.NTXentLoss().temperature == lightly.DirectCLRLoss().temperature == 0.5
+    assert lightly.DirectCLRLoss().loss_dim == 64
+    for kind in (lightly.NTXentLoss, lightly.DirectCLRLoss):
+        with pytest.raises(ValueError, match=r"Illegal temperature: abs\(0.0\) < 1e-8"):
+            kind(temperature=0.0)
+        with pytest.raises(ValueError, match="temperature: expected a positive number, got -1.0"):
+            kind(temperature=-1.0)
+        for size in (64, (64, 8)):
+            with pytest.raises(NotImplementedError, match="memory_bank_size: expected 0, got"):
+                kind(memory_bank_size=size)
+    # Outside torch.distributed there is nobody to gather from.
+    views = make_views(8, 6)
+    assert lightly.NTXentLoss(gather_distributed=True)(*views) == lightly.NTXentLoss()(*views)
+
+
+def test_lightly_temperature_schedule():
+    views, criterion = make_views(8, 6, dtype=torch.float64), lightly.NTXentLoss(0.5)
+    criterion.temperature = 0.1
+    torch.testing.assert_close(criterion(*views), nt_xent(*views, 0.1).mean())
+
+
+# open_clip
+
+
+def clip(loss, **more):
+    """A call on towers that normalise, and a learned scale, as open_clip's models do."""
+
+    def call(images, texts, log_scale):
+        unit = {"image_features": F.normalize(images, dim=1)}
+        unit["text_features"] = F.normalize(texts, dim=1)
+        return loss(**unit, logit_scale=log_scale.exp(), **more)
+
+    return call
+
+
+def plain_clip(image_features, text_features, logit_scale):
+    logits = logit_scale * image_features @ text_features.T
+    target = torch.arange(len(text_features))
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+@dtypes
+def test_open_clip(dtype):
+    leaves = [*make_views(29, 24, dtype=dtype), torch.tensor(2.5, dtype=dtype)]
+    ours = open_clip.ClipLoss(cache_labels=True)
+    assert_same(clip(ours), clip(plain_clip), *leaves)
+    output = clip(ours, output_dict=True)
+    assert_same(lambda *given: output(*given)["contrastive_loss"], clip(plain_clip), *leaves)
+    theirs = original("open_clip.loss").ClipLoss(cache_labels=True)
+    assert_same(clip(ours), clip(theirs), *leaves)
+    assert clip(theirs, output_dict=True)(*leaves).keys() == output(*leaves).keys()
+
+
+def test_open_clip_normalises_what_is_not_unit():
+    images, texts = make_views(12, 8, dtype=torch.float64)
+    ours = open_clip.ClipLoss()(images, texts, 10.0)
+    unit = F.normalize(images, dim=1), F.normalize(texts, dim=1)
+    torch.testing.assert_close(ours, plain_clip(*unit, 10.0))
+    assert relative_error(ours, plain_clip(images, texts, 10.0)) > 0.1
+
+
+def test_open_clip_errors():
+    views = make_views(8, 6)
+    with pytest.raises(NotImplementedError, match="logit_bias: expected None"):
+        open_clip.ClipLoss()(*views, 10.0, torch.tensor(-10.0))
+    with pytest.raises(NotImplementedError, match="use_horovod: expected False, got True"):
+        open_clip.ClipLoss(use_horovod=True)
+    with pytest.raises(ValueError, match="world_size: expected 1, .* got 8"):
+        open_clip.ClipLoss(world_size=8)(*views, 10.0)
+
+
+# pytorch_metric_learning
+
+
+@dtypes
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_pytorch_metric_learning(dtype, symmetric):
+    views, ours = make_views(21, 16, dtype=dtype), pytorch_metric_learning.NTXentLoss(0.2)
+
+    def plain(a, b):
+        return (nt_xent(a, b, 0.2) if symmetric else nll(a, b, 0.2)).mean()
+
+    def by_label(a, b):
+        labels = torch.arange(100, 121)
+        if symmetric:
+            return ours(torch.cat([a, b]), torch.cat([labels, labels]))
+        return ours(a, labels, ref_emb=b, ref_labels=labels.clone())
+
+    wrapped = pytorch_metric_learning.SelfSupervisedLoss(ours, symmetric=symmetric)
+    assert_same(wrapped, plain, *views)
+    assert_same(by_label, plain, *views)
+    losses = original("pytorch_metric_learning.losses")
+    theirs = losses.SelfSupervisedLoss(losses.NTXentLoss(0.2), symmetric=symmetric)
+    assert_same(wrapped, theirs, *views)
+    assert_same(losses.SelfSupervisedLoss(ours, symmetric=symmetric), theirs, *views)
+
+
+def test_pytorch_metric_learning_errors():
+    loss, (z, _) = pytorch_metric_learning.NTXentLoss(), make_views(6, 4)
+    assert loss.temperature == 0.07
+    others = "labels: expected each twice, in the same place of either view"
+    same = torch.tensor([0, 0, 1, 0, 0, 1])  # a label that four rows share
+    for labels in (None, torch.arange(6), torch.tensor([0, 1, 2, 1, 0, 2]), same, torch.arange(5)):
+        with pytest.raises(NotImplementedError, match=others):
+            loss(z, labels)
+    with pytest.raises(NotImplementedError, match=others):
+        loss(z, torch.arange(6), ref_emb=z, ref_labels=torch.arange(6).flip(0))
+    with pytest.raises(NotImplementedError, match=others):
+        loss(z, torch.arange(6), ref_emb=z)
+    with pytest.raises(NotImplementedError, match="indices_tuple: expected None"):
+        loss(z, same, (torch.arange(2),) * 4)
+    with pytest.raises(NotImplementedError, match="distance: expected None .* got Identity"):
+        pytorch_metric_learning.NTXentLoss(reducer=None, distance=nn.Identity())
+    with pytest.raises(TypeError, match="loss: expected NTXentLoss .* got Identity"):
+        pytorch_metric_learning.SelfSupervisedLoss(nn.Identity())
+
+
+# sentence_transformers
+
+
+class Encoder(nn.Sequential):
+    """Takes and returns what a SentenceTransformer does, its own dict, written into."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__(nn.Embedding(50, 12, dtype=torch.float64), nn.Dropout(dropout))
+        self.table, self.dropout, self.rows = self[0], self[1], []
+        with torch.no_grad():
+            generator = torch.Generator().manual_seed(0)
+            self.table.weight.copy_(torch.randn(50, 12, generator=generator))
+
+    def forward(self, features: dict) -> dict:
+        assert "sentence_embedding" not in features
+        self.rows.append(len(features["input_ids"]))
+        words = self.dropout(self.table(features["input_ids"]))
+        features["sentence_embedding"] = (words * features["attention_mask"][..., None]).sum(1)
+        return features
+
+
+def columns(count: int, rows: int = 11) -> list[dict]:
+    """Features of sentences; every call makes them anew."""
+    generator = torch.Generator().manual_seed(1)
+    return [
+        {
+            "input_ids": torch.randint(50, (rows, 5), generator=generator),
+            "attention_mask": torch.rand(rows, 5, generator=generator) < 0.8,
+            "modality": "text",
+        }
+        for _ in range(count)
+    ]
+
+
+def gradient(criterion: nn.Module, count: int) -> list[torch.Tensor]:
+    """Value and gradient of the encoder's table."""
+    value = criterion(columns(count), None)
+    return [value.detach(), *torch.autograd.grad(value, criterion.model.table.weight)]
+
+
+def plain_ranking(encoder, count: int, scale: float, two: bool) -> list[torch.Tensor]:
+    queries, *documents = (encoder(part)["sentence_embedding"] for part in columns(count))
+    value = nll(queries, torch.cat(documents), 1 / scale).mean()
+    if two:
+        value = (value + nll(documents[0], queries, 1 / scale).mean()) / 2
+    return [value.detach(), *torch.autograd.grad(value, encoder.table.weight)]
+
+
+TWO = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
+KINDS = {
+    "MultipleNegativesRankingLoss": {},
+    "CachedMultipleNegativesRankingLoss": {"mini_batch_size": 4},
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("directions", [{}, TWO], ids=["one direction", "two"])
+@pytest.mark.parametrize("negatives", [0, 1, 2])
+def test_sentence_transformers(name, directions, negatives):
+    more = KINDS[name] | directions
+    ours = gradient(getattr(sentences, name)(Encoder(), scale=7.0, **more), 2 + negatives)
+    plain = plain_ranking(Encoder(), 2 + negatives, 7.0, bool(directions))
+    assert all(relative_error(a, b) < 1e-11 for a, b in zip(ours, plain, strict=True))
+    library = original("sentence_transformers.sentence_transformer.losses")
+    encoder = Encoder()
+    criterion = getattr(library, name)(encoder, scale=7.0, **more)
+    value = criterion(columns(2 + negatives), None)
+    value.backward()
+    for mine, other in zip(ours, (value, encoder.table.weight.grad), strict=True):
+        assert relative_error(mine, other) < 1e-11
+
+
+def test_sentence_transformers_takes_the_original_similarity():
+    library = original("sentence_transformers.util")
+    loss = sentences.MultipleNegativesRankingLoss(Encoder(), 20.0, library.cos_sim)
+    assert loss.get_config_dict()["similarity_fct"] == "cos_sim"
+    with pytest.raises(NotImplementedError, match="similarity_fct: .* cos_sim, got dot_score"):
+        sentences.MultipleNegativesRankingLoss(Encoder(), similarity_fct=library.dot_score)
+
+
+def test_cached_runs_chunks_twice_with_the_same_dropout():
+    criterion = sentences.CachedMultipleNegativesRankingLoss(Encoder(0.5), 5.0, mini_batch_size=4)
+    torch.manual_seed(3)
+    ours = gradient(criterion, 2)
+    # Backward runs the last chunk first.
+    assert criterion.model.rows == [4, 4, 3] * 2 + [3, 4, 4] * 2
+    encoder, embedded = Encoder(0.5), []
+    torch.manual_seed(3)
+    for part in columns(2):
+        chunks = [
+            {name: part[name][start : start + 4] for name in ("input_ids", "attention_mask")}
+            for start in (0, 4, 8)
+        ]
+        embedded.append(torch.cat([encoder(chunk)["sentence_embedding"] for chunk in chunks]))
+    value = info_nce(*embedded, 0.2)
+    plain = [value, *torch.autograd.grad(value, encoder.table.weight)]
+    assert all(relative_error(a, b) < 1e-11 for a, b in zip(ours, plain, strict=True))
+    with torch.no_grad():  # evaluation runs it once
+        criterion.model.rows.clear()
+        criterion(columns(2))
+        assert criterion.model.rows == [4, 4, 3] * 2
+
+
+def test_sentence_transformers_errors():
+    for kind in (getattr(sentences, name) for name in KINDS):
+        with pytest.raises(ValueError, match="scale: expected a positive number, got 0"):
+            kind(Encoder(), scale=0)
+        for name, value in (
+            ("similarity_fct", F.cosine_similarity),
+            ("directions", ("query_to_doc", "query_to_query")),
+            ("directions", TWO["directions"]),  # with one softmax over both
+            ("hardness_mode", "hard_negatives"),
+        ):
+            with pytest.raises(NotImplementedError, match=f"{name}: expected"):
+                kind(Encoder(), **{name: value})
+        with pytest.raises(ValueError, match="expected anchors and positives, got 1 columns"):
+            kind(Encoder())(columns(1))
+        assert kind(Encoder()).temperature == 0.05
+    cached = sentences.CachedMultipleNegativesRankingLoss
+    with pytest.raises(ValueError, match="mini_batch_size: expected a positive int, got 0"):
+        cached(Encoder(), mini_batch_size=0)
+    with pytest.raises(NotImplementedError, match="mini_batch_num_tokens: expected None, got 512"):
+        cached(Encoder(), mini_batch_num_tokens=512)
+    ragged = [part | {"pixel_values": torch.zeros(3, 2)} for part in columns(2)]
+    with pytest.raises(NotImplementedError, match=r"expected 11 rows .* got 'pixel_values' of sh"):
+        cached(Encoder())(ragged)
