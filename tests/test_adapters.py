@@ -1,12 +1,20 @@
-"""The adapters against a plain formula, and against their originals where those are installed."""
+"""The adapters against a plain formula, and against their originals where those are installed.
+
+This file as a script is one of two processes, for the arguments that gather.
+"""
 
 from __future__ import annotations
 
 import importlib
+import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+import waiting
 from torch import nn
 
 from directclr_fast import info_nce
@@ -30,7 +38,7 @@ def evaluated(loss, *leaves: torch.Tensor) -> list[torch.Tensor]:
     """Value and gradients."""
     leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
     value = loss(*leaves)
-    return [value.detach(), *torch.autograd.grad(value, leaves)]
+    return [value.detach(), *torch.autograd.grad(value, leaves, materialize_grads=True)]
 
 
 def assert_same(ours, theirs, *leaves, dtype=None) -> None:
@@ -328,3 +336,118 @@ def test_sentence_transformers_errors():
     ragged = [part | {"pixel_values": torch.zeros(3, 2)} for part in columns(2)]
     with pytest.raises(NotImplementedError, match=r"expected 11 rows .* got 'pixel_values' of sh"):
         cached(Encoder())(ragged)
+
+
+# Two processes, six rows each
+
+WORLD = 2
+ORIGINALS = {
+    "lightly": "lightly.loss",
+    "open_clip": "open_clip.loss",
+    "sentences": "sentence_transformers.sentence_transformer.losses",
+}
+CLIP = {
+    f"open_clip {'local' if local else 'global'}{', with grad' if grad else ''}": (local, grad)
+    for local in (True, False)
+    for grad in (True, False)
+}
+RANKING = {"sentences one direction": {}, "sentences two": TWO}
+GATHERING = ["lightly nt_xent", "lightly directclr", *CLIP, *RANKING]
+
+
+def leaves() -> list[torch.Tensor]:
+    """Features of three columns, all rows, and the logarithm of a scale."""
+    third, _ = make_views(6 * WORLD, 8, dtype=torch.float64, seed=1)
+    scale = torch.tensor(1.5, dtype=torch.float64)
+    return [*make_views(6 * WORLD, 8, dtype=torch.float64), third, scale]
+
+
+def call(name: str, library):
+    """The loss of one process's rows, from a module that has the original's names."""
+    if name in CLIP:
+        loss = clip(library.ClipLoss(*CLIP[name], rank=dist.get_rank(), world_size=WORLD))
+        return lambda a, b, _, log_scale: loss(a, b, log_scale)
+    if name in RANKING:
+        ranking = library.MultipleNegativesRankingLoss
+        loss = ranking(Encoder(), 7.0, gather_across_devices=True, **RANKING[name])
+        return lambda a, b, c, _: loss.compute_loss_from_embeddings([a, b, c], None)
+    if name == "lightly directclr":
+        loss = library.DirectCLRLoss(5, 0.2, gather_distributed=True)
+    else:
+        loss = library.NTXentLoss(0.2, gather_distributed=True)
+    return lambda a, b, *_: loss(a, b)
+
+
+def shares(name: str, a, b, c, log_scale) -> list[torch.Tensor]:
+    """What each process returns, by the plain formula from all rows."""
+    if name in CLIP:
+        local, grad = CLIP[name]
+        t, constant = 1 / log_scale.exp(), torch.Tensor.detach
+        if grad or not local:
+            constant = torch.Tensor.clone
+        rows = (nll(a, constant(b), t) + nll(b, constant(a), t)) / 2
+        if not local:
+            return [rows.mean()] * WORLD
+    elif name in RANKING:
+        rows = nll(a, torch.cat([b, c]), 1 / 7)
+        if RANKING[name]:
+            rows = (rows + nll(b, a, 1 / 7)) / 2
+    else:
+        rows = nt_xent(a[:, :5], b[:, :5], 0.2) if "directclr" in name else nt_xent(a, b, 0.2)
+    return [block.mean() for block in rows.chunk(WORLD)]
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """What every process wrote."""
+    folder = tmp_path_factory.mktemp("adapters")
+    commands = [[sys.executable, __file__, rank, folder] for rank in range(WORLD)]
+    for done in waiting.together(commands, folder, env=os.environ | {"OMP_NUM_THREADS": "1"}):
+        assert done.returncode == 0, done.stderr[-4000:]
+    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+
+
+@pytest.mark.xdist_group("two processes of adapters")
+@pytest.mark.parametrize("name", GATHERING)
+def test_gathering_from_other_processes(processes, name):
+    given = leaves()
+    for leaf in given:
+        leaf.requires_grad_()
+    values = shares(name, *given)
+    # DistributedDataParallel averages gradients over processes; the loss gives its sum.
+    *features, scale = torch.autograd.grad(sum(values), given, materialize_grads=True)
+    if name == "open_clip global":
+        features = [gradient / WORLD for gradient in features]
+    for who in ("ours", "theirs"):
+        results = [process[who].get(name) for process in processes]
+        if None in results:
+            pytest.skip(f"{ORIGINALS[name.split()[0]]} cannot be imported")
+        for rank, (value, *gradients, _) in enumerate(results):
+            assert relative_error(value, values[rank]) < 1e-11, who
+            for mine, whole in zip(gradients, features, strict=True):
+                assert relative_error(mine, whole.chunk(WORLD)[rank]) < 1e-11, who
+        average = sum(result[-1] for result in results) / WORLD
+        assert relative_error(average, scale / WORLD) < 1e-11, who
+
+
+def main(rank: int, folder: Path) -> None:
+    """One of the processes."""
+    dist.init_process_group("gloo", f"file://{folder}/init", world_size=WORLD, rank=rank)
+    *columns, scale = leaves()
+    given = [*(column.chunk(WORLD)[rank] for column in columns), scale]
+    own = {"lightly": lightly, "open_clip": open_clip, "sentences": sentences}
+    results = {"ours": {}, "theirs": {}}
+    for name in GATHERING:
+        print(name, flush=True)  # who waits for this process sees that it gets on
+        results["ours"][name] = evaluated(call(name, own[name.split()[0]]), *given)
+        try:
+            library = importlib.import_module(ORIGINALS[name.split()[0]])
+        except ImportError:
+            continue
+        results["theirs"][name] = evaluated(call(name, library), *given)
+    torch.save(results, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))
