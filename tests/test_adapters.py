@@ -95,7 +95,7 @@ def test_lightly_directclr(dtype, loss_dim, peer):
     assert_same(lightly.DirectCLRLoss(loss_dim=loss_dim, temperature=0.2), theirs, *views)
 
 
-def test_lightly_defaults_and_errors():
+def test_lightly_defaults_and_errors(monkeypatch):
     assert lightly.NTXentLoss().temperature == lightly.DirectCLRLoss().temperature == 0.5
     assert lightly.DirectCLRLoss().loss_dim == 64
     for kind in (lightly.NTXentLoss, lightly.DirectCLRLoss):
@@ -109,6 +109,25 @@ def test_lightly_defaults_and_errors():
     # Outside torch.distributed there is nobody to gather from.
     views = make_views(8, 6)
     assert lightly.NTXentLoss(gather_distributed=True)(*views) == lightly.NTXentLoss()(*views)
+    monkeypatch.setattr(dist, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="gather_distributed: expected False in a PyTorch with"):
+        lightly.NTXentLoss(gather_distributed=True)
+
+
+def test_losses_of_half_precision_are_fp32():
+    views = make_views(8, 6, dtype=torch.bfloat16)
+    metric = pytorch_metric_learning
+    for loss in (
+        lightly.DirectCLRLoss(),
+        metric.SelfSupervisedLoss(metric.NTXentLoss()),
+        lambda a, b: open_clip.ClipLoss()(a, b, torch.tensor(10.0)),
+        lambda a, b: sentences.MultipleNegativesRankingLoss(
+            nn.Identity()
+        ).compute_loss_from_embeddings([a, b]),
+    ):
+        value, *gradients = evaluated(loss, *views)
+        assert value.dtype == torch.float32
+        assert {gradient.dtype for gradient in gradients} == {torch.bfloat16}
 
 
 def test_lightly_temperature_schedule():

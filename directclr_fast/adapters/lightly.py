@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..loss import fast_directclr_loss
@@ -22,7 +23,8 @@ class NTXentLoss(nn.Module):
             original.
 
     Raises:
-        ValueError: a temperature that is negative or, as in the original, below 1e-8.
+        ValueError: a temperature that is negative or, as in the original, below 1e-8;
+            ``gather_distributed`` where PyTorch has no torch.distributed.
     """
 
     def __init__(
@@ -41,6 +43,11 @@ class NTXentLoss(nn.Module):
             raise NotImplementedError(
                 f"memory_bank_size: expected 0, got {memory_bank_size}; a memory bank (MoCo) "
                 "needs lightly's own loss"
+            )
+        if gather_distributed and not dist.is_available():
+            raise ValueError(
+                "gather_distributed: expected False in a PyTorch without torch.distributed, "
+                f"got {gather_distributed}"
             )
         self.temperature = temperature
         self.gather_distributed = gather_distributed
