@@ -20,6 +20,7 @@ if recipe.exists():
 setup(
     packages=[
         "directclr_fast",
+        "directclr_fast.adapters",
         "directclr_fast.backends",
         "directclr_fast.bench",
         "directclr_fast.kernels",

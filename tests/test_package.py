@@ -85,9 +85,9 @@ def test_links_resolve(name):
 
 
 def test_no_module_imports_upwards():
-    """cli > paper > train > loss > distributed > ops > driver > world > backends > problem."""
-    floors = ["__main__", "cli", "doctor", "bench", "paper", "train", "testing", "loss"]
-    floors += ["distributed", "ops", "driver", "world", "dispatch", "backends", "kernels"]
+    """cli > paper > train > adapters > loss > distributed > ops > driver > world > backends."""
+    floors = ["__main__", "cli", "doctor", "bench", "paper", "train", "testing", "adapters"]
+    floors += ["loss", "distributed", "ops", "driver", "world", "dispatch", "backends", "kernels"]
     floors += ["reference", "plots", "problem", "address", "products", "machine", "progress"]
     floors += ["flops", "__init__"]
     package = ROOT / "directclr_fast"
