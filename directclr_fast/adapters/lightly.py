@@ -34,10 +34,8 @@ class NTXentLoss(nn.Module):
         gather_distributed: bool = False,
     ) -> None:
         super().__init__()
-        if abs(temperature) < 1e-8:
-            raise ValueError(f"Illegal temperature: abs({temperature}) < 1e-8")
-        if temperature < 0:
-            raise ValueError(f"temperature: expected a positive number, got {temperature}")
+        if not temperature >= 1e-8:
+            raise ValueError(f"temperature: expected at least 1e-8, got {temperature}")
         size = memory_bank_size if isinstance(memory_bank_size, int) else memory_bank_size[0]
         if size:
             raise NotImplementedError(
