@@ -5,11 +5,15 @@
 A table stands between `<!-- NAME -->` and `<!-- end NAME -->` and is replaced as a whole. A name
 whose result files are not there is left as it is, and said so. The figures, named after the first
 word of the folder's name, are of the loss-*.json. Nothing is measured.
+
+Of a GPU's folder there is one table, and FASTER in backends/cuda.py is written anew: the shapes
+from which on every measurement has the Hopper kernels ahead of Triton's.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 from pathlib import Path
@@ -18,6 +22,7 @@ from directclr_fast.bench import report, timing
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "bench/README.md")
+CUDA = ROOT / "directclr_fast/backends/cuda.py"
 SHORT = (256, 1024, 4096, 8192, 16384)  # rows of the table in README.md
 FP32 = ("released", "eager", "compiled", "torch", "cpu")
 BF16 = ("eager bf16", "compiled bf16", "cpu bf16")
@@ -183,6 +188,73 @@ def trainer(data: dict) -> str:
     return markdown(head, rows)
 
 
+OURS = ("triton", "cuda")
+OTHERS = ("eager", "compiled", "memeff")
+AHEAD = 0.97  # of Triton's time: what is nearer is not told apart
+
+
+def timed(case: dict) -> list[str]:
+    """Names of this package's GPU variants that have a time."""
+    rows = case["variants"]
+    return [name for name in rows if name.split()[0] in OURS and "median" in rows[name]]
+
+
+def loss_gpu(cases: list[dict]) -> str:
+    """Every size and precision of this package's backends, beside eager, compiled and memeff."""
+    head = "N|d|inputs|negatives|backend|products|ms|TFLOP/s at 8c|of roof".split("|")
+    rows = []
+    for case in cases:
+        for name in timed(case):
+            row = case["variants"][name]
+            line = [case["rows"], case["dim"], case["dtype"], case["negatives"], name]
+            line += [row["precision"], ms(case, name), f"{row['rate'] / 1e12:.0f}"]
+            line += [share(case, name), *(times(case, other, name) for other in OTHERS)]
+            rows.append([*map(str, line), f"{row['error']:.1e}"])
+    return markdown([*head, *(f"x {other}" for other in OTHERS), "error"], rows)
+
+
+def faster(cases: list[dict]) -> list[tuple[str, int, int]]:
+    """(precision, d, N) from which on "cuda" is ahead of "triton" wherever both were timed."""
+    ahead: dict[str, dict[tuple[int, int], bool]] = {}
+    for case in cases:
+        rows = case["variants"]
+        for name in timed(case):
+            other = rows.get(name.replace("triton", "cuda", 1), {})
+            if name.startswith("triton") and "median" in other:
+                places = ahead.setdefault(other["precision"], {})
+                place = (case["dim"], case["rows"])
+                won = other["median"] < AHEAD * rows[name]["median"]
+                places[place] = places.get(place, True) and won
+    shapes = []
+    for precision, places in ahead.items():
+        corners = []
+        for d, n in itertools.product(*(sorted(set(side)) for side in zip(*places))):
+            beyond = [won for (e, m), won in places.items() if e >= d and m >= n]
+            known = any(e <= d and m <= n for e, m in corners)
+            if beyond and all(beyond) and not known:
+                corners.append((d, n))
+        shapes += [(precision, d, n) for d, n in corners]
+    return shapes
+
+
+def write_faster(shapes: list[tuple[str, int, int]], results: str, module: Path) -> None:
+    """Puts ``shapes`` in the place of FASTER in ``module``, with the folder they are from."""
+    head = "FASTER: tuple[tuple[str, int, int], ...] = "
+    lines = [f'    ("{precision}", {d}, {n}),  # {results}' for precision, d, n in shapes]
+    value = "\n".join(["(", *lines, ")"]) if lines else "()"
+    pattern = re.escape(head) + r"\((?:\)|\n(?:    .*\n)*\))"
+    text, count = re.subn(pattern, lambda _: head + value, module.read_text())
+    if count != 1:
+        raise ValueError(f"{module}: expected one FASTER, got {count}")
+    module.write_text(text)
+
+
+def losses(results: Path) -> list[dict]:
+    """The cases of the loss files of a folder, "both" included."""
+    files = [*sorted(results.glob("loss-*.json")), *results.glob("both.json")]
+    return report.load(files)["cases"] if files else []
+
+
 def blocks(results: Path) -> dict[str, str]:
     """Name to table, of those whose files are there."""
 
@@ -213,6 +285,8 @@ def blocks(results: Path) -> dict[str, str]:
         "stages": lambda: stages(read("stages.json")),
         "trainer": lambda: trainer(read("trainer.json")),
     }
+    if on_gpu(losses(results)):
+        makers = {"gpu-loss": lambda: loss_gpu(losses(results))}
     tables = {}
     for name, make in makers.items():
         try:
@@ -220,6 +294,11 @@ def blocks(results: Path) -> dict[str, str]:
         except (OSError, ValueError, KeyError) as error:
             print(f"{name}: left as it is ({error})")
     return tables
+
+
+def on_gpu(cases: list[dict]) -> bool:
+    """Whether losses were measured on a GPU."""
+    return any(case["device"] == "cuda" for case in cases)
 
 
 def fill(text: str, tables: dict[str, str]) -> str:
@@ -244,6 +323,9 @@ def main() -> None:
         path = ROOT / page
         path.write_text(fill(path.read_text(), tables))
     print(f"filled: {', '.join(tables) or 'nothing'}")
+    if on_gpu(cases := losses(arguments.results)):
+        write_faster(shapes := faster(cases), arguments.results.name, CUDA)
+        print(f"FASTER: {shapes or 'nothing'}")
     if files := sorted(arguments.results.glob("loss-*.json")):
         stem = arguments.results.resolve().name.partition("-")[0]
         report.figures(report.load(files), ROOT / "docs", stem)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import dataclasses
 import importlib
@@ -455,7 +456,9 @@ def make(*words: str, file: Path = ROOT / "bench" / "Makefile") -> subprocess.Co
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("target,count", [("cpu", 14), ("gpu", 16)])
+@pytest.mark.parametrize(
+    "target,count", [("cpu", 14), ("gpu", 16), ("first", 4), ("second", 4), ("third", 5)]
+)
 def test_every_piece_of_a_suite_is_a_command_that_parses(target, count):
     """The sizes, names and flags are good; nothing is measured."""
     done = make("-n", "-B", target, "GPU=results/none")
@@ -474,6 +477,54 @@ def test_every_piece_of_a_suite_is_a_command_that_parses(target, count):
             study.parser(importlib.import_module(word)).parse_args(words[words.index(word) + 1 :])
         for word in re.findall(r"\.\./(?!build)[\w/]+\.py", piece):
             assert (ROOT / "bench" / word).exists(), word
+
+
+def test_a_call_of_a_lent_gpu_ends_within_nine_minutes():
+    for target in ("first", "second", "third"):
+        done = make("-n", "-B", target, "GPU=results/none")
+        assert sum(map(int, re.findall(r"timeout (\d+) ", done.stdout))) <= 540, target
+
+
+def gpu_case(rows, dim, **times) -> dict:
+    """A case as a GPU's file has it; milliseconds of each variant."""
+    variants = {
+        name.replace("_", " "): {"precision": "fp16", "median": ms / 1e3, "rate": 4e14,
+                                 "seconds": [ms / 1e3], "of_roof": 0.5, "error": 1e-4}
+        for name, ms in times.items()
+    }  # fmt: skip
+    case = {"rows": rows, "dim": dim, "dtype": "bfloat16", "negatives": "cross", "device": "cuda"}
+    return case | {"variants": variants}
+
+
+def test_a_gpu_s_results_fill_the_page_and_say_where_cuda_is_faster(tmp_path):
+    tables = script("tables")
+    cases = [
+        gpu_case(4096, 128, eager=9, triton=2, cuda=3),
+        gpu_case(32768, 128, eager=90, triton=20, cuda=15),
+        gpu_case(4096, 360, eager=9, compiled=6, triton=2, cuda=1),
+        gpu_case(32768, 360, eager=90, triton=20, cuda=10),
+        gpu_case(4096, 768, triton=20),
+    ]
+    head, _, *lines = tables.loss_gpu(cases).splitlines()
+    assert len(lines) == 9 and "x memeff" in head
+    assert (
+        "| 4096 | 360 | bfloat16 | cross | cuda | fp16 | 1 | 400 | 50 % | 9.00 | 6.00 | - |"
+        in (lines[5])
+    )
+    shapes = tables.faster(cases)
+    assert shapes == [("fp16", 128, 32768), ("fp16", 360, 4096)]
+    assert tables.faster(cases[:1]) == tables.faster(cases[-1:]) == []
+    module = tmp_path / "cuda.py"
+    module.write_text(tables.CUDA.read_text())
+    for written in (shapes, shapes[:1], []):
+        tables.write_faster(written, "h100", module)
+        (value,) = (
+            node.value
+            for node in ast.parse(module.read_text()).body
+            if isinstance(node, ast.AnnAssign) and node.target.id == "FASTER"
+        )
+        assert ast.literal_eval(value) == tuple(written)
+    assert module.read_text() == tables.CUDA.read_text()
 
 
 def test_pieces_come_in_the_order_that_is_written(tmp_path):
