@@ -124,10 +124,10 @@ def architecture(device: torch.device) -> tuple[str, int]:
     """(name in the table, multiprocessors) of a GPU; ("interpreter", 4) for the CPU."""
     if device.type != "cuda":
         return "interpreter", 4
-    found = torch.cuda.get_device_properties(device)
+    properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
-        return "gfx942", found.multi_processor_count
-    return nearest(found.major, found.minor), found.multi_processor_count
+        return "gfx942", properties.multi_processor_count
+    return nearest(properties.major, properties.minor), properties.multi_processor_count
 
 
 def nearest(major: int, minor: int) -> str:

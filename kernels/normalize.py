@@ -214,13 +214,13 @@ def _positives_kernel(
 
 def positives(layout: Layout, z1: Tensor, z2: Tensor, offset: int) -> Tensor:
     """s_ip(i) in fp64, (rows of z1,), from packed rows; p(i) = i + offset lies in z2."""
-    found = torch.empty(len(z1), dtype=torch.float64, device=z1.device)
+    cosines = torch.empty(len(z1), dtype=torch.float64, device=z1.device)
     launch(
         _positives_kernel,
         (cdiv(len(z1), ROWS),),
         z1,
         z2,
-        found,
+        cosines,
         len(z1),
         offset,
         layout.row,
@@ -231,4 +231,4 @@ def positives(layout: Layout, z1: Tensor, z2: Tensor, offset: int) -> Tensor:
         warps=4,
         stages=1,
     )
-    return found
+    return cosines

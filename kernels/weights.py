@@ -170,7 +170,7 @@ def _weights_kernel(
 
 def factors(problem, saved, upstream: Tensor, largest: Tensor | None, bounded: bool) -> Factors:
     """One launch. ``largest`` = max |upstream| for reduction "none", else None (weights 1)."""
-    found = Factors(problem.rows, problem.candidates, problem.symmetric, bounded, upstream.device)
+    record = Factors(problem.rows, problem.candidates, problem.symmetric, bounded, upstream.device)
     launch(
         _factors_kernel,
         (cdiv(problem.candidates, BLOCK),),
@@ -180,11 +180,11 @@ def factors(problem, saved, upstream: Tensor, largest: Tensor | None, bounded: b
         saved.col_lse if problem.symmetric else saved.row_lse,
         saved.nll_row,
         saved.nll_col if problem.symmetric else saved.nll_row,
-        found.row,
-        found.col,
-        found.row_shift,
-        found.col_shift,
-        found.diagonal,
+        record.row,
+        record.col,
+        record.row_shift,
+        record.col_shift,
+        record.diagonal,
         problem.rows,
         problem.candidates,
         problem.row_offset,
@@ -196,7 +196,7 @@ def factors(problem, saved, upstream: Tensor, largest: Tensor | None, bounded: b
         warps=4,
         stages=1,
     )
-    return found
+    return record
 
 
 def padded(rows: slice, columns: slice, tile: Tile) -> tuple[int, int]:
@@ -211,7 +211,7 @@ def weights(
     layout: Layout,
     z1: Tensor,
     z2: Tensor,
-    found: Factors,
+    factors: Factors,
     scale,
     offset: int,
     rows: slice,
@@ -230,10 +230,10 @@ def weights(
         (height // tile.rows * (width // tile.columns),),
         tile_source(a, tile.rows, tile.inner, tile.tma),
         tile_source(b, tile.columns, tile.inner, tile.tma),
-        found.row,
-        found.col,
-        found.row_shift,
-        found.col_shift,
+        factors.row,
+        factors.col,
+        factors.row_shift,
+        factors.col_shift,
         block,
         scale,
         rows.start,
@@ -251,8 +251,8 @@ def weights(
         BLOCK_N=tile.columns,
         BLOCK_K=tile.inner,
         GROUP=tile.group,
-        SYMMETRIC=found.symmetric,
-        BOUNDED=found.bounded,
+        SYMMETRIC=factors.symmetric,
+        BOUNDED=factors.bounded,
         SCALE_TENSOR=isinstance(scale, Tensor),
         TMA=tile.tma,
         PRECISION=layout.dot_precision,

@@ -131,26 +131,26 @@ def normalize_views(
 ):
     """(z1, z2, rnorm1, rnorm2, positives) in one launch; positives fp64 (rows of r1,)."""
     (z1, rnorm1), (z2, rnorm2) = _unit_rows(layout, r1), _unit_rows(layout, r2)
-    found, on = torch.empty(r1.shape[0], dtype=torch.float64, device=r1.device), _On(r1)
+    cosines, on = torch.empty(r1.shape[0], dtype=torch.float64, device=r1.device), _On(r1)
     arguments = _cuda.NormalizeArguments(
         r1=_input(r1), r2=_input(r2), index=on.index(layout, index), z1=on.rows(layout, z1),
         z2=on.rows(layout, z2), rnorm1=on.f32(rnorm1, size=r1.shape[0]),
         rnorm2=on.f32(rnorm2, size=r2.shape[0]),
-        positives=on.f64(found, size=r1.shape[0]), offset=offset, eps=eps, both=True,
+        positives=on.f64(cosines, size=r1.shape[0]), offset=offset, eps=eps, both=True,
     )  # fmt: skip
     _cuda.normalize(_layout(layout), arguments, _stream(r1))
-    return z1, z2, rnorm1, rnorm2, found
+    return z1, z2, rnorm1, rnorm2, cosines
 
 
 def positives(layout: Layout, z1: Tensor, z2: Tensor, offset: int) -> Tensor:
     """s_ip(i) in fp64, (rows of z1,), from packed rows; p(i) = i + offset lies in z2."""
-    found, on = torch.empty(z1.shape[0], dtype=torch.float64, device=z1.device), _On(z1)
+    cosines, on = torch.empty(z1.shape[0], dtype=torch.float64, device=z1.device), _On(z1)
     arguments = _cuda.PositivesArguments(
-        z1=on.rows(layout, z1), z2=on.rows(layout, z2), positives=on.f64(found, size=z1.shape[0]),
+        z1=on.rows(layout, z1), z2=on.rows(layout, z2), positives=on.f64(cosines, size=z1.shape[0]),
         n=z1.shape[0], offset=offset,
     )  # fmt: skip
     _cuda.positives(_layout(layout), arguments, _stream(z1))
-    return found
+    return cosines
 
 
 # ------------------------------------------------------------------------------- sums
@@ -245,7 +245,7 @@ def total(losses: Tensor, loss: Tensor, factor: float) -> None:
 
 def factors(problem, saved, upstream: Tensor, largest: Tensor | None, bounded: bool) -> Factors:
     """One launch. ``largest`` = max |upstream| for reduction "none", else None (weights 1)."""
-    found = Factors(problem.rows, problem.candidates, problem.symmetric, bounded, upstream.device)
+    record = Factors(problem.rows, problem.candidates, problem.symmetric, bounded, upstream.device)
     m, n, on = problem.rows, problem.candidates, _On(upstream)
     columns, own = (n, m) if problem.symmetric else (0, 0)
     col = n if problem.symmetric else m  # where there is none, the row's stands for it
@@ -255,18 +255,18 @@ def factors(problem, saved, upstream: Tensor, largest: Tensor | None, bounded: b
         largest=on.f32(largest, size=1),
         row_lse=on.f64(saved.row_lse, size=m), col_lse=on.f64(saved.col_lse, size=columns),
         nll_row=on.f64(saved.nll_row, size=m), nll_col=on.f64(saved.nll_col, size=own),
-        row=on.f32(found.row, size=m), col=on.f32(found.col, size=col),
-        row_shift=on.f32(found.row_shift, size=m),
-        col_shift=on.f32(found.col_shift, size=col_shift),
-        diagonal=on.f32(found.diagonal, size=m), m=m, n=n, offset=problem.row_offset, store=STORE,
+        row=on.f32(record.row, size=m), col=on.f32(record.col, size=col),
+        row_shift=on.f32(record.row_shift, size=m),
+        col_shift=on.f32(record.col_shift, size=col_shift),
+        diagonal=on.f32(record.diagonal, size=m), m=m, n=n, offset=problem.row_offset, store=STORE,
         symmetric=problem.symmetric, bounded=bounded,
     )  # fmt: skip
     _cuda.factors(arguments, _stream(upstream))
-    return found
+    return record
 
 
 def weights(
-    layout: Layout, z1: Tensor, z2: Tensor, found: Factors, scale, offset: int, rows: slice,
+    layout: Layout, z1: Tensor, z2: Tensor, factors: Factors, scale, offset: int, rows: slice,
     columns: slice, out: Tensor, tile: Tile, mirror: bool = False,
 ) -> Tensor:  # fmt: skip
     """One launch: the super-block ``rows`` x ``columns`` of P into ``out``'s memory; its columns
@@ -275,20 +275,20 @@ def weights(
     height = rows.stop - rows.start
     pitch = -(-(columns.stop - columns.start) // tile.columns) * tile.columns
     block = out[: height * pitch].view(height, pitch)
-    col, col_shift = found.row, found.row_shift
-    if found.symmetric:
-        col, col_shift = found.col[columns], found.col_shift[columns]
+    col, col_shift = factors.row, factors.row_shift
+    if factors.symmetric:
+        col, col_shift = factors.col[columns], factors.col_shift[columns]
     on = _On(z1)
-    factors = _cuda.WeightFactors(
-        row=on.f32(found.row[rows], size=height), col=on.f32(col, size=col.shape[0]),
-        row_shift=on.f32(found.row_shift[rows], size=height),
-        col_shift=on.f32(col_shift, size=(col_shift if found.bounded else col).shape[0]),
-        symmetric=found.symmetric,
+    addresses = _cuda.WeightFactors(
+        row=on.f32(factors.row[rows], size=height), col=on.f32(col, size=col.shape[0]),
+        row_shift=on.f32(factors.row_shift[rows], size=height),
+        col_shift=on.f32(col_shift, size=(col_shift if factors.bounded else col).shape[0]),
+        symmetric=factors.symmetric,
     )  # fmt: skip
     arguments = _cuda.WeightsArguments(
-        out=address(block, layout.dtype, height * pitch, z1.device), pitch=pitch, factors=factors,
+        out=address(block, layout.dtype, height * pitch, z1.device), pitch=pitch, factors=addresses,
         exponent=on.exponent(layout, scale), step=rows.start + offset - columns.start,
-        bounded=found.bounded, mirror=mirror,
+        bounded=factors.bounded, mirror=mirror,
     )  # fmt: skip
     _cuda.weights(on.operands(layout, z1[rows], z2[columns]), arguments, _stream(z1))
     return block

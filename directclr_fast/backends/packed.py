@@ -379,10 +379,10 @@ class Packed(Backend):
         if met and not exact:
             with self.kernels.device(z1):
                 torch.mul(self.kernels.positives(layout, z1, z2, offset), scale, out=logits)
-        found = self._log_sums(problem, z1, z2, scale, offset, problem.symmetric, tops, own)
+        sums = self._log_sums(problem, z1, z2, scale, offset, problem.symmetric, tops, own)
         if exact:
             torch.mul(own.double(), LN2, out=logits)
-        return found
+        return sums
 
     def self_sums(self, problem: Problem, z: Tensor, scale, top: Tensor | None = None) -> Tensor:
         tops = None if top is None else Tops(top, top, None)
@@ -490,9 +490,9 @@ def _factors(pair: Pair, bounded: bool):
     # The next power of two: dividing by it rounds nothing. 1 where every weight is zero.
     unit = torch.ldexp(torch.ones_like(top), torch.frexp(top).exponent)
     unit = torch.where(top.isfinite(), unit, top)
-    found = Factors.__new__(Factors)
-    found.symmetric, found.bounded = both, bounded
-    found.diagonal = pair.diagonal.float()
+    factors = Factors.__new__(Factors)
+    factors.symmetric, factors.bounded = both, bounded
+    factors.diagonal = pair.diagonal.float()
 
     def side(weight: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         weight = weight / unit * STORE
@@ -502,14 +502,14 @@ def _factors(pair: Pair, bounded: bool):
             weight = torch.where(weight == 0.0, 0.0, weight * torch.exp2(shift - exact))
             return weight.float(), shift
         # Candidates nobody is the positive of have no weight, whatever their log-sum.
-        found = torch.where(weight == 0.0, 0.0, weight * torch.exp(-lse)).float()
-        return found, found
+        factor = torch.where(weight == 0.0, 0.0, weight * torch.exp(-lse)).float()
+        return factor, factor
 
-    found.row, found.row_shift = side(pair.w, pair.row_lse)
-    found.col, found.col_shift = found.row, found.row_shift
+    factors.row, factors.row_shift = side(pair.w, pair.row_lse)
+    factors.col, factors.col_shift = factors.row, factors.row_shift
     if both:
-        found.col, found.col_shift = side(pair.v, pair.col_lse)
-    return found, (unit / STORE).float()
+        factors.col, factors.col_shift = side(pair.v, pair.col_lse)
+    return factors, (unit / STORE).float()
 
 
 def _slices(size: int, block: int) -> list[slice]:

@@ -77,10 +77,10 @@ class Triton(Packed):
             return {}
         from ..kernels import configs
 
-        found = {"triton": importlib.import_module("triton").__version__}
+        shown = {"triton": importlib.import_module("triton").__version__}
         if torch.cuda.is_available():
-            found["tiles of"] = configs.architecture(torch.device("cuda", 0))[0]
-        return found
+            shown["tiles of"] = configs.architecture(torch.device("cuda", 0))[0]
+        return shown
 
     def _layout(self, problem: Problem, z: Tensor | None = None):
         """That of packed rows to be made, or of ``z``: the process's setting may have changed."""

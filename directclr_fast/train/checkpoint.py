@@ -136,8 +136,8 @@ def _read(path: Path, map_location) -> dict:
         raise ValueError(f"checksum of {damaged} does not match")
     state = torch.load(path, map_location=map_location, weights_only=True)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        found = state.get("format") if isinstance(state, dict) else type(state).__name__
-        raise ValueError(f"expected checkpoint format {FORMAT}, got {found}")
+        got = state.get("format") if isinstance(state, dict) else type(state).__name__
+        raise ValueError(f"expected checkpoint format {FORMAT}, got {got}")
     return state
 
 

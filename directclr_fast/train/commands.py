@@ -217,11 +217,11 @@ def _subject_of_features(arguments: argparse.Namespace) -> Subject:
     if arguments.baselines:
         raise ValueError("baselines: expected a network, got a file of features")
     files = (arguments.source, arguments.labels, arguments.test, arguments.test_labels)
-    found, tested = foreign.probe_features(*files, key=arguments.key, trust=arguments.trust_pickle)
-    _check_dim(arguments, found.train.shape[1], "the features' width")
-    about = {"data": arguments.source, "tested on": tested, "classes": found.classes}
-    print(f"{found.classes} classes, {len(found.train)} features to train on, tested on {tested}")
-    return Subject({"features": lambda: found}, None, about)
+    split, tested = foreign.probe_features(*files, key=arguments.key, trust=arguments.trust_pickle)
+    _check_dim(arguments, split.train.shape[1], "the features' width")
+    about = {"data": arguments.source, "tested on": tested, "classes": split.classes}
+    print(f"{split.classes} classes, {len(split.train)} features to train on, tested on {tested}")
+    return Subject({"features": lambda: split}, None, about)
 
 
 def _check_dim(arguments: argparse.Namespace, width: int, what: str) -> None:

@@ -83,8 +83,8 @@ def read(path: str | Path, trust: bool = False):
             return _safetensors(path)
         if path.suffix in SUFFIXES:
             with open(path, "rb") as file:
-                found = np.load(file, allow_pickle=trust)
-                return dict(found) if path.suffix == ".npz" else found
+                arrays = np.load(file, allow_pickle=trust)
+                return dict(arrays) if path.suffix == ".npz" else arrays
         return _unpickled(path, trust)
     except Exception as error:  # a damaged file raises nearly anything
         if isinstance(error, ImportError) and path.suffix == ".safetensors":
@@ -129,13 +129,13 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
     return load_file(path)
 
 
-def _tensors(found, path: Path) -> dict[str, Tensor]:
+def _tensors(content, path: Path) -> dict[str, Tensor]:
     """The tensors of what a file holds, by their names there; "" for one alone."""
-    if isinstance(found, tuple | list):
-        found = {str(k): value for k, value in enumerate(found)}
-    found = found if isinstance(found, dict) else {"": found}
+    if isinstance(content, tuple | list):
+        content = {str(k): value for k, value in enumerate(content)}
+    content = content if isinstance(content, dict) else {"": content}
     tensors = {}
-    for name, value in found.items():
+    for name, value in content.items():
         if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
             value = as_tensor(value)
         if isinstance(value, Tensor) and value.dim() > 0:
@@ -232,8 +232,8 @@ def probe_features(
         place = torch.searchsorted(classes, arrays[k])
         arrays[k] = torch.where(arrays[k] >= 0, place, -1)
     if len(parts) == 1:
-        found = probe.held_out(*arrays, len(classes))
-        return found, "the last fifth of each class"
+        split = probe.held_out(*arrays, len(classes))
+        return split, "the last fifth of each class"
     if arrays[0].shape[1] != arrays[2].shape[1]:
         widths = f"{arrays[0].shape[1]} and {arrays[2].shape[1]}"
         raise ValueError(f"features: expected two parts of one width, got {widths}")
@@ -292,10 +292,10 @@ def load_encoder(name: str, path: str | Path | None = None, trust: bool = False)
     if path is None:
         return Foreign(network, f"{name} with the weights it starts with")
     path = Path(path)
-    found = read(path, trust)
-    best = _best(network, found)
+    content = read(path, trust)
+    best = _best(network, content)
     if _adapt_stem(network, best):
-        best = _best(network, found)
+        best = _best(network, content)
     lacking = [key for key in _wanted(network) if key not in best.names]
     if lacking:
         raise ValueError(_misfit(name, path, network, best, lacking))
@@ -363,27 +363,27 @@ def _wanted(network: nn.Module) -> dict[str, Tensor]:
     return {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
 
 
-def _states(found, place: str = "") -> Iterator[tuple[str, dict[str, Tensor]]]:
+def _states(content, place: str = "") -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Every mapping from names to tensors in what a file holds, and where it lies there."""
-    found = found.state_dict() if isinstance(found, nn.Module) else found
-    if not isinstance(found, Mapping):
+    content = content.state_dict() if isinstance(content, nn.Module) else content
+    if not isinstance(content, Mapping):
         return
-    tensors = {k: v for k, v in found.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
     if tensors:
         yield place, tensors
-    for key, value in found.items():
+    for key, value in content.items():
         if isinstance(value, Mapping | nn.Module):
             yield from _states(value, f"{place}.{key}" if place else str(key))
 
 
-def _best(network: nn.Module, found) -> Match:
+def _best(network: nn.Module, content) -> Match:
     """The mapping, prefix and way of naming under which most of the network's tensors are found."""
     wanted = _wanted(network)
     # nn.Sequential(*children) of a network, as lightly's examples have it, numbers what had names.
     place_of = {child: str(k) for k, (child, _) in enumerate(network.named_children())}
     numbered = {k: ".".join((place_of.get(k.split(".")[0], ""), *k.split(".")[1:])) for k in wanted}
     best, most = Match("", {}, "", {}), -1
-    for place, tensors in _states(found):
+    for place, tensors in _states(content):
         for naming in ({k: k for k in wanted}, numbered):
             by_end: dict[str, list[str]] = {}
             for key, other in naming.items():

@@ -143,10 +143,10 @@ class GradientCache:
                         self.ranks.sum(value).div_(self.ranks.size)
             return
         running = [(norm.running_mean, norm.running_var) for norm in self.norms]
-        found = self._whole(make, chunks) if self.rule == "two-pass" else None
+        whole = self._whole(make, chunks) if self.rule == "two-pass" else None
 
         def choose(view: int) -> None:
-            for norm, (mean, var, *_) in zip(self.norms, found[view] if found else running):
+            for norm, (mean, var, *_) in zip(self.norms, whole[view] if whole else running):
                 norm.running_mean, norm.running_var = mean, var
 
         for norm in self.norms:
@@ -157,7 +157,7 @@ class GradientCache:
             for norm, (mean, var) in zip(self.norms, running):
                 norm.running_mean, norm.running_var = mean, var
                 norm.train()
-        for view in found or ():
+        for view in whole or ():
             for norm, (mean, var, rows) in zip(self.norms, view):
                 norm.num_batches_tracked += 1
                 norm.running_mean.lerp_(mean, norm.momentum)

@@ -212,8 +212,8 @@ def load_part(
             f"data: expected images of {channels} channels, as the encoder was trained on, "
             f"got {images.shape[0]} in {spec}"
         )
-    found = encode(encoder, images, config.image_size, device, workers=workers)
-    return *found, images.num_classes
+    encoded = encode(encoder, images, config.image_size, device, workers=workers)
+    return *encoded, images.num_classes
 
 
 def load_features(encoder: nn.Module | None, config, **place) -> Features:
