@@ -479,7 +479,7 @@ def test_every_piece_of_a_suite_is_a_command_that_parses(target, count):
             assert (ROOT / "bench" / word).exists(), word
 
 
-def test_a_call_of_a_lent_gpu_ends_within_nine_minutes():
+def test_each_of_the_three_calls_ends_within_nine_minutes():
     for target in ("first", "second", "third"):
         done = make("-n", "-B", target, "GPU=results/none")
         assert sum(map(int, re.findall(r"timeout (\d+) ", done.stdout))) <= 540, target
