@@ -18,7 +18,6 @@ from test_train_run import (
     STEPS,
     TINY,
     assert_same,
-    one_thread,  # noqa: F401
     spoiled,
     state_of,
     train,
@@ -30,7 +29,10 @@ from directclr_fast.train import checkpoint, supervise
 from directclr_fast.train.supervise import TrainingStopped
 
 ROOT = Path(__file__).parent.parent
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+pytestmark = [
+    pytest.mark.skipif(os.name == "nt", reason="POSIX signals"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 def flags(run_dir, name, **settings):

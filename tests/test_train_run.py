@@ -31,14 +31,7 @@ TINY = {
 }
 STEPS = 15  # of TINY: 3 epochs of 5
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small gain nothing from threads and lose much where other work runs."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def train(run_dir, name, *, resume=False, overwrite=False, on_step=None, **settings):
