@@ -42,6 +42,15 @@ from .problem import Problem
 from .reference import row_weights
 
 
+def _either(new: str, old: str) -> Callable | None:
+    """The collective by its name from PyTorch 2.14 on, which notes each use of the old one."""
+    return getattr(dist, new, None) or getattr(dist, old, None)
+
+
+all_gather = _either("all_gather_single", "all_gather_into_tensor")
+reduce_scatter = _either("reduce_scatter_single", "reduce_scatter_tensor")
+
+
 def cut(x: Tensor, where: slice) -> Tensor:
     """``x[where]``; a slice that is all of it costs nothing."""
     return x if x.shape[0] == where.stop - where.start else x[where]
@@ -210,7 +219,7 @@ class Shared:
 
     def _sum(self, value: Tensor) -> Tensor:
         everyone = value.new_empty(self.processes)
-        dist.all_gather_into_tensor(everyone, value.reshape(1), group=self.group)
+        all_gather(everyone, value.reshape(1), group=self.group)
         return everyone.sum()
 
     def _gather(self, x: Tensor) -> Tensor:
@@ -220,7 +229,7 @@ class Shared:
         if x.shape[0] < most:
             padded = torch.cat([x, x.new_zeros(most - x.shape[0], *x.shape[1:])])
         whole = x.new_empty(most * self.processes, *x.shape[1:])
-        dist.all_gather_into_tensor(whole, padded, group=self.group)
+        all_gather(whole, padded, group=self.group)
         if min(self.counts) == most:
             return whole
         return torch.cat([rows[:count] for rows, count in zip(whole.split(most), self.counts)])
@@ -257,7 +266,7 @@ class _Scattered:
                 into[: len(rows)] = rows
             part = padded.flatten(0, 1)
         rows = part.new_empty(most, *part.shape[1:])
-        dist.reduce_scatter_tensor(rows, part, group=world.group)
+        reduce_scatter(rows, part, group=world.group)
         self.rows = rows[: world.counts[world.rank]]
 
     def sum(self) -> Tensor | None:

@@ -29,6 +29,7 @@ from directclr_fast import (
     flops,
     info_nce,
     last_backend,
+    world,
 )
 from directclr_fast.backends.base import Pair
 from directclr_fast.problem import Problem
@@ -667,9 +668,14 @@ def operations(rank, size, group, gather, negatives):
     r1, r2 = (r[own].requires_grad_() for r in case.views(size))
     load, counter = dispatch.load, Counting(dispatch.load("torch"))
     dispatch.load = lambda name: counter
-    names = ("all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single", "P2POp")
+    owners = {
+        "all_gather": world,
+        "reduce_scatter": world,
+        "all_to_all_single": dist,
+        "P2POp": dist,
+    }
     with contextlib.ExitStack() as stack:
-        calls = {name: stack.enter_context(counted(dist, name)) for name in names}
+        calls = {n: stack.enter_context(counted(owner, n)) for n, owner in owners.items()}
         stack.enter_context(counted(distributed, "_exchange"))
         loss = fast_directclr_loss(
             r1, r2, 40, group=group, gather=gather, negatives=negatives, backend="torch",

@@ -43,8 +43,9 @@ def run_train(arguments: argparse.Namespace, on_step=None) -> None:
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     given = {k: v for k, v in vars(arguments).items() if k in names and v is not None}
     start = {"resume": arguments.resume, "overwrite": arguments.overwrite}
-    with ranks.launched():
-        trainer = Trainer(TrainConfig(**given), **start)
+    config = TrainConfig(**given)
+    with ranks.launched(config.checked("timeout")):
+        trainer = Trainer(config, **start)
         try:
             result = trainer.run(on_step)
         except (OSError, RuntimeError) as error:  # of the machine, not of the settings

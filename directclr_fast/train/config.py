@@ -177,6 +177,12 @@ class TrainConfig:
         help="steps between checkpoints (default: an epoch)", low=1, free=True
     )
     log_every: int = setting(1, "steps between log lines (default 1)", low=1, free=True)
+    timeout: float = setting(
+        300.0,
+        "seconds that a rank waits for the others, what rank 0 does alone included (default 300)",
+        positive=True,
+        free=True,
+    )
     checkpoint_dir: str = setting("runs", "folder of the runs (default runs)", free=True)
     name: str = setting("directclr", "folder of this run (default directclr)", free=True)
 
@@ -216,6 +222,11 @@ class TrainConfig:
             raise ValueError(f"name: expected the name of one folder, got {self.name!r}")
         if self.amp == "fp16" and not self.device.startswith("cuda"):
             raise ValueError(f"amp: expected 'none' or 'bf16' on {self.device}, got 'fp16'")
+
+    def checked(self, name: str) -> Any:
+        """The value of one setting, checked by itself."""
+        _check_field(self.__dataclass_fields__[name], getattr(self, name))
+        return getattr(self, name)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values by name, as config.json and the checkpoint hold them."""

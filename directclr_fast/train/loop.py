@@ -130,7 +130,7 @@ class Trainer:
     ) -> None:
         config = config.resolve()
         self.config = config
-        self.ranks = ranks = Ranks.joined()
+        self.ranks = ranks = Ranks.joined(config.timeout)
         self.progress = progress and ranks.rank == 0
         self.folder = Path(config.checkpoint_dir) / config.name
         self.path = self.folder / "checkpoint.pt"
@@ -180,7 +180,7 @@ class Trainer:
             self.cache = GradientCache(
                 self.model, self.module, config.chunk_size, config.cache_bn, self.autocast, ranks
             )
-        self.step = 0
+        self.step, self.now = 0, "before the first step"  # words for what the run is at
         log = self.folder / "log.jsonl" if ranks.rank == 0 else None
         self.log = Log(log, config.batch_size, len(self.sampler))
         if state is not None:
@@ -229,12 +229,18 @@ class Trainer:
         self._begin()
         signals = Signals(impatient=self.ranks.size == 1)
         bar = {"start": self.step, "show": self.progress, "banner": self._banner()}
-        with self.log.open(self._header), Progress(last, **bar) as progress, signals:
+        with (
+            self.ranks.watched(lambda: self.now, self._kept),
+            self.log.open(self._header),
+            Progress(last, **bar) as progress,
+            signals,
+        ):
             show = [lambda record: self._show(progress, record)]
             show += [] if on_step is None else [on_step]
             self.model.train()
             while self.step < last:
                 for images, labels, _ in self.batches:
+                    self.now = f"in step {self.step + 1}"
                     values = self.train_step(images, labels)
                     self.step += 1
                     self.log.tick()
@@ -319,6 +325,7 @@ class Trainer:
 
     def _save(self) -> None:
         # A finite gradient may still have sent the weights off.
+        self.now = f"while saving after step {self.step}"
         values = [v for v in self.model.state_dict().values() if v.is_floating_point()]
         if not torch.stack([v.isfinite().all() for v in values]).all():
             raise self._diverged()
@@ -352,6 +359,14 @@ class Trainer:
         caught = signals.caught or "a signal to another rank"
         return TrainingStopped(
             f"stopped by {caught} after step {self.step}; {self._last_checkpoint(kept)}"
+        )
+
+    def _kept(self) -> str:
+        """What a sentence about lost ranks ends with, on the rank that keeps the files."""
+        return (
+            "; " + self._last_checkpoint("the last good checkpoint is")
+            if self.ranks.rank == 0
+            else ""
         )
 
     def _last_checkpoint(self, introduction: str) -> str:
