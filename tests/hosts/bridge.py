@@ -16,7 +16,9 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 NETWORK = "10.77.0"  # of this bridge alone, so that it collides with nobody's
 
@@ -52,6 +54,36 @@ class Host:
         named = ["unshare", "--uts", "sh", "-c", 'hostname "$0"; exec "$@"', self.name]
         words = ["ip", "netns", "exec", self.space, *named, *command]
         return subprocess.Popen([str(w) for w in words], start_new_session=True, **options)
+
+    def torchrun(
+        self,
+        words: Sequence[object],
+        out: Path,
+        *,
+        nodes: object,
+        store: Host,
+        flags: Sequence[object] = (),
+        **environment: str,
+    ) -> subprocess.Popen:
+        """``python WORDS`` under this host's torchrun, one process, for a job of ``nodes`` that
+        meets on the host ``store``; what it says goes to ``out``."""
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", nodes]
+        command += ["--nproc-per-node", 1, "--rdzv-backend", "c10d", "--local-addr", self.address]
+        command += ["--rdzv-endpoint", f"{store.address}:29400"]
+        command += ["--rdzv-conf", f"is_host={int(self is store)}", *flags, *words]
+        own = {"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1", **environment}
+        with open(out, "a") as file:
+            quiet = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
+            return self.start(command, env={**os.environ, **own}, **quiet)
+
+    def trainers(self) -> list[int]:
+        """Of this host's processes those that train, not the torchrun that started them."""
+        lines = {n: Path(f"/proc/{n}/cmdline") for n in self.processes()}
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            return [
+                n for n, line in lines.items() if b"torch.distributed.run" not in line.read_bytes()
+            ]
+        return []
 
     def processes(self) -> list[int]:
         """Of every process on this host."""
