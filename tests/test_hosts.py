@@ -1,19 +1,14 @@
 """Two hosts, which are network namespaces on a bridge: they train as one process does, and when the
-link between them is cut both end with a sentence. More of it: tests/hosts/campaign.py."""
+link between them is cut both end with a sentence. More of it: tests/hosts/."""
 
 from __future__ import annotations
-
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import waiting
+from hosts import bridge
 from test_train_distributed import FEW, apart
 from test_train_run import log_of, state_of, train
-
-sys.path.insert(0, str(Path(__file__).parent / "hosts"))
-import bridge
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

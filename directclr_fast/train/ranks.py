@@ -27,7 +27,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.rendezvous import rendezvous
 
 from .supervise import FAILED
 
@@ -57,7 +56,9 @@ def launched(timeout: float) -> Iterator[None]:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     store, rank, size = _meeting(timeout)
     limit = {"timeout": timedelta(seconds=timeout)}
-    with Ranks(rank, size, store, timeout).watched(lambda: "before the first step"):
+    ranks = Ranks(rank, size, store, timeout)
+    with ranks.watched(lambda: "before the first step"):
+        ranks.meet()
         join = {"store": store, "rank": rank, "world_size": size, **limit}
         _within(timeout + LEAST, lambda: dist.init_process_group(backend, **join))
         yield
@@ -76,25 +77,28 @@ def _meeting(timeout: float) -> tuple[dist.Store, int, int]:
     their restarts each for itself, so there it takes a store of each start's own.
     """
     environment = os.environ
+    rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    host, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    of_agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    # Not rendezvous("env://"), which waits until all are there but cannot say who is not.
+    how = {"is_master": rank == 0 and not of_agent, "wait_for_workers": False}
+    how |= {"multi_tenant": True, "timeout": timedelta(seconds=timeout)}
     try:
-        meeting = rendezvous("env://", timeout=timedelta(seconds=timeout))
-        store, rank, size = _within(timeout + LEAST, lambda: next(meeting))
+        store = _within(timeout + LEAST, lambda: dist.TCPStore(host, port, **how))
     except (RuntimeError, TimeoutError) as error:
-        place = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
         raise RanksLost(
-            f"rank {environment['RANK']} of {environment['WORLD_SIZE']} did not meet the others at "
-            f"{place}, beside rank 0, within {timeout:g} s{_cause(error)}"
+            f"no answer from {host}:{port}, where rank 0 is and the ranks meet, for rank {rank} of "
+            f"{size} within {timeout:g} s{_cause(error)}"
         ) from error
     attempt = environment.get("TORCHELASTIC_RESTART_COUNT")
     if attempt is not None and environment.get("LOCAL_WORLD_SIZE") == environment["WORLD_SIZE"]:
         store = dist.PrefixStore(f"restart {attempt}", store)
-    elif environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        if environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
-            warnings.warn(
-                "max_restarts: expected TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of "
-                "torchrun with it, where there are several nodes; a restart may fail",
-                stacklevel=2,
-            )
+    elif of_agent and environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        warnings.warn(
+            "max_restarts: expected TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of "
+            "torchrun with it, where there are several nodes; a restart may fail",
+            stacklevel=2,
+        )
     return store, rank, size
 
 
@@ -123,8 +127,8 @@ def _within(seconds: float, call: Callable[[], object]) -> object:
 
 
 def _cause(error: Exception) -> str:
-    """What the network said, in brackets, without the place in Gloo's source."""
-    said = re.sub(r"^\[\S*\] ", "", (str(error).splitlines() or [""])[0])
+    """What the network said first, in brackets, without the place in Gloo's source."""
+    said = re.sub(r"^\[\S*\] ", "", str(error)).split("\n")[0].split(". ")[0]
     return f" ({said[:200]})" if said else ""
 
 
@@ -216,6 +220,12 @@ class Ranks:
 
     # ------------------------------------------------------------------------ who is missing
 
+    def meet(self) -> None:
+        """Returns once all ranks are there; :class:`RanksLost` for those who are not in time."""
+        present = _within(self.timeout + LEAST, lambda: self._list("present", self.timeout))
+        if absent := self._others(present, present):
+            raise RanksLost(f"{absent} of {self.size} did not come within {self.timeout:g} s")
+
     @contextlib.contextmanager
     def watched(self, where: Callable[[], str], rest: Callable[[], str] = str) -> Iterator[None]:
         """Turns an error of the network in the block into :class:`RanksLost`; of any other error
@@ -247,35 +257,43 @@ class Ranks:
             ended = _within(patience + LEAST, lambda: self._roll_call(patience))
             hosts = _within(LEAST, lambda: self._notes("present"))
         except Exception:
+            if self.rank == 0:
+                return "no answer from the ranks' store"
             place = os.environ.get("MASTER_ADDR", "its host")
-            rest = "" if self.rank == 0 else f" nor from rank 0, which is at {place},"
-            return f"no answer from the ranks' store{rest}"
-        missing = [rank for rank in range(self.size) if rank not in ended]
+            return f"no answer from rank 0 at {place}, where the ranks' store is,"
         left = [rank for rank, why in ended.items() if why and rank != self.rank]
-
-        def name(rank: int) -> str:
-            return f"rank {rank}" + (f" on {hosts[rank]}" if rank in hosts else "")
-
         if left:
-            return f"{name(left[0])} ended ({ended[left[0]]})"
-        if missing:
-            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-            return f"no answer from {', '.join(map(name, missing[:3]))}{more}"
+            return f"{_name(left[0], hosts)} ended ({ended[left[0]]})"
+        if absent := self._others(ended, hosts):
+            return f"no answer from {absent}"
         return "a connection between the ranks broke or was too slow, though all of them are there,"
+
+    def _others(self, there: dict[int, str], hosts: dict[int, str]) -> str:
+        """Names of the ranks that are not there, empty if none; at most three."""
+        names = [_name(rank, hosts) for rank in range(self.size) if rank not in there]
+        return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
     def _roll_call(self, patience: float) -> dict[int, str]:
         """The ranks that have given up, each with its error if that was of its own."""
         self._note("ended", "")
+        return self._list("ended", patience)
+
+    def _list(self, name: str, patience: float) -> dict[int, str]:
+        """What was noted by each rank, waiting for all of them for so many seconds."""
         end = time.monotonic() + patience
-        while len(ended := self._notes("ended")) < self.size and time.monotonic() < end:
-            time.sleep(0.1)
-        return ended
+        while len(notes := self._notes(name)) < self.size and time.monotonic() < end:
+            time.sleep(0.05 + self.size / 1000)  # one store answers all
+        return notes
 
     def _note(self, name: str, text: str) -> None:
         self.store.append(name, json.dumps([self.rank, text]) + "\n")
 
     def _notes(self, name: str) -> dict[int, str]:
         return dict(map(json.loads, self.store.get(name).decode().splitlines()))
+
+
+def _name(rank: int, hosts: dict[int, str]) -> str:
+    return f"rank {rank}" + (f" on {hosts[rank]}" if rank in hosts else "")
 
 
 TOLD = (ValueError, TypeError, OSError, ImportError, RuntimeError)

@@ -78,12 +78,12 @@ class Host:
 
     def trainers(self) -> list[int]:
         """Of this host's processes those that train, not the torchrun that started them."""
-        lines = {n: Path(f"/proc/{n}/cmdline") for n in self.processes()}
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            return [
-                n for n, line in lines.items() if b"torch.distributed.run" not in line.read_bytes()
-            ]
-        return []
+        found = []
+        for process in self.processes():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                if b"torch.distributed.run" not in Path(f"/proc/{process}/cmdline").read_bytes():
+                    found.append(process)
+        return found
 
     def processes(self) -> list[int]:
         """Of every process on this host."""
@@ -118,10 +118,16 @@ class Host:
 
 @contextlib.contextmanager
 def hosts(count: int) -> Iterator[list[Host]]:
-    """``count`` hosts on a bridge; whatever runs on them ends with the block."""
+    """``count`` hosts on a bridge; whatever runs on them ends with the block, or, should this
+    process be killed, when the next one makes hosts."""
+    for space in ip("ip", "netns", "list").split():
+        job = space.partition("-")[0]
+        if job.startswith("dclr") and not Path(f"/proc/{job[4:]}").exists():
+            _remove(space)
     job = f"dclr{os.getpid()}"
     switch = f"{job}-s"
     made = [Host(job, number) for number in range(count)]
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         ip("ip", "netns", "add", switch)
         ip("ip", "-n", switch, "link", "add", "bridge", "type", "bridge")
@@ -136,8 +142,15 @@ def hosts(count: int) -> Iterator[list[Host]]:
             ip("ip", "-n", host.space, "link", "set", "lo", "up")
         yield made
     finally:
-        for host in made:
-            with contextlib.suppress(subprocess.CalledProcessError):
-                host.signal(signal.SIGKILL)
         for space in (switch, *(host.space for host in made)):
-            subprocess.run(["ip", "netns", "delete", space], capture_output=True)
+            _remove(space)
+        signal.signal(signal.SIGTERM, before)
+
+
+def _remove(space: str) -> None:
+    """A namespace and every process in it."""
+    with contextlib.suppress(subprocess.CalledProcessError):
+        for process in ip("ip", "netns", "pids", space).split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(process), signal.SIGKILL)
+        ip("ip", "netns", "delete", space)
