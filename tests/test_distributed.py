@@ -526,6 +526,15 @@ def gathers(rank):
     results["above"] = len(shifts)
     distributed.ALL_GATHER_BYTES = limit
 
+    # As on GPUs: by a reduce-scatter, of even rows and of uneven ones.
+    here, world.SUMMED_BY_OWNERS = world.SUMMED_BY_OWNERS, ()
+    with counted(world, "reduce_scatter") as scatters:
+        results["scattered"] = [evaluate(fast_directclr_loss, r1, r2, 16, group="world")]
+        s1, s2, *_ = part_of(rank)
+        results["scattered"] += [evaluate(fast_directclr_loss, s1, s2, 16, group="world")]
+    world.SUMMED_BY_OWNERS = here
+    results["scatters"] = len(scatters)
+
     with counted(distributed, "_exchange") as exchanges:
         promised = evaluate(fast_directclr_loss, r1, r2, 16, group="world", even_batches=True)
     results["promised"] = (len(exchanges), promised.loss, promised.dr1)
@@ -553,6 +562,16 @@ def test_auto_takes_the_ring_above_the_limit(processes):
     for rank in range(WORLD):
         assert processes[rank]["gathers"]["below"] == 0
         assert processes[rank]["gathers"]["above"] == WORLD - 1
+
+
+def test_dz2_by_a_reduce_scatter_is_the_same(processes):
+    for number, counts in enumerate((EVEN, UNEVEN)):
+        _, _, r1, r2, _ = part_of(0, counts)
+        one = evaluate(fast_directclr_loss, r1, r2, 16)
+        for rank in range(WORLD):
+            got, own = processes[rank]["gathers"]["scattered"][number], part_of(rank, counts)[4]
+            assert relative_error(got.dr2, WORLD * one.dr2[own]) < 1e-6
+            assert processes[rank]["gathers"]["scatters"] == 2
 
 
 def test_promised_even_batches_exchange_nothing_first(processes):

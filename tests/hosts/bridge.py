@@ -51,9 +51,12 @@ class Host:
 
     def start(self, command: Sequence[object], **options) -> subprocess.Popen:
         """A process on this host."""
+        return subprocess.Popen(self.command(command), start_new_session=True, **options)
+
+    def command(self, command: Sequence[object]) -> list[str]:
+        """The command that runs ``command`` on this host."""
         named = ["unshare", "--uts", "sh", "-c", 'hostname "$0"; exec "$@"', self.name]
-        words = ["ip", "netns", "exec", self.space, *named, *command]
-        return subprocess.Popen([str(w) for w in words], start_new_session=True, **options)
+        return [str(word) for word in ("ip", "netns", "exec", self.space, *named, *command)]
 
     def torchrun(
         self,
