@@ -184,6 +184,18 @@ def test_three_ranks_and_another_world_size_on_resume(run_dir):
     assert [r["step"] for r in log_of(run_dir / "run")[1]] == [1, 2, 3, 4]
 
 
+def test_three_ranks_resume_to_the_bit(run_dir):
+    """Gloo adds three numbers in an order of their place in a bucket, and DDP changes buckets."""
+    script = """
+def main(rank):
+    train("whole")
+    train("halves", max_steps=2, save_every=1)
+    train("halves", resume=True)
+"""
+    launch(3, run_dir, script)
+    assert_same(state_of(run_dir / "halves"), state_of(run_dir / "whole"))
+
+
 def test_faults(run_dir):
     """What happens to one rank happens to all: a gradient of nan, a signal, an error of rank 0."""
     script = """

@@ -35,7 +35,7 @@ from .guard import Guard
 from .log import Log
 from .objective import Objective
 from .optim import build_optimizer, learning_rate
-from .ranks import Ranks
+from .ranks import Ranks, mean_in_order
 from .supervise import Signals, TrainingStopped
 
 
@@ -168,6 +168,8 @@ class Trainer:
             names = inspect.signature(DistributedDataParallel).parameters
             name = {"forward_sync_buffers", "broadcast_buffers"} & set(names)
             self.module = DistributedDataParallel(self.model, gpu, **{max(name): False})
+            if gpu is None and ranks.size > 2:
+                self.module.register_comm_hook(None, mean_in_order)
         if config.compile:
             self.model.encoder.compile()
         self.optimizer = build_optimizer(

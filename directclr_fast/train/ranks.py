@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..world import all_gather
 from .supervise import FAILED
 
 # How much later than this one another rank may give up: a tenth of the timeout, no less seconds.
@@ -143,6 +144,7 @@ class Ranks:
         timeout: float = 0.0,
     ) -> None:
         self.rank, self.size, self.timeout = rank, size, timeout
+        self.patience = max(LEAST, LATER * timeout)
         if size > 1:
             self.store = dist.PrefixStore("directclr_fast", store)
             with contextlib.suppress(Exception):  # of a store that keeps no lists
@@ -224,6 +226,8 @@ class Ranks:
         """Returns once all ranks are there; :class:`RanksLost` for those who are not in time."""
         present = _within(self.timeout + LEAST, lambda: self._list("present", self.timeout))
         if absent := self._others(present, present):
+            with contextlib.suppress(Exception):  # rank 0 may hold what the others still ask
+                _within(self.patience + LEAST, lambda: self._roll_call(self.patience))
             raise RanksLost(f"{absent} of {self.size} did not come within {self.timeout:g} s")
 
     @contextlib.contextmanager
@@ -252,9 +256,8 @@ class Ranks:
 
     def _missing(self) -> str:
         """Subject and verb of the sentence."""
-        patience = max(LEAST, LATER * self.timeout)
         try:
-            ended = _within(patience + LEAST, lambda: self._roll_call(patience))
+            ended = _within(self.patience + LEAST, lambda: self._roll_call(self.patience))
             hosts = _within(LEAST, lambda: self._notes("present"))
         except Exception:
             if self.rank == 0:
@@ -290,6 +293,26 @@ class Ranks:
 
     def _notes(self, name: str) -> dict[int, str]:
         return dict(map(json.loads, self.store.get(name).decode().splitlines()))
+
+
+def mean_in_order(_, bucket):
+    """Mean over the ranks of a ``GradBucket``, added in their order, in a future: a hook of
+    DistributedDataParallel for Gloo. (It takes no annotations that are strings.)
+
+    Gloo adds in an order that depends on the place in the bucket, and a process lays its buckets
+    out anew after its first step: with three ranks or more a resumed run would have other bits.
+    """
+    values, size = bucket.buffer(), dist.get_world_size()
+    padded = torch.nn.functional.pad(values, (0, -len(values) % size))
+    parts = torch.empty_like(padded)
+    dist.all_to_all_single(parts, padded)
+    first, *others = parts.chunk(size)
+    for other in others:
+        first += other
+    all_gather(padded, first / size)
+    done = torch.futures.Future()
+    done.set_result(padded[: len(values)])
+    return done
 
 
 def _name(rank: int, hosts: dict[int, str]) -> str:

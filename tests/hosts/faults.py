@@ -297,6 +297,7 @@ def main() -> None:
     """Runs the campaign, or goes on with it, and prints its table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--faults", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--timeout", type=float, default=5.0, help="--timeout of the runs")
     parser.add_argument("--late", type=float, default=20.0, help="seconds after it: a hang")
     parser.add_argument("--out", type=Path, required=True)
@@ -311,12 +312,12 @@ def main() -> None:
         campaign = Campaign(Path(folder), hosts, arguments.timeout, arguments.late)
         run = disk / "run"
         while len(faults) < arguments.faults:
-            chance, first = random.Random(len(faults)), len(faults)
+            chance, first = random.Random(f"{arguments.seed} {len(faults)}"), len(faults)
             sizes = chance.choice(((2,), (2,), (3,), (1, 2, 3)))
             whole = campaign.whole(sizes[-1])
             shutil.rmtree(run, ignore_errors=True)
             while step_of(run) < 3 * EPOCHS - 8:
-                chance = random.Random(len(faults))
+                chance = random.Random(f"{arguments.seed} {len(faults)}")
                 told = campaign.fault(run, chance.choice(sizes), chance)
                 faults.append(told)
                 print(len(faults), "LOST" if lost(told) else "", json.dumps(told), flush=True)
