@@ -479,8 +479,8 @@ MUTATIONS = [
         "test_distributed.py -k reference_in_fp64",
     ),
     Mutation(
-        "world: dz2 of fewer rows than the most", "directclr_fast/world.py",
-        "self.rows = rows[: world.counts[world.rank]]", "self.rows = rows",
+        "world: dz2 of fewer rows than the most have", "directclr_fast/world.py",
+        "into[: len(rows)] = rows", "into[-len(rows) :] = rows",
         "test_distributed.py -k reduce_scatter",
     ),
     Mutation(
