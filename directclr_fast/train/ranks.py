@@ -35,6 +35,10 @@ from .supervise import FAILED
 LATER, LEAST = 0.1, 2.0
 
 
+class _NoAnswer(Exception):
+    """A call to the ranks' store has not returned in time."""
+
+
 class RanksLost(RuntimeError):
     """Another rank did not answer in time, or is gone; the sentence says which and when."""
 
@@ -86,7 +90,7 @@ def _meeting(timeout: float) -> tuple[dist.Store, int, int]:
     how |= {"multi_tenant": True, "timeout": timedelta(seconds=timeout)}
     try:
         store = _within(timeout + LEAST, lambda: dist.TCPStore(host, port, **how))
-    except (RuntimeError, TimeoutError) as error:
+    except (RuntimeError, _NoAnswer) as error:
         raise RanksLost(
             f"no answer from {host}:{port}, where rank 0 is and the ranks meet, for rank {rank} of "
             f"{size} within {timeout:g} s{_cause(error)}"
@@ -104,7 +108,7 @@ def _meeting(timeout: float) -> tuple[dist.Store, int, int]:
 
 
 def _within(seconds: float, call: Callable[[], object]) -> object:
-    """What ``call`` returns or raises; TimeoutError after ``seconds``.
+    """What ``call`` returns or raises; ``_NoAnswer`` after ``seconds``.
 
     PyTorch's store waits for ever for an answer whose link is cut, whatever its own timeout.
     """
@@ -120,7 +124,7 @@ def _within(seconds: float, call: Callable[[], object]) -> object:
     thread.start()
     thread.join(seconds)
     if not ended:
-        raise TimeoutError
+        raise _NoAnswer
     result, error = ended[0]
     if error is not None:
         raise error
@@ -244,7 +248,7 @@ class Ranks:
         except Exception as error:
             if self.size == 1:
                 raise
-            if isinstance(error, dist.DistError | TimeoutError) or "gloo" in str(error):
+            if isinstance(error, dist.DistError | _NoAnswer) or "gloo" in str(error):
                 raise RanksLost(
                     f"{self._missing()} {where()}, with a timeout of {self.timeout:g} s"
                     f"{_cause(error)}{rest()}"

@@ -207,7 +207,7 @@ class Campaign:
             filled.unlink(missing_ok=True)
             living = watched
         told["arrived"] = bool(arrived)
-        told["hung"] = codes.count(None)
+        told["hung"], told["codes"] = codes.count(None), codes
         told["said"] = [s[-1] if (s := rank.sentences()) else "" for rank in living]
         told["all say it"] = all(
             len(rank.sentences()) == 1 and names(kind, victim, number, rank.sentences()[0])
@@ -286,9 +286,10 @@ def table(faults: list[dict]) -> str:
 
 def lost(fault: dict) -> bool:
     """Whether a fault left what it must not: a process that hangs, a checkpoint that does not load,
-    a rank without its sentence, a run that ended where it should have gone on."""
+    a rank without its sentence or exit code 1, a run that ended where it should have gone on."""
+    failed = fault["kind"] in LASTING and set(fault.get("codes", ())) - {1}
     return bool(
-        fault["hung"] or fault["checkpoint"] is None or not fault["all say it"]
+        failed or fault["hung"] or fault["checkpoint"] is None or not fault["all say it"]
         or not fault.get("went on", True)
     )  # fmt: skip
 
