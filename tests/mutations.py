@@ -116,8 +116,8 @@ MUTATIONS = [
     ),
     Mutation(
         "cpu: the positive is exact where its neighbours are rounded",
-        "directclr_fast/backends/cpu.py",
-        'if logits is not None and problem.precision == "bf16":', "if logits is not None:",
+        "csrc/cpu/stages.cpp",
+        "exact = args.pair.bf16 && logits;", "exact = logits;",
         "test_cpu_backend.py -k 'equal_rows and portable'",
     ),
     Mutation(
