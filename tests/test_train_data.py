@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from directclr_fast.train import data
+from directclr_fast.train import data, folder
 from directclr_fast.train.config import TrainConfig
 from directclr_fast.train.loop import Trainer
 
@@ -449,7 +449,7 @@ def test_folder_errors(tmp_path):
 )
 def test_every_kind_of_file_becomes_rgb(name, mode, colour, want, tmp_path):
     save(tmp_path / name, mode, colour=colour)
-    got = data.decode(tmp_path / name, 16)
+    got = folder.decode(tmp_path / name, 16)
     assert got.shape == (3, 16, 16) and got.dtype == torch.uint8 and got.is_contiguous()
     assert (got.int() - torch.tensor(want)[:, None, None]).abs().max() <= 2  # JPEG is lossy
 
@@ -460,7 +460,7 @@ def test_decode_cuts_the_centre(suffix, tmp_path):
     pixels = np.zeros((64, 192, 3), np.uint8)
     pixels[:, 64:128, 1] = 255  # the middle third is green
     image.fromarray(pixels).save(tmp_path / f"x.{suffix}", **{"quality": 95})
-    got = data.decode(tmp_path / f"x.{suffix}", 16)
+    got = folder.decode(tmp_path / f"x.{suffix}", 16)
     assert got[1, :, 1:-1].min() > 240 and got[[0, 2], :, 1:-1].max() < 15
 
 
