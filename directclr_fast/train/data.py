@@ -9,11 +9,12 @@
 | svhn | 73,257 + 26,032 RGB 32x32 | torchvision, in `root` |
 | fashion-mnist | 60,000 + 10,000 grey 28x28 | `root`, or Debian's dataset-fashion-mnist |
 | mnist, kmnist | 60,000 + 10,000 grey 28x28 | `root` |
-| folder:PATH | PATH/train/<class>/*, PATH/val/<class>/* or PATH/<class>/* | decoded by workers |
+| folder:PATH | pictures, with classes or without (folder.py) | decoded by workers |
 | fake | random classes under noise, `fake:n=1024,classes=10,size=32,channels=3` | the seed |
 
 Nothing here augments: the views are made of whole batches on the device (views.py). An unlabelled
-image has label -1, as the training part of stl10 has beyond its labelled 5,000.
+image has label -1, as in a folder without classes, and in the training part of stl10 beyond its
+labelled 5,000.
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ def load(
     train: bool,
     image_size: int | None = None,
     seed: int = 0,
+    skip_unreadable: bool = False,
 ) -> ImageSet | FolderSet:
     """The training part (train=True) or the held-out part of the set that `spec` names.
 
@@ -86,8 +88,9 @@ def load(
     fashion-mnist, mnist and kmnist it may also hold the files themselves, packed (.gz) or not.
     image_size: side of the training crop in pixels. folder: stores 8/7 of it, so that 224 is cut
     from 256 (224 if None); fake makes images of it; the others keep their own size.
-    seed: of fake; the split of the others never changes. PATH/<class>/* without train and val
-    folders is split by name: of each class, the 2nd, 12th, 22nd ... file is held out.
+    seed: of fake; the split of the others never changes. A folder without train and val folders is
+    split by name: of each class, the 2nd, 12th, 22nd ... file is held out.
+    skip_unreadable: files of a folder that cannot be read are left out rather than raise.
 
     ValueError for an unknown spec, FileNotFoundError for missing or empty folders, ImportError for
     a missing package, OSError for a failed download or a damaged file.
@@ -102,7 +105,8 @@ def load(
     if spec in ("cifar10", "cifar100", *SPLITS):
         return _torchvision(spec, Path("data" if root is None else root), download, train)
     if kind == "folder" and rest:
-        return folder.load(Path(rest).expanduser(), train, round((image_size or 224) * 8 / 7))
+        size = round((image_size or 224) * 8 / 7)
+        return folder.load(Path(rest).expanduser(), train, size, skip_unreadable)
     if kind == "fake":
         return _fake(spec, rest, train, image_size, seed)
     raise ValueError(f"data: expected one of {', '.join(SETS)}, got {spec!r}")
@@ -420,7 +424,11 @@ def _read(loader: DataLoader, device: torch.device) -> Iterator[tuple[Tensor, Te
     for batch in loader:
         if isinstance(batch, str):
             raise OSError(batch)
-        images, labels, indices = batch
+        images, labels, indices, *failed = batch
+        for reasons in failed:
+            loader.dataset.failed.update(reasons)
+        if not len(images):  # none of them could be read
+            continue
         images = images.to(device, non_blocking=True)
         yield images, labels.to(device, non_blocking=True), indices
 
@@ -431,7 +439,10 @@ def in_order(
     device: torch.device | str = "cpu",
     num_workers: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """The whole set once, in its own order, in batches as Batches gives them; for evaluation."""
+    """The whole set once, in its own order, in batches as Batches gives them; for evaluation. Files
+    that may be left out are, with their labels."""
+    if isinstance(dataset, FolderSet) and dataset.skip:
+        dataset = replace(dataset, skip="drop")
     device = torch.device(device)
     batches = torch.arange(len(dataset)).split(batch_size)
     return _read(_loader(dataset, batches, device, num_workers), device)
