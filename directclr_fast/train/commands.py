@@ -26,7 +26,8 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         kind = {"int": int, "float": float}.get(field.type.partition(" ")[0])
         how = {"type": kind} if kind else {}
         if field.type == "bool":
-            how = {"action": argparse.BooleanOptionalAction if field.default else "store_true"}
+            on = field.metadata["default"]
+            how = {"action": argparse.BooleanOptionalAction if on else "store_true"}
         add(f"--{field.name.replace('_', '-')}", default=None, help=field.metadata["help"], **how)
     add("--max-restarts", type=int, help="resume by itself after a crash, this often (default 0)")
     start = parser.add_mutually_exclusive_group()

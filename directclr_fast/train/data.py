@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import functools
 import gzip
+import hashlib
 import math
 import zlib
 from collections.abc import Iterable, Iterator
@@ -71,6 +72,13 @@ class ImageSet:
     def __getitems__(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return (*self.batch(indices), indices)
 
+    def fingerprint(self) -> str:
+        """Of the labels and some of the images."""
+        digest = hashlib.sha256(str(tuple(self.images.shape)).encode())
+        for values in (self.labels, self.images[:: -(-len(self) // folder.SIZED)]):
+            digest.update(values.cpu().contiguous().numpy())
+        return digest.hexdigest()
+
 
 def load(
     spec: str,
@@ -110,6 +118,31 @@ def load(
     if kind == "fake":
         return _fake(spec, rest, train, image_size, seed)
     raise ValueError(f"data: expected one of {', '.join(SETS)}, got {spec!r}")
+
+
+def identity(dataset: ImageSet | FolderSet) -> dict:
+    """What a set is, wherever it lies, in plain values: for `check_same`."""
+    classes = list(dataset.classes) if isinstance(dataset, FolderSet) else dataset.num_classes
+    return {"images": len(dataset), "classes": classes, "fingerprint": dataset.fingerprint()}
+
+
+def check_same(saved: dict, here: dict, spec: str) -> None:
+    """ValueError where `here`, the `identity` of the set `spec`, is not that a run began with."""
+    if isinstance(saved["classes"], list) and isinstance(here["classes"], list):
+        old, new = set(saved["classes"]), set(here["classes"])
+        changes = [f"without {name!r}" for name in sorted(old - new)]
+        changes += [f"with {name!r}" for name in sorted(new - old)]
+        if changes:
+            expected = f"the {len(old)} classes that the run began with"
+            raise ValueError(
+                f"data: expected {expected}, got those in {spec}: {changes[0]}"
+                + (f", and {len(changes) - 1} more changes" if changes[1:] else "")
+            )
+    if saved != here:
+        same = saved["images"] == here["images"]
+        got = "others (in name, number of bytes or order)" if same else here["images"]
+        expected = f"the {saved['images']} training images that the run began with"
+        raise ValueError(f"data: expected {expected}, got {got} in {spec}")
 
 
 def _missing(spec: str, package: str, error: ImportError) -> ImportError:
@@ -362,6 +395,7 @@ class EpochSampler:
             got = batch_size if last == batch_size else f"{batch_size} and a last one of {last}"
             raise ValueError(f"batch size: expected at least the {world_size} ranks, got {got}")
         self.n, self.batch_size, self.seed, self.drop_last = n, batch_size, seed, drop_last
+        self.what = what
         self.rank, self.world_size = rank, world_size
         self.epoch = self.position = 0
 
@@ -394,10 +428,10 @@ class EpochSampler:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """To the place that was saved. ValueError if the order there was another one."""
-        for key in ("n", "batch_size", "seed"):
+        for key, said in (("n", self.what), ("batch_size", "batch size"), ("seed", "seed")):
             if state[key] != getattr(self, key):
                 expected = f"{state[key]} as in the checkpoint"
-                raise ValueError(f"{key}: expected {expected}, got {getattr(self, key)}")
+                raise ValueError(f"{said}: expected {expected}, got {getattr(self, key)}")
         self.epoch, self.position = state["epoch"], state["position"]
 
 

@@ -71,7 +71,7 @@ class Model(nn.Module):
                 group=self.ranks.group,
                 seed=config.seed,
             )
-            self.head = nn.Linear(self.width, classes)
+            self.head = nn.Linear(self.width, max(classes, 1))  # pictures may have none
 
     def as_in(self, state: dict) -> Model:
         """This model in the form of an older version that ``state``, a state dict, has."""
@@ -114,8 +114,9 @@ class Trainer:
 
     ``config.json`` (every setting), ``log.jsonl`` (a header line, then a line a step or every
     ``log_every`` steps) and ``checkpoint.pt``. ``resume`` continues from the folder's checkpoint,
-    where there is one; without it a folder that holds one is refused unless ``overwrite``. Nothing
-    there is changed before ``run``.
+    where there is one, with its settings where ``config`` has none, on the same images wherever
+    they lie now; without it a folder that holds one is refused unless ``overwrite``. Nothing there
+    is changed before ``run``.
 
     Where torch.distributed is initialised the run is shared by its processes, which all do this.
     """
@@ -128,17 +129,22 @@ class Trainer:
         overwrite: bool = False,
         progress: bool = True,
     ) -> None:
-        config = config.resolve()
-        self.config = config
         self.ranks = ranks = Ranks.joined()
         self.progress = progress and ranks.rank == 0
-        self.folder = Path(config.checkpoint_dir) / config.name
+        self.folder = config.folder
         self.path = self.folder / "checkpoint.pt"
-        state = ranks.first(lambda: self._start_from(resume, overwrite))
+        state = ranks.first(self._saved) if resume else None
+        if state is not None:
+            config = config.continuing(state["config"])
+        self.config = config = config.resolve()
+        ranks.first(lambda: self._check_folder(state, resume, overwrite))
 
         torch.manual_seed(config.seed + ranks.rank)
         self.device = ranks.device(torch.device(config.device))
-        dataset = self._load_data()
+        self.dataset = dataset = self._load_data(state)
+        self.identity = data.identity(dataset)
+        if state is not None and "data" in state:  # older ones do not say
+            data.check_same(state["data"], self.identity, config.data)
         self.channels, self.classes = dataset.shape[0], dataset.num_classes
         if isinstance(dataset, data.ImageSet):
             dataset = dataset.to(self.device)
@@ -186,7 +192,7 @@ class Trainer:
         if state is not None:
             self._restore(state)
 
-    def _load_data(self) -> data.ImageSet | data.FolderSet:
+    def _load_data(self, state: dict | None) -> data.ImageSet | data.FolderSet:
         config, download = self.config, self.config.download
 
         def load(download: bool):
@@ -197,12 +203,19 @@ class Trainer:
                 train=True,
                 image_size=config.image_size,
                 seed=config.seed,
+                skip_unreadable=config.skip_unreadable,
             )
 
         if download and self.ranks.size > 1:  # one fetches, the others find it
             self.ranks.first(lambda: load(True) and None)
             download = False
-        return load(download)
+        try:
+            return load(download)
+        except FileNotFoundError as error:
+            if state is None:
+                raise
+            hint = "where they have been moved to is for --data or --data-root to say"
+            raise FileNotFoundError(f"{error}; {hint}") from error
 
     # ------------------------------------------------------------------------ the run
 
@@ -328,6 +341,7 @@ class Trainer:
     def _state(self, random_state: dict, *of_other_ranks: dict) -> dict:
         return {
             "config": self.config.to_dict(),
+            "data": self.identity,
             "channels": self.channels,
             "classes": self.classes,
             "step": self.step,
@@ -358,37 +372,21 @@ class Trainer:
         there = self.path.exists()
         return f"{introduction} {self.path}" if there else "there is no checkpoint yet"
 
-    def _start_from(self, resume: bool, overwrite: bool) -> dict | None:
-        """The checkpoint to continue from, None to start anew."""
+    def _saved(self) -> dict | None:
+        """The checkpoint to continue from, if there is one."""
+        there = self.path.exists() or checkpoint.previous(self.path).exists()
+        return checkpoint.load(self.path) if there else None
+
+    def _check_folder(self, state: dict | None, resume: bool, overwrite: bool) -> None:
         checkpoint.writable("checkpoint_dir", self.folder)
-        older = checkpoint.previous(self.path)
-        there = self.path.exists() or older.exists()
-        if resume and there:
-            state = checkpoint.load(self.path)
-            self._check_same(state["config"])
-            return state
-        if there and not overwrite:
+        there = self.path.exists() or checkpoint.previous(self.path).exists()
+        if there and not (resume or overwrite):
             raise ValueError(
                 f"name: expected a folder without a checkpoint, got {self.folder}; "
                 "give --resume to continue it, --overwrite to start anew, or another --name"
             )
-        if resume:
+        if resume and state is None:
             warnings.warn(f"resume: no checkpoint in {self.folder}, starting anew", stacklevel=3)
-        return None
-
-    def _check_same(self, saved: dict) -> None:
-        for name, value in self.config.to_dict().items():
-            if name not in self.config.FREE and saved.get(name) != value:
-                raise ValueError(
-                    f"{name}: expected {saved.get(name)!r} as in the checkpoint being resumed, "
-                    f"got {value!r}"
-                )
-            if name in ("chunk_size", "cache_bn") and saved.get(name) != value:
-                # Allowed, as "frozen-stats" lives on it, but BatchNorm acts otherwise from here on.
-                warnings.warn(
-                    f"{name}: {saved.get(name)!r} in the checkpoint being resumed, now {value!r}",
-                    stacklevel=2,
-                )
 
     def _restore(self, state: dict) -> None:
         self.model.load_state_dict(state["model"])
@@ -396,6 +394,12 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         self.sampler.load_state_dict(state["sampler"])
         self.step = state["step"]
+        if self.step > self.total_steps:
+            behind = -(-self.step // len(self.sampler))
+            raise ValueError(
+                f"epochs: expected at least the {behind} that the run has behind it, got "
+                f"{self.config.epochs}"
+            )
         self.guard.counts.copy_(state.get("skipped", torch.zeros(2)))
         random_states = [state["rng"], *state.get("rng_of_other_ranks", [])]
         known = self.ranks.rank < len(random_states)
