@@ -67,6 +67,7 @@ def add_foreign(parser: argparse.ArgumentParser) -> None:
         "which returns one",
     )
     add("--image-size", type=int, help="what it sees, pixels (default: as the data's recipe)")
+    add("--skip-unreadable", action="store_true", help="leave out pictures that cannot be read")
     add("--key", help="name of the features in a file that holds more than one matrix")
     add(
         "--trust-pickle",
@@ -206,6 +207,7 @@ def _subject(arguments: argparse.Namespace, device: str) -> Subject:
             channels=channels,
             device=device,
             workers=arguments.workers,
+            skip_unreadable=arguments.skip_unreadable,
         )
 
     rows = {name: functools.partial(features, network) for name, network in networks.items()}

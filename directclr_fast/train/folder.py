@@ -163,6 +163,13 @@ def _eight_bits(pixels: np.ndarray) -> np.ndarray:
     return np.rint(pixels).astype(np.uint8)
 
 
+def said_unreadable(failed: dict[str, str]) -> str:
+    """How many files could not be read, and the first of them with their reasons."""
+    first = [f"{path} ({reason})" for path, reason in [*failed.items()][:NAMED]]
+    more = ", ..." if len(failed) > NAMED else ""
+    return f"data: left out {len(failed)} unreadable pictures: {', '.join(first)}{more}"
+
+
 def _said(left_out: dict[str, dict]) -> str:
     def one(why: str, what: dict) -> str:
         more = ", ..." if what["count"] > len(what["such as"]) else ""

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..dispatch import last_backend
 from ..machine import machine
 from ..progress import Progress
-from . import checkpoint, data, encoders, views
+from . import checkpoint, data, encoders, folder, views
 from .batchnorm import synchronise
 from .config import TrainConfig
 from .gradcache import GradientCache
@@ -141,13 +141,14 @@ class Trainer:
 
         torch.manual_seed(config.seed + ranks.rank)
         self.device = ranks.device(torch.device(config.device))
-        self.dataset = dataset = self._load_data(state)
+        dataset = self._load_data(state)
         self.identity = data.identity(dataset)
         if state is not None and "data" in state:  # older ones do not say
             data.check_same(state["data"], self.identity, config.data)
         self.channels, self.classes = dataset.shape[0], dataset.num_classes
         if isinstance(dataset, data.ImageSet):
             dataset = dataset.to(self.device)
+        self.dataset = dataset
         self.sampler = data.EpochSampler(
             len(dataset),
             config.batch_size,
@@ -188,7 +189,7 @@ class Trainer:
             )
         self.step = 0
         log = self.folder / "log.jsonl" if ranks.rank == 0 else None
-        self.log = Log(log, config.batch_size, len(self.sampler))
+        self.log = Log(log, config.batch_size, len(self.sampler), labelled=self.classes > 0)
         if state is not None:
             self._restore(state)
 
@@ -268,6 +269,10 @@ class Trainer:
                         raise self._stopped(signals, saved=not in_a_row)
                     if end:
                         break
+            if failed := self._unreadable():
+                self.log.end({"unreadable": failed})
+        if failed := self._unreadable():
+            warnings.warn(f"{folder.said_unreadable(failed)}; log.jsonl has all", stacklevel=2)
         last_line = {**self.log.record, "step": self.step}
         return {**last_line, "backend": last_backend(), "folder": str(self.folder)}
 
@@ -336,7 +341,14 @@ class Trainer:
         if not torch.stack([v.isfinite().all() for v in values]).all():
             raise self._diverged()
         random_states = self.ranks.gather(checkpoint.rng_state(self.view_generator))
+        if self.config.skip_unreadable:
+            for failed in self.ranks.gather(self._unreadable()):
+                self._unreadable().update(failed or {})
         self.ranks.first(lambda: checkpoint.save(self.path, self._state(*random_states)))
+
+    def _unreadable(self) -> dict[str, str]:
+        """Files that were left out until now, and why; on rank 0, after a save, those of all."""
+        return getattr(self.dataset, "failed", {})
 
     def _state(self, random_state: dict, *of_other_ranks: dict) -> dict:
         return {
@@ -350,6 +362,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "sampler": self.sampler.state_dict(),
             "skipped": self.guard.counts.cpu(),
+            "unreadable": dict(self._unreadable()),
             "rng": random_state,
             "rng_of_other_ranks": list(of_other_ranks),
             "log_bytes": self.log.sync(),
@@ -401,6 +414,7 @@ class Trainer:
                 f"{self.config.epochs}"
             )
         self.guard.counts.copy_(state.get("skipped", torch.zeros(2)))
+        self._unreadable().update(state.get("unreadable", {}))
         random_states = [state["rng"], *state.get("rng_of_other_ranks", [])]
         known = self.ranks.rank < len(random_states)
         checkpoint.set_rng_state(
@@ -422,18 +436,23 @@ class Trainer:
                 path.unlink(missing_ok=True)
 
     def _header(self) -> dict:
+        files = {}
+        if isinstance(self.dataset, data.FolderSet):
+            files["files"] = {"taken": len(self.dataset), "left out": self.dataset.left_out}
         return {
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             **machine(gpu=self.device.type == "cuda"),
             "device": str(self.device),
             "ranks": self.ranks.size,
+            **files,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "steps": self.total_steps,
         }
 
     def _show(self, progress: Progress, record: dict) -> None:
         rate = record["images_per_second"]
-        text = f"loss {record['loss']:.4f}  accuracy {100 * record['accuracy']:.1f} %"
+        text = f"loss {record['loss']:.4f}"
+        text += f"  accuracy {100 * record['accuracy']:.1f} %" if self.classes else ""
         text += f"  {rate:.0f} images/s" if rate else ""
         line = f"step {record['step']:>6}/{progress.total}  {text}  [{last_backend()}]"
         progress.to(record["step"], text, line)
@@ -447,4 +466,5 @@ class Trainer:
             f"{config.optimizer} {config.learning_rate:g}, {self.device}, amp {config.amp}"
             + (f", {self.ranks.size} ranks" if self.ranks.size > 1 else "")
             + (f", by chunks of {config.chunk_size}" if self.cache else "")
+            + (f"\n{self.dataset.said()}" if isinstance(self.dataset, data.FolderSet) else "")
         )
