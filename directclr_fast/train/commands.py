@@ -38,12 +38,13 @@ def add_train(parser: argparse.ArgumentParser) -> None:
 
 
 def run_train(arguments: argparse.Namespace, on_step=None) -> None:
-    from . import ranks, supervise
+    from . import job, ranks, supervise
     from .loop import Trainer, TrainingDiverged
 
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     given = {k: v for k, v in vars(arguments).items() if k in names and v is not None}
     start = {"resume": arguments.resume, "overwrite": arguments.overwrite}
+    job.place()  # or what is wrong with it
     with ranks.launched():
         trainer = Trainer(TrainConfig(**given), **start)
         try:

@@ -191,6 +191,12 @@ class TrainConfig:
         help="steps between checkpoints (default: an epoch)", low=1, resumed="free"
     )
     log_every: int = setting(1, "steps between log lines (default 1)", low=1, resumed="free")
+    logger: str = setting(
+        "none",
+        "none, tensorboard, wandb: beside log.jsonl (default none)",
+        choices=".logger:LOGGERS",
+        resumed="free",
+    )
     checkpoint_dir: str = setting("runs", "folder of the runs (default runs)", resumed="call")
     name: str = setting("directclr", "folder of this run (default directclr)", resumed="call")
 

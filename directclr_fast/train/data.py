@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from . import folder
-from .folder import FolderSet
+from .folder import FolderSet, missing
 
 SETS = (
     "digits", "patches", "cifar10", "cifar100", "stl10", "svhn", "fashion-mnist", "mnist", "kmnist",
@@ -145,17 +145,12 @@ def check_same(saved: dict, here: dict, spec: str) -> None:
         raise ValueError(f"data: expected {expected}, got {got} in {spec}")
 
 
-def _missing(spec: str, package: str, error: ImportError) -> ImportError:
-    hint = "install it with: pip install 'directclr-fast[train]'"
-    return ImportError(f"data {spec}: expected {package}, got {error}; {hint}")
-
-
 def _digits(train: bool) -> ImageSet:
     try:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ImportError as error:
-        raise _missing("digits", "scikit-learn", error) from error
+        raise missing("digits", "scikit-learn", error) from error
     images, labels = load_digits(return_X_y=True)
     parts = train_test_split(np.arange(len(labels)), test_size=500, stratify=labels, random_state=0)
     part = np.sort(parts[0] if train else parts[1])
@@ -191,7 +186,7 @@ def _patches(train: bool) -> ImageSet:
         import skimage
         from PIL import Image
     except ImportError as error:
-        raise _missing("patches", "scikit-image", error) from error
+        raise missing("patches", "scikit-image", error) from error
     folder = Path(skimage.__file__).parent / "data"
     images, labels = [], []
     for label, name in enumerate(PHOTOGRAPHS):
@@ -253,7 +248,7 @@ def _torchvision(spec: str, root: Path, download: bool, train: bool) -> ImageSet
             images, labels = source.data.transpose(0, 3, 1, 2), source.targets
             classes = len(source.classes)
     except ImportError as error:
-        raise _missing(spec, "scipy", error) from error
+        raise missing(spec, "scipy", error) from error
     except (RuntimeError, OSError) as error:
         if download:
             raise _not_fetched(spec, root, error) from error
@@ -269,7 +264,7 @@ def _datasets(spec: str):
     try:
         from torchvision import datasets
     except ImportError as error:
-        raise _missing(spec, "torchvision", error) from error
+        raise missing(spec, "torchvision", error) from error
     return datasets
 
 

@@ -279,15 +279,18 @@ class _Walk:
         return found
 
 
+def missing(spec: str, package: str, error: ImportError) -> ImportError:
+    """The error of a set that needs a package."""
+    hint = "install it with: pip install 'directclr-fast[train]'"
+    return ImportError(f"data {spec}: expected {package}, got {error}; {hint}")
+
+
 def load(root: Path, train: bool, size: int, skip_unreadable: bool = False) -> FolderSet:
     """The training or the held-out part; data.load says how it is chosen, and the errors."""
     try:
         import PIL  # noqa: F401
     except ImportError as error:
-        raise ImportError(
-            f"data folder: expected Pillow, got {error}; "
-            "install it with: pip install 'directclr-fast[train]'"
-        ) from error
+        raise missing("folder", "Pillow", error) from error
     if not root.is_dir():
         raise FileNotFoundError(f"data: expected a folder of images, got no folder {root}")
     split = (root / "train").is_dir()

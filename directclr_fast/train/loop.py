@@ -13,6 +13,7 @@ ranks are one process up to rounding. Rank 0 alone reads and writes files and sh
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 import sys
@@ -33,6 +34,7 @@ from .config import TrainConfig
 from .gradcache import GradientCache
 from .guard import Guard
 from .log import Log
+from .logger import Logger
 from .objective import Objective
 from .optim import build_optimizer, learning_rate
 from .ranks import Ranks
@@ -190,6 +192,7 @@ class Trainer:
         self.step = 0
         log = self.folder / "log.jsonl" if ranks.rank == 0 else None
         self.log = Log(log, config.batch_size, len(self.sampler), labelled=self.classes > 0)
+        self.logger = Logger(config.logger if ranks.rank == 0 else "none")
         if state is not None:
             self._restore(state)
 
@@ -240,12 +243,18 @@ class Trainer:
             last = min(last, self.config.max_steps)
         save_every = self.config.save_every or len(self.sampler)
         due = False
+        self.logger.open(self.folder, self.config.to_dict(), self.step)
         self._begin()
         signals = Signals(impatient=self.ranks.size == 1)
         bar = {"start": self.step, "show": self.progress, "banner": self._banner()}
-        with self.log.open(self._header), Progress(last, **bar) as progress, signals:
+        with (
+            contextlib.closing(self.logger),
+            self.log.open(self._header),
+            Progress(last, **bar) as progress,
+            signals,
+        ):
             show = [lambda record: self._show(progress, record)]
-            show += [] if on_step is None else [on_step]
+            show += [self.logger.add, *([] if on_step is None else [on_step])]
             self.model.train()
             while self.step < last:
                 for images, labels, _ in self.batches:
@@ -363,6 +372,7 @@ class Trainer:
             "sampler": self.sampler.state_dict(),
             "skipped": self.guard.counts.cpu(),
             "unreadable": dict(self._unreadable()),
+            "logger": self.logger.id,
             "rng": random_state,
             "rng_of_other_ranks": list(of_other_ranks),
             "log_bytes": self.log.sync(),
@@ -415,6 +425,7 @@ class Trainer:
             )
         self.guard.counts.copy_(state.get("skipped", torch.zeros(2)))
         self._unreadable().update(state.get("unreadable", {}))
+        self.logger.id = state.get("logger")
         random_states = [state["rng"], *state.get("rng_of_other_ranks", [])]
         known = self.ranks.rank < len(random_states)
         checkpoint.set_rng_state(
