@@ -398,12 +398,12 @@ def tree(tmp_path):
 def test_folder_with_train_and_val(tree):
     train, val = (data.load(f"folder:{tree}", train=t, image_size=28) for t in (True, False))
     assert len(train) == 5 and len(val) == 1 and train.num_classes == val.num_classes == 2
-    assert train.shape == (3, 32, 32)
+    assert train.shape == (3, 28, 28)
     assert train.labels.tolist() == [0, 0, 0, 1, 1] and val.labels.tolist() == [1]
     images, labels = train.batch(torch.tensor([4, 2]))
-    assert images.shape == (2, 3, 32, 32) and images.dtype == torch.uint8
+    assert images.shape == (2, 3, 28, 28) and images.dtype == torch.uint8
     assert images[:, 0, 5, 5].tolist() == [160, 80] and labels.tolist() == [1, 0]
-    assert data.load(f"folder:{tree}", train=True).size == 256
+    assert data.load(f"folder:{tree}", train=True).size == 224
 
 
 def test_folder_without_train_is_split_by_name(tmp_path):

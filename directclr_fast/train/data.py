@@ -12,9 +12,9 @@
 | folder:PATH | pictures, with classes or without (folder.py) | decoded by workers |
 | fake | random classes under noise, `fake:n=1024,classes=10,size=32,channels=3` | the seed |
 
-Nothing here augments: the views are made of whole batches on the device (views.py). An unlabelled
-image has label -1, as in a folder without classes, and in the training part of stl10 beyond its
-labelled 5,000.
+Views are made of whole batches on the device (views.py); of a folder's pictures, which differ in
+size, workers cut out the two pieces that the views see. An unlabelled image has label -1, as in a
+folder without classes, and in the training part of stl10 beyond its labelled 5,000.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from . import folder
+from . import folder, views
 from .folder import FolderSet, missing
 
 SETS = (
@@ -94,8 +94,8 @@ def load(
 
     root: folder of the torchvision sets, "data" if None; fetched into only if `download`. Of
     fashion-mnist, mnist and kmnist it may also hold the files themselves, packed (.gz) or not.
-    image_size: side of the training crop in pixels. folder: stores 8/7 of it, so that 224 is cut
-    from 256 (224 if None); fake makes images of it; the others keep their own size.
+    image_size: side of the training crop in pixels: of what a folder gives (224 if None); fake
+    makes images of it; the others keep their own size.
     seed: of fake; the split of the others never changes. A folder without train and val folders is
     split by name: of each class, the 2nd, 12th, 22nd ... file is held out.
     skip_unreadable: files of a folder that cannot be read are left out rather than raise.
@@ -113,8 +113,7 @@ def load(
     if spec in ("cifar10", "cifar100", *SPLITS):
         return _torchvision(spec, Path("data" if root is None else root), download, train)
     if kind == "folder" and rest:
-        size = round((image_size or 224) * 8 / 7)
-        return folder.load(Path(rest).expanduser(), train, size, skip_unreadable)
+        return folder.load(Path(rest).expanduser(), train, image_size or 224, skip_unreadable)
     if kind == "fake":
         return _fake(spec, rest, train, image_size, seed)
     raise ValueError(f"data: expected one of {', '.join(SETS)}, got {spec!r}")
@@ -477,8 +476,25 @@ def in_order(
     return _read(_loader(dataset, batches, device, num_workers), device)
 
 
+class _WithBoxes:
+    """The batches of a sampler, each with the numbers (b, 2, NUMBERS) that place its boxes: a
+    function of seed, epoch and batch, so that workers may read ahead."""
+
+    def __init__(self, sampler: EpochSampler):
+        self.sampler = sampler
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        s, epoch = self.sampler, self.sampler.epoch
+        for position, indices in enumerate(s, s.position):
+            n = min(s.batch_size, s.n - position * s.batch_size)
+            generator = torch.Generator().manual_seed(_mix(s.seed, epoch, position))
+            numbers = torch.rand(n, 2, views.NUMBERS, generator=generator)
+            yield indices, numbers[s.share(n)]
+
+
 class Batches:
-    """The rest of the current epoch as (images uint8 (B, C, H, W), labels (B,), indices (B,)).
+    """The rest of the current epoch as (images uint8 (B, C, H, W), labels (B,), indices (B,)); of a
+    FolderSet with `crops` images are (B, 2, C, S, S), each view's piece of each picture.
 
     Images and labels are on `device`, indices on the host. The sampler's position counts the
     batches handed out: saved while batch k is being trained on, after its optimiser step, a resumed
@@ -500,7 +516,8 @@ class Batches:
         if sampler.n != len(dataset):
             raise ValueError(f"sampler: expected {len(dataset)} images, got {sampler.n}")
         self.sampler, self.device = sampler, torch.device(device)
-        self.loader = _loader(dataset, sampler, self.device, num_workers)
+        batches = _WithBoxes(sampler) if getattr(dataset, "crops", None) else sampler
+        self.loader = _loader(dataset, batches, self.device, num_workers)
 
     def __len__(self) -> int:
         """Batches in a whole epoch."""

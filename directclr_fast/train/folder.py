@@ -12,13 +12,15 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from . import views
 
 SUFFIXES = {
     f".{s}"
@@ -34,7 +36,8 @@ SIZED = 1000  # how many files show that a set is the same: all by name, these b
 class FolderSet:
     """Files decoded when asked for: `size` pixels square, RGB. Otherwise as ImageSet.
 
-    The short side is resized to `size` and the centre cut out. `paths` are bytes in one array, not
+    crops: scale and ratio of the boxes that views cut out of a picture, for `Batches`; without,
+    every picture is what an evaluation sees (`decode`). `paths` are bytes in one array, not
     a list of objects, so that worker processes share its memory. Without `classes` every label is
     -1.
 
@@ -53,6 +56,7 @@ class FolderSet:
     left_out: dict[str, dict] = field(default_factory=dict)
     skip: str | None = None
     failed: dict[str, str] = field(default_factory=dict)
+    crops: tuple | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -70,15 +74,21 @@ class FolderSet:
         """uint8 (B, 3, size, size) and int64 (B,). OSError names the file that cannot be read."""
         return self._batch(indices)[:2]
 
-    def _batch(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, str]]:
-        """Images, labels and indices of what was read, and why the others were not."""
+    def _batch(
+        self, indices: Tensor, numbers: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, str]]:
+        """Images, labels and indices of what was read, and why the others were not. With numbers
+        (B, V, NUMBERS), of the boxes, images are uint8 (B, V, 3, size, size)."""
         images, read, failed = [], [], {}
-        for i in torch.as_tensor(indices).tolist():
+        for row, i in enumerate(torch.as_tensor(indices).tolist()):
             tries = min(RETRIES, len(self)) if self.skip == "replace" else 1
             for k in (j % len(self) for j in range(i, i + tries)):
                 path = os.fsdecode(self.paths[k])
                 try:
-                    images.append(decode(path, self.size))
+                    if numbers is None:
+                        images.append(decode(path, self.size))
+                    else:
+                        images.append(cut(path, self.size, numbers[row], self.crops))
                     read.append(k)
                     break
                 except OSError as error:
@@ -93,10 +103,12 @@ class FolderSet:
         read = torch.tensor(read, dtype=torch.int64)
         return images, self.labels[read], read, failed
 
-    def __getitems__(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor, dict] | str:
+    def __getitems__(
+        self, asked: Tensor | tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor, dict] | str:
         # An exception leaves a worker buried in that worker's traceback; Batches raises the text.
         try:
-            return self._batch(indices)
+            return self._batch(*asked) if isinstance(asked, tuple) else self._batch(asked)
         except OSError as error:
             return str(error)
 
@@ -117,32 +129,77 @@ class FolderSet:
 
 
 def decode(path: str | Path, size: int) -> Tensor:
-    """A picture file as uint8 (3, size, size) RGB: short side resized to `size`, centre cut out.
+    """A picture file as uint8 (3, size, size) RGB as an evaluation sees it: the short side resized
+    to 8/7 of `size` (224 of 256), bilinear, and the centre cut out, as torchvision does.
 
     Grey, palette and CMYK become RGB; transparency is dropped; an orientation in EXIF is not
     applied, as torchvision does not either. Grey of more than 8 bits: see `_eight_bits`. OSError if
     it cannot be read.
     """
+
+    def boxes(w: int, h: int) -> list[tuple]:
+        side, short = round(size * 8 / 7), min(w, h)
+        box = []
+        for whole in (w, h):
+            new = side * whole // short
+            start = round((new - size) / 2)
+            box.append((start * whole / new, (start + size) * whole / new))
+        return [(box[0][0], box[1][0], box[0][1], box[1][1])]
+
+    return _resized(path, size, boxes, "BILINEAR")[0].contiguous()
+
+
+def cut(path: str | Path, size: int, numbers: Tensor, crops: tuple) -> Tensor:
+    """Pieces (V, 3, size, size) uint8 of a picture file: boxes of the whole picture, placed by
+    numbers (V, NUMBERS) with the scale and ratio `crops`, resized, bicubic. Otherwise as `decode`.
+    """
+
+    def boxes(w: int, h: int) -> list[tuple]:
+        placed = views.place_box(numbers, h, w, *crops).int().tolist()
+        return [(left, top, left + width, top + height) for top, left, height, width in placed]
+
+    return torch.stack(_resized(path, size, boxes, "BICUBIC"))
+
+
+def _resized(
+    path: str | Path, size: int, boxes: Callable[[int, int], list[tuple]], filter: str
+) -> list[Tensor]:
+    """Each of `boxes(width, height)`: left, top, right, bottom in pixels, as (3, size, size).
+
+    Where every box has twice the pixels that are wanted, or more, a JPEG is decoded to a half, a
+    quarter or an eighth: the result is off by half a level of 255 on average (test_crops.py).
+    """
     from PIL import Image
 
+    resample = Image.Resampling[filter]
     try:
         with warnings.catch_warnings():
             # Pillow warns of half the size that it refuses.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(path)
         with image:
-            image.draft("RGB", (size, size))  # JPEG decodes straight to the nearest larger eighth
+            found, (w, h) = boxes(*image.size), image.size
+            least = min(min(x1 - x0, y1 - y0) for x0, y0, x1, y1 in found)
+            times = next((k for k in (8, 4, 2) if least >= k * size), 1)
+            if times > 1:  # JPEG decodes straight to a half, quarter or eighth
+                image.draft("RGB", (w // times, h // times))
+            times = times if image.size != (w, h) else 1
             if image.mode == "F" or image.mode.startswith("I"):
                 image = Image.fromarray(_eight_bits(np.asarray(image)))
             image = image.convert("RGB")
-        w, h = image.size
-        short = min(w, h)
-        left, top = (w - short) / 2, (h - short) / 2
-        box = (left, top, left + short, top + short)
-        image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+        pieces = []
+        for box in found:
+            if times == 1 and all(isinstance(side, int) for side in box):
+                # The filter sees nothing beyond the box, as where the piece is cut out first.
+                piece = image.crop(box).resize((size, size), resample)
+            else:
+                ends = (image.width, image.height) * 2
+                box = [min(side / times, end) for side, end in zip(box, ends)]
+                piece = image.resize((size, size), resample, box=box)
+            pieces.append(torch.from_numpy(np.array(piece)).permute(2, 0, 1))
     except Exception as error:  # Pillow raises nearly anything on a damaged file
         raise OSError(f"image: expected a readable picture, got {path} ({error})") from error
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    return pieces
 
 
 def _eight_bits(pixels: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ ranks are one process up to rounding. Rank 0 alone reads and writes files and sh
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import os
 import sys
@@ -148,8 +149,11 @@ class Trainer:
         if state is not None and "data" in state:  # older ones do not say
             data.check_same(state["data"], self.identity, config.data)
         self.channels, self.classes = dataset.shape[0], dataset.num_classes
+        self.make_views = views.make_views(config.views, config.image_size, self.channels)
         if isinstance(dataset, data.ImageSet):
             dataset = dataset.to(self.device)
+        else:
+            dataset = dataclasses.replace(dataset, crops=self.make_views.crops)
         self.dataset = dataset
         self.sampler = data.EpochSampler(
             len(dataset),
@@ -160,7 +164,6 @@ class Trainer:
             what=f"training images of {config.data}",
         )
         self.batches = data.Batches(dataset, self.sampler, self.device, config.workers)
-        self.make_views = views.make_views(config.views, config.image_size, self.channels)
         self.view_generator = torch.Generator(self.device).manual_seed(config.seed + 1)
 
         self.model = self.module = Model(config, self.channels, self.classes, ranks).to(self.device)
@@ -311,15 +314,18 @@ class Trainer:
 
     def views_of(self, images) -> Callable[[int, slice], torch.Tensor]:
         """``make(which, rows)``: these rows of view 0 or 1 of ``images``, this rank's, in the
-        encoder's layout. What they depend on is drawn here, for the batch of all ranks."""
-        batch, config = self.config.batch_size, self.config
-        drawn = self.make_views.sample(batch, *images.shape[2:], self.view_generator)
+        encoder's layout. What they depend on is drawn here, for the batch of all ranks; pictures of
+        a folder, (B, 2, C, S, S), are cut already."""
+        batch, config, cut = self.config.batch_size, self.config, images.dim() == 5
+        size, generator = images.shape[-2:], self.view_generator
+        drawn = self.make_views.sample(batch, *size, generator, boxes=not cut)
         first = self.sampler.share(batch).start
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
 
         def make(which: int, rows: slice) -> torch.Tensor:
             view = (self.make_views.first, self.make_views.second)[which]
-            made = view.rows(images[rows], drawn[which], first + rows.start)
+            part = images[rows, which] if cut else images[rows]
+            made = view.rows(part, drawn[which], first + rows.start)
             return made.contiguous(memory_format=layout)
 
         return make
