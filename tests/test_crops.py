@@ -181,3 +181,9 @@ def test_a_run_on_pictures_in_chunks_and_parts(preset, pictures, run_dir):
     trainer, _ = train(run_dir, "chunks", **settings, **chunks)
     seen, _, _ = next(iter(trainer.batches))
     assert seen.shape[1:] == ((2, 3, 16, 16) if preset == "small" else (3, 16, 16))
+    if preset == "small":  # each view has its own piece
+        seen[:, 0], seen[:, 1] = 0, 255
+        make = trainer.views_of(seen)
+        black = views.normalise(torch.zeros(2, 3, 16, 16))
+        assert torch.equal(make(0, slice(1, 3)), black)
+        assert not torch.equal(make(1, slice(1, 3)), black)

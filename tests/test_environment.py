@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import os
 import subprocess
 import sys
 import types
@@ -118,8 +119,11 @@ def test_a_full_disk_behind_the_output_is_no_lost_display(monkeypatch, capsys):
 def test_a_closed_pipe(command, run_dir):  # T10
     """The real thing: head has what it wants and leaves, before anything was written or after."""
     words = command.split() if command != "train" else flags(run_dir, max_steps=3)
+    # Buffered, as it is by default: what is left is tried again when the interpreter ends.
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
     with subprocess.Popen(
         [sys.executable, "-m", "directclr_fast", *words],
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

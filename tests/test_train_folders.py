@@ -103,6 +103,10 @@ def test_unreadable_pictures_are_counted_and_named_at_the_end(  # L6
     assert cli.main(["train", "--resume", *where]) == 0
     assert records("parts")[:-1] == records("run")[:-1]
     assert records("parts")[-1]["unreadable"].keys() == records("run")[-1]["unreadable"].keys()
+    capsys.readouterr()
+    assert cli.main(["train", "--resume", *where]) == 0  # takes no step, and still knows
+    assert "note: data: left out 4 unreadable pictures: " in capsys.readouterr().err
+    assert len(records("parts")[-1]["unreadable"]) == 4
     whole, resumed = state_of(run_dir / "run"), state_of(run_dir / "parts")
     assert whole.pop("unreadable").keys() == resumed.pop("unreadable").keys()
     assert_same(whole, resumed)
