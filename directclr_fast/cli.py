@@ -47,6 +47,8 @@ class _Display:
     def write(self, text: str) -> int:
         try:
             return self._stream.write(text)
+        except UnicodeEncodeError:  # names of files may hold anything
+            return self._stream.write(text.encode("ascii", "backslashreplace").decode())
         except OSError as error:
             self._lose(error)
             return len(text)

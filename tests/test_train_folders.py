@@ -5,8 +5,11 @@ L1, L6, P4: as in test_folders.py.
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -16,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from directclr_fast import cli
 from directclr_fast.train import checkpoint, gradcache
+from directclr_fast.train.config import TrainConfig
+from directclr_fast.train.loop import Trainer
 
 image = pytest.importorskip("PIL.Image")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -114,6 +119,46 @@ def test_unreadable_pictures_are_counted_and_named_at_the_end(  # L6
     capsys.readouterr()
     assert cli.main(["probe", str(run_dir / "run"), "--epochs", "1"]) == 0
     assert "note: data: left out 4 unreadable pictures" in capsys.readouterr().err
+
+
+def test_names_that_no_display_can_show(pictures, run_dir, monkeypatch):
+    """Neither in what is left out, nor in a class, nor in a picture that cannot be read."""
+    odd = os.fsdecode(b"caf\xe9")
+    try:
+        (pictures / "cat").rename(pictures / odd)
+    except OSError:
+        pytest.skip("a file system whose names are text")
+    (pictures / odd / f"{odd}.txt").write_text("")
+    (pictures / odd / "3.png").write_bytes(b"")
+    strict = {n: io.TextIOWrapper(io.BytesIO(), "ascii", "strict") for n in ("stdout", "stderr")}
+    for name, stream in strict.items():
+        monkeypatch.setattr(sys, name, stream)
+    assert cli.main(command(pictures, run_dir)) == 1
+    assert b"caf\\udce9/3.png" in strict["stderr"].buffer.getvalue()
+    assert cli.main([*command(pictures, run_dir), "--overwrite", "--skip-unreadable"]) == 0
+    assert b"1 .txt files (caf\\udce9/caf\\udce9.txt)" in strict["stdout"].buffer.getvalue()
+    assert log_of_odd(run_dir)["files"]["left out"][".txt files"]["such as"] == [f"{odd}/{odd}.txt"]
+    assert cli.main(["train", "--resume", "--checkpoint-dir", str(run_dir), "--name", "run"]) == 0
+    assert checkpoint.load(run_dir / "run")["data"]["classes"] == [odd, "dog"]
+
+
+def log_of_odd(run_dir):
+    return json.loads((run_dir / "run/log.jsonl").read_text().splitlines()[0])
+
+
+def test_what_other_ranks_could_not_read_is_known_to_the_first(pictures, run_dir):
+    (pictures / "cat/3.png").write_bytes(b"")
+    settings = {**FEW, "data": f"folder:{pictures}", "skip_unreadable": True}
+    config = TrainConfig(**settings, checkpoint_dir=str(run_dir), name="run")
+    trainer = Trainer(config, progress=False)
+    elsewhere = {"/elsewhere.png": "cut short"}
+    gather = trainer.ranks.gather
+    trainer.ranks.gather = lambda value: (
+        gather(value) if "python" in value else [value, elsewhere]
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="left out 2 unreadable pictures: .*elsewhere"):
+        trainer.run()
+    assert checkpoint.load(run_dir / "run")["unreadable"].items() > elsewhere.items()
 
 
 class NoFp64(TorchDispatchMode):

@@ -23,8 +23,8 @@ from torch import Tensor
 from . import views
 
 SUFFIXES = {
-    f".{s}"
-    for s in "jpg jpeg jpe jfif png webp bmp gif tif tiff ppm pgm jp2 avif".split()
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm",
+    ".pgm", ".jp2", ".avif",
 }  # fmt: skip
 OUTPUTS = ({"config.json", "log.jsonl"}, {"results.json", "report.md"})  # of train, of compare
 RETRIES = 100  # files in a row that may be damaged; a disk that is gone is something else
@@ -37,9 +37,8 @@ class FolderSet:
     """Files decoded when asked for: `size` pixels square, RGB. Otherwise as ImageSet.
 
     crops: scale and ratio of the boxes that views cut out of a picture, for `Batches`; without,
-    every picture is what an evaluation sees (`decode`). `paths` are bytes in one array, not
-    a list of objects, so that worker processes share its memory. Without `classes` every label is
-    -1.
+    every picture is what an evaluation sees (`decode`). `paths` are bytes in one array, not a list
+    of objects, so that worker processes share its memory. Without `classes` every label is -1.
 
     left_out: {why: {"count": how many, "such as": the first of them}}.
     skip: what becomes of a file that cannot be read: None ends the run, "replace" takes the next
@@ -309,7 +308,7 @@ class _Walk:
                     continue
                 yield from self.pictures(self._entries(entry.path))
             elif not (os.path.isfile(entry.path) if link else entry.is_file()):
-                self.leave("broken links" if link else "no files", entry.path)
+                self.leave("broken links" if link else "devices and pipes", entry.path)
             elif suffix in SUFFIXES:
                 yield entry.path
             else:
