@@ -200,17 +200,22 @@ class TrainConfig:
     checkpoint_dir: str = setting("runs", "folder of the runs (default runs)", resumed="call")
     name: str = setting("directclr", "folder of this run (default directclr)", resumed="call")
 
+    def given(self, name: str) -> Any:
+        """A setting, or the field's default where it was not given."""
+        value = getattr(self, name)
+        return self.__dataclass_fields__[name].metadata["default"] if value is None else value
+
     @property
     def folder(self) -> Path:
         """Where the run is kept."""
-        return Path(_given(self, "checkpoint_dir")) / _given(self, "name")
+        return Path(self.given("checkpoint_dir")) / self.given("name")
 
     def resolve(self) -> TrainConfig:
         """The same settings with every default filled in and checked.
 
         Raises ValueError: setting, expected, got.
         """
-        spec = _given(self, "data")
+        spec = self.given("data")
         kind = spec.partition(":")[0]
         if kind not in RECIPES and os.path.isdir(spec):  # the released trainer takes a bare path
             spec, kind = f"folder:{spec}", "folder"
@@ -223,7 +228,7 @@ class TrainConfig:
         if self.epochs is not None and "warmup_epochs" in filled:
             # A run shorter than the recipe's must not end before it is warm.
             filled["warmup_epochs"] = min(filled["warmup_epochs"], self.epochs // 2)
-        filled |= {"data": spec, "device": resolve_device(_given(self, "device"))}
+        filled |= {"data": spec, "device": resolve_device(self.given("device"))}
         config = dataclasses.replace(self, **filled)
         config._check()
         return config
@@ -281,11 +286,6 @@ class TrainConfig:
             raise ValueError(f"config: expected settings of this version, got {unknown[0]!r}")
         defaults = {field.name: field.metadata["default"] for field in dataclasses.fields(cls)}
         return cls(**{**defaults, **values})
-
-
-def _given(config: TrainConfig, name: str) -> Any:
-    value = getattr(config, name)
-    return TrainConfig.__dataclass_fields__[name].metadata["default"] if value is None else value
 
 
 def _said(value: Any) -> str:
