@@ -171,7 +171,7 @@ def test_views_of_pieces_are_only_flipped_before_the_colours():
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("preset", ["small", "affine"])
-def test_a_run_on_pictures_in_chunks_and_parts(preset, pictures, run_dir):
+def test_a_run_on_pictures_in_chunks_and_parts(preset, pictures, run_dir, monkeypatch):
     """A gradient cache replays the same pieces; views without boxes see the centre."""
     settings = {**TINY, "data": f"folder:{pictures[0].parent}", "views": preset}
     settings |= {"batch_size": 4, "image_size": 16, "epochs": 4}
@@ -183,6 +183,11 @@ def test_a_run_on_pictures_in_chunks_and_parts(preset, pictures, run_dir):
     trainer, _ = train(run_dir, "chunks", **settings, **chunks)
     seen, _, _ = next(iter(trainer.batches))
     assert seen.shape[1:] == ((2, 3, 16, 16) if preset == "small" else (3, 16, 16))
+    asked, sample = [], views.Views.sample
+    spy = lambda *a, **how: (asked.append(how), sample(*a, **how))[1]  # noqa: E731
+    monkeypatch.setattr(views.Views, "sample", spy)
+    trainer.views_of(seen)
+    assert asked == [{"boxes": preset == "affine"}]  # what is cut is not cut again
     if preset == "small":  # each view has its own piece
         seen[:, 0], seen[:, 1] = 0, 255
         make = trainer.views_of(seen)
