@@ -121,6 +121,7 @@ def test_a_closed_pipe(command, run_dir):  # T10
     words = command.split() if command != "train" else flags(run_dir, max_steps=3)
     # Buffered, as it is by default: what is left is tried again when the interpreter ends.
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    environment["OMP_NUM_THREADS"] = "1"
     with subprocess.Popen(
         [sys.executable, "-m", "directclr_fast", *words],
         env=environment,
