@@ -514,6 +514,26 @@ MUTATIONS = [
         "'test_train_run.py::test_resumed_run_is_bitwise_the_uninterrupted_one[adamw]'",
     ),
     Mutation(
+        "folder: links are followed into the data", "directclr_fast/train/folder.py",
+        "any(_within(real, root) for root in self.roots)", "False",
+        "test_folders.py -k links_and_cycles",
+    ),
+    Mutation(
+        "crops: each epoch cuts the same pieces", "directclr_fast/train/data.py",
+        "_mix(s.seed, epoch, position)", "_mix(s.seed, position)",
+        "test_crops.py -k seed_epoch_and_batch",
+    ),
+    Mutation(
+        "crops: every view has the first one's piece", "directclr_fast/train/loop.py",
+        "images[rows, which] if cut", "images[rows, 0] if cut",
+        "'test_crops.py::test_a_run_on_pictures_in_chunks_and_parts[small]'",
+    ),
+    Mutation(
+        "resume: a setting that differs", "directclr_fast/train/config.py",
+        'elif now != before and rule == "same":', "elif False:",
+        "test_resume.py -k not_given",
+    ),
+    Mutation(
         "train: a rank's rows of the views", "directclr_fast/train/loop.py",
         "first + rows.start", "rows.start",
         "test_train_distributed.py -k views_are_the_same",
