@@ -331,9 +331,12 @@ def main() -> None:
             print("run:", json.dumps(ended), flush=True)
             checkpoint.write_json(arguments.out, result, indent=1)
     print(table(faults))
-    equal = sum(run["bitwise_equal"] for run in runs)
+    kept, changed = ([r for r in runs if (len(r["ranks"]) > 1) == many] for many in (False, True))
     print(
-        f"{sum(map(lost, faults))} of {len(faults)} lost, {equal} of {len(runs)} runs bitwise equal"
+        f"{sum(map(lost, faults))} of {len(faults)} faults lost something; bitwise equal: "
+        f"{sum(run.get('bitwise', False) for run in kept)} of {len(kept)} runs that kept their "
+        f"number of ranks; data in order: {sum(run.get('order', False) for run in changed)} of "
+        f"{len(changed)} that changed it"
     )
 
 
