@@ -22,7 +22,7 @@ from . import dispatch, flops, ops
 from .address import memory
 from .backends.base import Statistics
 from .problem import AGREED, Call, Problem
-from .world import Gathered, Ring
+from .world import Gathered, Ring, all_gather
 
 # "auto" takes the ring where the gathered views and dz2 would be larger: 3 % of an H200's memory, N
 # = 2 million at d = 360 in fp16. Below, "all" is the faster by the model of docs/scaling.md.
@@ -214,8 +214,10 @@ def _host(group):
             f"{name}/{_connected[name]}", dist.distributed_c10d._get_default_store()
         )
         _connected[name] += 1
+        # Waits as long as the group does, not for Gloo's half hour.
+        limit = group._get_backend(next(iter(group._device_types))).options._timeout
         _hosts[group] = dist.ProcessGroupGloo(
-            store, dist.get_rank(group), dist.get_world_size(group)
+            store, dist.get_rank(group), dist.get_world_size(group), limit
         )
     return _hosts[group]
 
@@ -229,7 +231,7 @@ def _exchange(group, own: dict) -> list[dict]:
         sent = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         host = _host(group)
         if host is group:
-            dist.all_gather_into_tensor(everyone, sent, group=group)
+            all_gather(everyone, sent, group=group)
         else:
             host._allgather_base(everyone, sent).wait()
         texts = [bytes(message.numpy()) for message in everyone.split(_MESSAGE_BYTES)]

@@ -55,6 +55,6 @@ def gathered_bytes(
     rows: int, dim: int, itemsize: int, negatives: str = "cross", groups: int = 1
 ) -> int:
     """Bytes a process holds with gather="all": z2 of all N rows in every group ("both": z1 too),
-    and fp32 dz2 of one group at a time."""
+    and fp32 dz2 of one group at a time. While dz2 is sent under Gloo, N d fp32 of arrivals join."""
     views = 2 if negatives == "both" else 1
     return rows * dim * (groups * views * itemsize + 4)

@@ -18,7 +18,8 @@ order of ranks, so that nothing depends on arrival. Column maxima travel likewis
 wants statistics. "both" adds the block rows z1_k z1^T and z2_k z2^T, whose transposes another
 process computes: 20c/W.
 
-:class:`Gathered`: all-gather of z2 and one reduce-scatter of dz2; memory O(N d) in each process.
+:class:`Gathered`: all-gather of z2 and one reduce-scatter of dz2 (under Gloo an all-to-all and a
+sum, half its bytes); memory O(N d) in each process.
 :class:`Ring`: the blocks of z2 travel from process to process, the next one under way while one is
 used, and so do their dz2; memory O(N d / W).
 
@@ -40,6 +41,17 @@ from torch import Tensor
 
 from .problem import Problem
 from .reference import row_weights
+
+
+def _either(new: str, old: str) -> Callable | None:
+    """The collective by its name from PyTorch 2.14 on, which notes each use of the old one."""
+    return getattr(dist, new, None) or getattr(dist, old, None)
+
+
+all_gather = _either("all_gather_single", "all_gather_into_tensor")
+reduce_scatter = _either("reduce_scatter_single", "reduce_scatter_tensor")
+# Where Gloo sends, whose reduce-scatter is an all-reduce: twice the bytes.
+SUMMED_BY_OWNERS = ("cpu",)
 
 
 def cut(x: Tensor, where: slice) -> Tensor:
@@ -91,8 +103,8 @@ class Alone:
         return parts[0][1]
 
     def to_owners(self, problem: Problem, x: Tensor, join: Callable) -> Tensor:
-        """(N,) log-sums or maxima of everyone's parts to those of this process's positives, (M,),
-        ``join``\\ ed over processes."""
+        """(N, ...) sums or maxima of everyone's parts to those of this process's positives,
+        (M, ...), ``join``\\ ed over processes in their order."""
         return cut(x, self.own(problem))
 
     def share(self, problem: Problem, per_row, row_lse, col_lse, rest_col):
@@ -177,10 +189,10 @@ class Shared:
 
     def to_owners(self, problem: Problem, x: Tensor, join: Callable) -> Tensor:
         size, rows = self.processes, problem.rows
-        arriving = x.new_empty(size * rows)
+        arriving = x.new_empty(size * rows, *x.shape[1:])
         sent, received = list(self.counts), [rows] * size
         dist.all_to_all_single(arriving, x.contiguous(), received, sent, group=self.group)
-        return join(arriving.view(size, rows), 0)
+        return join(arriving.unflatten(0, (size, rows)), 0)
 
     def share(self, problem: Problem, per_row, row_lse, col_lse, rest_col):
         # Every process reduces the same numbers in the same order: the same bits of loss in all.
@@ -210,7 +222,7 @@ class Shared:
 
     def _sum(self, value: Tensor) -> Tensor:
         everyone = value.new_empty(self.processes)
-        dist.all_gather_into_tensor(everyone, value.reshape(1), group=self.group)
+        all_gather(everyone, value.reshape(1), group=self.group)
         return everyone.sum()
 
     def _gather(self, x: Tensor) -> Tensor:
@@ -220,7 +232,7 @@ class Shared:
         if x.shape[0] < most:
             padded = torch.cat([x, x.new_zeros(most - x.shape[0], *x.shape[1:])])
         whole = x.new_empty(most * self.processes, *x.shape[1:])
-        dist.all_gather_into_tensor(whole, padded, group=self.group)
+        all_gather(whole, padded, group=self.group)
         if min(self.counts) == most:
             return whole
         return torch.cat([rows[:count] for rows, count in zip(whole.split(most), self.counts)])
@@ -239,25 +251,28 @@ class Gathered(Shared):
         return parts[0][1]
 
     def homeward(self, problem: Problem) -> _Scattered:
-        return _Scattered(self)
+        return _Scattered(self, problem)
 
 
 class _Scattered:
-    """The sum of everyone's dz2 in the process whose rows they are, by one reduce-scatter."""
+    """The sum of everyone's dz2 in the process whose rows they are, by one collective."""
 
-    def __init__(self, world: Gathered) -> None:
-        self.world, self.rows = world, None
+    def __init__(self, world: Gathered, problem: Problem) -> None:
+        self.world, self.problem, self.rows = world, problem, None
 
     def add(self, part: Tensor) -> None:
         """Adds this process's part, (N, d)."""
         world, most = self.world, max(self.world.counts)
+        if part.device.type in SUMMED_BY_OWNERS:
+            self.rows = world.to_owners(self.problem, part, torch.sum)
+            return
         if min(world.counts) < most:
             padded = part.new_zeros(world.processes, most, *part.shape[1:])
             for into, rows in zip(padded, part.split(world.counts)):
                 into[: len(rows)] = rows
             part = padded.flatten(0, 1)
         rows = part.new_empty(most, *part.shape[1:])
-        dist.reduce_scatter_tensor(rows, part, group=world.group)
+        reduce_scatter(rows, part, group=world.group)
         self.rows = rows[: world.counts[world.rank]]
 
     def sum(self) -> Tensor | None:

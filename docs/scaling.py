@@ -2,6 +2,7 @@ r"""A model of the loss's step time over many GPUs. A formula with named constan
 
     python docs/scaling.py --out docs/scaling.png                  # its table and figure
     python docs/scaling.py --measured bench/results/*/distributed.json   # beside two processes
+    python docs/scaling.py --hosts bench/results/hosts/cost.json   # beside hosts, and what follows
 
 For N rows over W processes, n = N/W, c = N^2 d, z in s bytes an element, dz in 4, R operations/s of
 the loss on one device; beta bytes/s that a collective moves through each device, b bytes/s from one
@@ -25,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -185,6 +187,31 @@ def measured(path: str) -> str:
     return "\n".join(lines)
 
 
+def over_hosts(path: str) -> tuple[str, str]:
+    """Markdown: bytes and times in a file of tests/hosts/cost.py beside the model's; and what the
+    model says of more such hosts, with its constants at 1 Gbit/s."""
+    cases = json.loads(Path(path).read_text())["cases"]
+    heads = ("hosts", "gather", "Gbit/s", "MB sent", "of the model's", "ms", "model, ms")
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for case in cases:
+        cells = [str(case["hosts"]), case["gather"], f"{case['gbit_s']:g}"]
+        cells += [f"{case['sent_bytes'] / 1e6:.2f}"]
+        cells += [f"{case['sent_bytes'] / case['model_bytes']:.3f}"]
+        cells += [f"{1e3 * statistics.median(case['seconds']):.0f}"]
+        lines.append("| " + " | ".join([*cells, f"{1e3 * case['model_seconds']:.0f}"]) + " |")
+    known = next(c["constants"] for c in reversed(cases) if c["gbit_s"] == 1.0)
+    heads = ("N", "W", "all, s", "ring, s", "efficiency")
+    more = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for rows in (2**14, 2**16, 2**18):
+        for size in (8, 64, 1024):
+            here = Machine(**{**known, "per_node": size}, source=path)
+            all_, ring = (step_time(rows, DIM, size, way, here, 4) for way in ("all", "ring"))
+            share = all_.compute / min(all_.total, ring.total)
+            cells = [f"{rows:,}", str(size), f"{all_.total:.3g}", f"{ring.total:.3g}"]
+            more.append("| " + " | ".join([*cells, f"{100 * share:.0f} %"]) + " |")
+    return "\n".join(lines), "\n".join(more)
+
+
 def draw(path: str) -> None:
     """Milliseconds against N for each number of GPUs, both ways to gather."""
     title = "MODEL, NOT MEASURED: loss forward + backward over W GPUs, d = 360"
@@ -215,7 +242,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", help="the figure's file")
     parser.add_argument("--measured", metavar="FILE", help="of bench.processes: beside these")
+    parser.add_argument("--hosts", metavar="FILE", help="of tests/hosts/cost.py: beside these")
     arguments = parser.parse_args()
+    if arguments.hosts:
+        print(*over_hosts(arguments.hosts), sep="\n\n")
+        return
     print(measured(arguments.measured) if arguments.measured else table())
     if arguments.out:
         draw(arguments.out)

@@ -468,7 +468,8 @@ MUTATIONS = [
     # -------------------------------------------------------------------------- several processes
     Mutation(
         "world: the parts of a column", "directclr_fast/world.py",
-        "return join(arriving.view(size, rows), 0)", "return arriving.view(size, rows).amax(0)",
+        "return join(arriving.unflatten(0, (size, rows)), 0)",
+        "return arriving.unflatten(0, (size, rows)).amax(0)",
         "test_distributed.py -k reference_in_fp64",
     ),
     Mutation(
@@ -476,6 +477,16 @@ MUTATIONS = [
         "yield slice(0, sum(self.counts)), self.own(problem).start, *held",
         "yield slice(0, sum(self.counts)), 0, *held",
         "test_distributed.py -k reference_in_fp64",
+    ),
+    Mutation(
+        "world: dz2 of fewer rows than the most have", "directclr_fast/world.py",
+        "into[: len(rows)] = rows", "into[-len(rows) :] = rows",
+        "test_distributed.py -k reduce_scatter",
+    ),
+    Mutation(
+        "distributed: the hosts' group waits for half an hour", "directclr_fast/distributed.py",
+        "dist.get_world_size(group), limit", "dist.get_world_size(group)",
+        "test_distributed.py -k companion",
     ),
     Mutation(
         "ops: what is unpacked is not looked at", "directclr_fast/ops.py",
@@ -537,6 +548,21 @@ MUTATIONS = [
         "train: a rank's rows of the views", "directclr_fast/train/loop.py",
         "first + rows.start", "rows.start",
         "test_train_distributed.py -k views_are_the_same",
+    ),
+    Mutation(
+        "ranks: what arrives is run", "directclr_fast/train/ranks.py",
+        "weights_only=True", "weights_only=False",
+        "test_train_distributed.py -k what_ranks_send",
+    ),
+    Mutation(
+        "ranks: the others are not told why", "directclr_fast/train/ranks.py",
+        'self._note("ended", why)', 'self._note("ended", "")',
+        "test_train_distributed.py -k who_is_missing",
+    ),
+    Mutation(
+        "ranks: gradients in the order of a bucket", "directclr_fast/train/loop.py",
+        "if gpu is None and ranks.size > 2:", "if False:",
+        "test_train_distributed.py -k to_the_bit",
     ),
     Mutation(
         "train: a loss that is nan", "directclr_fast/train/guard.py",

@@ -13,6 +13,7 @@ import runpy
 import signal
 import sys
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ from directclr_fast import (
     flops,
     info_nce,
     last_backend,
+    world,
 )
 from directclr_fast.backends.base import Pair
 from directclr_fast.problem import Problem
@@ -40,6 +42,7 @@ WORLD = 4
 SIZES = (1, 2, 3, 4)
 pytestmark = pytest.mark.xdist_group("four processes")  # whose start is what costs
 GATHERS = ("all", "ring")
+PATIENCE = timedelta(minutes=40)
 UNEVEN = (37, 1, 20, 64)  # one process with a single row; no total that W divides
 EVEN = (16, 16, 16, 16)
 
@@ -525,6 +528,15 @@ def gathers(rank):
     results["above"] = len(shifts)
     distributed.ALL_GATHER_BYTES = limit
 
+    # As on GPUs: by a reduce-scatter, of even rows and of uneven ones.
+    here, world.SUMMED_BY_OWNERS = world.SUMMED_BY_OWNERS, ()
+    with counted(world, "reduce_scatter") as scatters:
+        results["scattered"] = [evaluate(fast_directclr_loss, r1, r2, 16, group="world")]
+        s1, s2, *_ = part_of(rank)
+        results["scattered"] += [evaluate(fast_directclr_loss, s1, s2, 16, group="world")]
+    world.SUMMED_BY_OWNERS = here
+    results["scatters"] = len(scatters)
+
     with counted(distributed, "_exchange") as exchanges:
         promised = evaluate(fast_directclr_loss, r1, r2, 16, group="world", even_batches=True)
     results["promised"] = (len(exchanges), promised.loss, promised.dr1)
@@ -535,6 +547,7 @@ def gathers(rank):
         losses = [fast_directclr_loss(r1, r2, 16, group="world") for _ in range(2)]
     dist.get_backend_config = config
     results["companion"] = (len(made), *losses)
+    results["patience"] = made[0][3:]  # not Gloo's half hour
 
     alone = dist.new_group([rank], use_local_synchronization=True)
     with counted(distributed, "loss") as calls:
@@ -554,6 +567,16 @@ def test_auto_takes_the_ring_above_the_limit(processes):
         assert processes[rank]["gathers"]["above"] == WORLD - 1
 
 
+def test_dz2_by_a_reduce_scatter_is_the_same(processes):
+    for number, counts in enumerate((EVEN, UNEVEN)):
+        _, _, r1, r2, _ = part_of(0, counts)
+        one = evaluate(fast_directclr_loss, r1, r2, 16)
+        for rank in range(WORLD):
+            got, own = processes[rank]["gathers"]["scattered"][number], part_of(rank, counts)[4]
+            assert relative_error(got.dr2, WORLD * one.dr2[own]) < 1e-6
+            assert processes[rank]["gathers"]["scatters"] == 2
+
+
 def test_promised_even_batches_exchange_nothing_first(processes):
     _, _, r1, r2, _ = part_of(0, EVEN)
     one = evaluate(fast_directclr_loss, r1, r2, 16)
@@ -567,6 +590,7 @@ def test_a_group_without_host_tensors_gets_a_companion(processes):
     for rank in range(WORLD):
         made, first, second = processes[rank]["gathers"]["companion"]
         assert made == 1 and torch.equal(first, second)
+        assert processes[rank]["gathers"]["patience"] == (PATIENCE,)
         assert torch.equal(first, processes[rank]["gathers"]["promised"][1])
 
 
@@ -667,9 +691,14 @@ def operations(rank, size, group, gather, negatives):
     r1, r2 = (r[own].requires_grad_() for r in case.views(size))
     load, counter = dispatch.load, Counting(dispatch.load("torch"))
     dispatch.load = lambda name: counter
-    names = ("all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single", "P2POp")
+    owners = {
+        "all_gather": world,
+        "reduce_scatter": world,
+        "all_to_all_single": dist,
+        "P2POp": dist,
+    }
     with contextlib.ExitStack() as stack:
-        calls = {name: stack.enter_context(counted(dist, name)) for name in names}
+        calls = {n: stack.enter_context(counted(owner, n)) for n, owner in owners.items()}
         stack.enter_context(counted(distributed, "_exchange"))
         loss = fast_directclr_loss(
             r1, r2, 40, group=group, gather=gather, negatives=negatives, backend="torch",
@@ -708,7 +737,8 @@ def main(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    dist.init_process_group("gloo", f"file://{folder}/init", world_size=WORLD, rank=rank)
+    meeting = {"init_method": f"file://{folder}/init", "world_size": WORLD, "rank": rank}
+    dist.init_process_group("gloo", timeout=PATIENCE, **meeting)
     groups = {size: dist.new_group(list(range(size))) for size in SIZES}
     results = {}
     for size in SIZES[rank:]:

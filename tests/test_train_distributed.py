@@ -51,7 +51,7 @@ for rank in range(world):
             names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": int(port)}
             names |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
             os.environ.update({k: str(v) for k, v in names.items()})
-            with ranks.launched():
+            with ranks.launched(900):
                 main(rank)
             code = 0
         except BaseException:
@@ -184,6 +184,18 @@ def test_three_ranks_and_another_world_size_on_resume(run_dir):
     assert [r["step"] for r in log_of(run_dir / "run")[1]] == [1, 2, 3, 4]
 
 
+def test_three_ranks_resume_to_the_bit(run_dir):
+    """Gloo adds three numbers in an order of their place in a bucket, and DDP changes buckets."""
+    script = """
+def main(rank):
+    train("whole")
+    train("halves", max_steps=2, save_every=1)
+    train("halves", resume=True)
+"""
+    launch(3, run_dir, script)
+    assert_same(state_of(run_dir / "halves"), state_of(run_dir / "whole"))
+
+
 def test_faults(run_dir):
     """What happens to one rank happens to all: a gradient of nan, a signal, an error of rank 0."""
     script = """
@@ -282,14 +294,100 @@ def test_a_restarted_job_does_not_meet_its_dead(monkeypatch):
     def meeting(**more):
         for name, value in {**names, **more}.items():
             monkeypatch.setenv(name, str(value))
-        return ranks._meeting()
+        return ranks._meeting(900)[0]
 
-    assert meeting() == {}  # not started by torchrun
-    meeting(TORCHELASTIC_RESTART_COUNT=0)["store"].set("address", "of the first")
-    restarted = meeting(TORCHELASTIC_RESTART_COUNT=0)
-    assert restarted["store"].check(["address"]) and (
-        restarted["rank"],
-        restarted["world_size"],
-    ) == (0, 2)
-    assert not meeting(TORCHELASTIC_RESTART_COUNT=1)["store"].check(["address"])
-    assert meeting(TORCHELASTIC_RESTART_COUNT=1, LOCAL_WORLD_SIZE=1) == {}  # several nodes
+    meeting().set("address", "without torchrun")
+    assert server.check(["address"])
+    first = {"TORCHELASTIC_RESTART_COUNT": 0}
+    assert not meeting(**first).check(["address"])
+    meeting(**first).set("address", "of the first")
+    assert meeting(**first).check(["address"])
+    second = {"TORCHELASTIC_RESTART_COUNT": 1}
+    assert not meeting(**second).check(["address"])
+    with pytest.warns(UserWarning, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        several = meeting(**second, LOCAL_WORLD_SIZE=1, TORCHELASTIC_MAX_RESTARTS=3)
+    assert several.get("address") == b"without torchrun"
+
+
+def test_what_ranks_send_is_data(run_dir):
+    """Containers and tensors arrive as they left, of any length; errors by kind and text; what
+    would run code when it is read is refused where it arrives."""
+    script = """
+def main(rank):
+    group = ranks.Ranks.joined(60.0)
+    value = {"a": [1, "b" * (1 + 1000 * rank), None], "t": torch.arange(3 + rank)}
+    gathered = group.gather(value)
+    if rank == 0:
+        assert [len(v["a"][1]) for v in gathered] == [1, 1001]
+        assert [len(v["t"]) for v in gathered] == [3, 4]
+    told = group.first(lambda: {"t": torch.ones(2, dtype=torch.bfloat16), "from": rank})
+    assert told["from"] == 0 and told["t"].dtype == torch.bfloat16
+    assert group.first(lambda: None) is None
+    for error, kind in ((FileNotFoundError(2, "no"), OSError), (KeyError("k"), RuntimeError)):
+        def fails():
+            raise error
+        try:
+            group.first(fails)
+            raise AssertionError
+        except type(error) if rank == 0 else kind as caught:
+            assert str(caught) == str(error), caught
+
+    class Code:
+        def __reduce__(self):
+            return print, ("arrived",)
+    try:
+        group.first(Code)
+        assert rank == 0
+    except Exception as refused:
+        assert rank == 1 and "weights_only" in str(refused), refused
+"""
+    assert "arrived" not in launch(2, run_dir, script)
+
+
+def test_who_is_missing_is_said(run_dir):
+    """One rank falls silent in a step: the other says so. One fails by itself: they say why."""
+    watched = """
+from datetime import timedelta
+
+def spoil(name, call, said):
+    run = trainer(name, save_every=1, timeout=3.0)
+    wait = dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout
+    assert wait == timedelta(seconds=900), wait
+    run.guard.step, step = lambda loss: step(loss) or run.step == 1 and call(), run.guard.step
+    try:
+        run.run()
+        raise AssertionError
+    except ranks.RanksLost as lost:
+        assert said in str(lost), lost
+        assert ("; the last good checkpoint is" in str(lost)) == (dist.get_rank() == 0), lost
+"""
+    silent = """
+def main(rank):
+    def call():
+        wait = timedelta(seconds=1)  # not before: a busy machine may take its time until here
+        dist.group.WORLD._get_backend(torch.device("cpu"))._set_default_timeout(wait)
+        if rank == 1:
+            store = dist.PrefixStore("directclr_fast", dist.distributed_c10d._get_default_store())
+            store.wait(["over"], timedelta(seconds=900))
+            os._exit(0)
+    import socket
+    me = f"no answer from rank 1 on {socket.gethostname()} in step 2, with a "
+    try:
+        spoil("silent", call, me + "timeout of 3 s (Timed out waiting")
+    finally:
+        ranks.Ranks.joined().store.set("over", "")
+    os._exit(0)
+"""
+    fails = """
+def main(rank):
+    def call():
+        if rank == 1:
+            raise ValueError("of its own")
+    try:
+        spoil("fails", call, " ended (of its own) in step 2, with a timeout of 3 s")
+    except ValueError:
+        assert rank == 1
+    os._exit(0)
+"""
+    for script in (silent, fails):
+        launch(2, run_dir, watched + script)

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..world import all_gather
+
 
 def initialised() -> bool:
     """Whether this process is one of a torch.distributed job."""
@@ -35,7 +37,7 @@ class _Gathered(torch.autograd.Function):
     def forward(ctx, rows):
         ctx.rows = len(rows)
         everyone = rows.new_empty(dist.get_world_size() * len(rows), *rows.shape[1:])
-        dist.all_gather_into_tensor(everyone, rows.contiguous())
+        all_gather(everyone, rows.contiguous())
         return everyone
 
     @staticmethod

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from .. import flops
 from ..loss import fast_directclr_loss
 from ..testing import make_views
+from ..world import all_gather
 from . import study
 from .timing import interleaved
 
@@ -52,7 +53,7 @@ def link(block: int) -> tuple[float, float]:
 
     def gather(elements: int):
         own, into = torch.zeros(elements), torch.empty(PROCESSES * elements)
-        return lambda: dist.all_gather_into_tensor(into, own)
+        return lambda: all_gather(into, own)
 
     times = interleaved({"tiny": gather(8), "whole": gather(block // 4)}, ROUNDS_OF_LINK)
     tiny, whole = (times[name]["median"] for name in ("tiny", "whole"))

@@ -45,8 +45,9 @@ def run_train(arguments: argparse.Namespace, on_step=None) -> None:
     given = {k: v for k, v in vars(arguments).items() if k in names and v is not None}
     start = {"resume": arguments.resume, "overwrite": arguments.overwrite}
     job.place()  # or what is wrong with it
-    with ranks.launched():
-        trainer = Trainer(TrainConfig(**given), **start)
+    config = TrainConfig(**given)
+    with ranks.launched(config.checked("timeout")):
+        trainer = Trainer(config, **start)
         try:
             result = trainer.run(on_step)
         except (OSError, RuntimeError) as error:  # of the machine, not of the settings

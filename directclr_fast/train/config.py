@@ -197,6 +197,12 @@ class TrainConfig:
         choices=".logger:LOGGERS",
         resumed="free",
     )
+    timeout: float = setting(
+        300.0,
+        "seconds that a rank waits for the others, what rank 0 does alone included (default 300)",
+        positive=True,
+        resumed="free",
+    )
     checkpoint_dir: str = setting("runs", "folder of the runs (default runs)", resumed="call")
     name: str = setting("directclr", "folder of this run (default directclr)", resumed="call")
 
@@ -272,6 +278,12 @@ class TrainConfig:
             raise ValueError(f"name: expected the name of one folder, got {self.name!r}")
         if self.amp == "fp16" and not self.device.startswith("cuda"):
             raise ValueError(f"amp: expected 'none' or 'bf16' on {self.device}, got 'fp16'")
+
+    def checked(self, name: str) -> Any:
+        """The value of one setting, checked by itself."""
+        value = self.given(name)
+        _check_field(self.__dataclass_fields__[name], value)
+        return value
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values by name, as config.json and the checkpoint hold them."""

@@ -38,7 +38,7 @@ from .log import Log
 from .logger import Logger
 from .objective import Objective
 from .optim import build_optimizer, learning_rate
-from .ranks import Ranks
+from .ranks import Ranks, mean_in_order
 from .supervise import Signals, TrainingStopped
 
 
@@ -132,7 +132,7 @@ class Trainer:
         overwrite: bool = False,
         progress: bool = True,
     ) -> None:
-        self.ranks = ranks = Ranks.joined()
+        self.ranks = ranks = Ranks.joined(config.checked("timeout"))
         self.progress = progress and ranks.rank == 0
         self.folder = config.folder
         self.path = self.folder / "checkpoint.pt"
@@ -180,6 +180,8 @@ class Trainer:
             names = inspect.signature(DistributedDataParallel).parameters
             name = {"forward_sync_buffers", "broadcast_buffers"} & set(names)
             self.module = DistributedDataParallel(self.model, gpu, **{max(name): False})
+            if gpu is None and ranks.size > 2:
+                self.module.register_comm_hook(None, mean_in_order)
         if config.compile:
             self.model.encoder.compile()
         self.optimizer = build_optimizer(
@@ -192,7 +194,7 @@ class Trainer:
             self.cache = GradientCache(
                 self.model, self.module, config.chunk_size, config.cache_bn, self.autocast, ranks
             )
-        self.step = 0
+        self.step, self.now = 0, "before the first step"  # words for what the run is at
         log = self.folder / "log.jsonl" if ranks.rank == 0 else None
         self.log = Log(log, config.batch_size, len(self.sampler), labelled=self.classes > 0)
         self.logger = Logger(config.logger if ranks.rank == 0 else "none")
@@ -251,6 +253,7 @@ class Trainer:
         signals = Signals(impatient=self.ranks.size == 1)
         bar = {"start": self.step, "show": self.progress, "banner": self._banner()}
         with (
+            self.ranks.watched(lambda: self.now, self._kept),
             contextlib.closing(self.logger),
             self.log.open(self._header),
             Progress(last, **bar) as progress,
@@ -261,6 +264,7 @@ class Trainer:
             self.model.train()
             while self.step < last:
                 for images, labels, _ in self.batches:
+                    self.now = f"in step {self.step + 1}"
                     values = self.train_step(images, labels)
                     self.step += 1
                     self.log.tick()
@@ -352,6 +356,7 @@ class Trainer:
 
     def _save(self) -> None:
         # A finite gradient may still have sent the weights off.
+        self.now = f"while saving after step {self.step}"
         values = [v for v in self.model.state_dict().values() if v.is_floating_point()]
         if not torch.stack([v.isfinite().all() for v in values]).all():
             raise self._diverged()
@@ -395,6 +400,14 @@ class Trainer:
         caught = signals.caught or "a signal to another rank"
         return TrainingStopped(
             f"stopped by {caught} after step {self.step}; {self._last_checkpoint(kept)}"
+        )
+
+    def _kept(self) -> str:
+        """What a sentence about lost ranks ends with, on the rank that keeps the files."""
+        return (
+            "; " + self._last_checkpoint("the last good checkpoint is")
+            if self.ranks.rank == 0
+            else ""
         )
 
     def _last_checkpoint(self, introduction: str) -> str:
