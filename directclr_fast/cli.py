@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import errno
 import importlib
+import io
 import os
 import sys
 import warnings
@@ -71,7 +72,8 @@ class _Display:
 
 @contextlib.contextmanager
 def _displayed() -> Iterator[None]:
-    streams = (_Display(sys.stdout), _Display(sys.stderr))
+    # Python has None for a stream that was closed before it began.
+    streams = [_Display(stream or io.StringIO()) for stream in (sys.stdout, sys.stderr)]
     with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
         try:
             yield

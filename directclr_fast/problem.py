@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from .address import dispatched, readable, unwrapped
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NEGATIVES = ("cross", "both", "same")
 PRECISIONS = ("auto", "fp16", "bf16", "tf32", "fp8", "highest")
+LARGEST = sys.float_info.max  # an int may be larger
 PRIORITY = ("cpu", "cuda", "triton", "torch", "reference")  # backends, fastest first
 
 
@@ -46,7 +48,7 @@ def _is_number(value) -> bool:
 
 def check_positive(name: str, value, hint: str = "") -> None:
     """Raises ``ValueError`` unless ``value`` is a positive finite number."""
-    if not _is_number(value) or not 0.0 < value < math.inf:
+    if not _is_number(value) or not 0.0 < value <= LARGEST:
         raise ValueError(f"{name}: expected a positive finite number, got {value!r}{hint}")
 
 
@@ -229,18 +231,18 @@ def _options(
     given = dict(zip(_NAMES, (dim, temperature, *values, autocast)))
     for name, check in _CHECKS:
         check(name, given[name])
-    if not fixed and given["negatives"] == "same":
+    if fixed:
+        if not _is_number(temperature):
+            raise TypeError(
+                "temperature: expected a positive number or a tensor of one element, "
+                f"got {type(temperature).__name__}"
+            )
+        check_positive("temperature", temperature)
+    elif given["negatives"] == "same":
         raise ValueError(
             "temperature: expected a number with negatives='same', which does not use it, "
             "got a tensor"
         )
-    if fixed and not _is_number(temperature):
-        raise TypeError(
-            "temperature: expected a positive number or a tensor of one element, "
-            f"got {type(temperature).__name__}"
-        )
-    if fixed and not 0.0 < temperature < math.inf:
-        raise ValueError(f"temperature: expected a positive finite number, got {temperature}")
     given.update(temperature=float(temperature) if fixed else None, eps=float(given["eps"]))
     return Options(**given)
 

@@ -108,6 +108,14 @@ def test_a_training_outlives_its_display(lines, number, run_dir, monkeypatch):  
     assert checkpoint.load(run_dir / "run")["step"] == 15 == log_of(run_dir / "run")[1][-1]["step"]
 
 
+def test_a_display_that_was_closed_before(run_dir, monkeypatch):
+    """As by >&- in a shell: Python then has None."""
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert cli.main(flags(run_dir, max_steps=1)) == 0 and sys.stdout is None
+    assert cli.main(["train", "--mode", "byol"]) == 2
+
+
 def test_a_full_disk_behind_the_output_is_no_lost_display(monkeypatch, capsys):
     """A report that was not written whole is an error."""
     monkeypatch.setattr(sys, "stdout", Gone(0, errno.ENOSPC))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from directclr_fast.train import data, folder
+from directclr_fast.train import data, folder, probe
 
 image = pytest.importorskip("PIL.Image")
 
@@ -168,6 +168,17 @@ def test_damaged_and_huge_files(workers, tree, monkeypatch):  # L6, L10
     x, y, i = map(torch.cat, zip(*data.in_order(images, 2, "cpu", workers)))
     assert i.tolist() == [0, 3, 4, 5, 6, 8, 9] and torch.equal(y, images.labels[i])
     assert torch.equal(x[:, 0, 5, 5].long(), reds[i]) and len(images.failed) == 3
+
+
+def test_an_evaluation_without_a_picture_that_can_be_read(tree):
+    images = both(tree, skip_unreadable=True)[1]
+    for path in images.paths:
+        open(path, "wb").close()
+    with (
+        pytest.warns(UserWarning, match=f"left out {len(images)} unreadable"),
+        pytest.raises(OSError, match="^data: expected a picture that can be read in folder:"),
+    ):
+        probe.encode(None, images, 14)
 
 
 def test_a_disk_that_is_gone_is_said(tree, monkeypatch):

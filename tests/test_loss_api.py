@@ -237,6 +237,12 @@ def test_bad_input_gets_a_sentence(changes, error, message):
     assert "\n" not in text and len(text) < 250
 
 
+@pytest.mark.parametrize("name", ["temperature", "eps"])
+def test_an_int_that_no_float_holds_is_not_finite(name):
+    with pytest.raises(ValueError, match=f"^{name}: expected a positive finite number, got 1000"):
+        call(**{name: 10**309})
+
+
 def test_dtensor_is_named():
     class DTensor(torch.Tensor):
         """Stands for torch.distributed.tensor.DTensor, which is slow to import."""

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from mutations import MUTATIONS
 
 ROOT = Path(__file__).parent.parent
 
@@ -132,3 +133,9 @@ def test_what_is_promised_has_run():
 def test_one_version_of_ruff():
     pinned = re.search(r"ruff==([\d.]+)", (ROOT / "pyproject.toml").read_text())[1]
     assert f"rev: v{pinned} " in (ROOT / ".pre-commit-config.yaml").read_text()
+
+
+def test_every_mutation_has_its_line():
+    """tests/mutations.py is run now and then; what a change makes of its lines shows at once."""
+    counts = {m.name: (ROOT / m.file).read_text().count(m.old) for m in MUTATIONS}
+    assert {name: count for name, count in counts.items() if count != 1} == {}

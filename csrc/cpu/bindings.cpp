@@ -160,14 +160,11 @@ PYBIND11_MODULE(_cpu, m) {
 
   const auto step = [](const py::tuple& t) {  // what both directions of a step take
     return Step{view(t[0]), view(t[1]), t[2].cast<I>(), t[3].cast<double>(), t[4].cast<double>(),
-                t[5].cast<bool>(), t[6].cast<bool>(), t[7].cast<bool>(),
-                Reduction(t[8].cast<int>()), at<void>(t[9].cast<P>()), t[10].cast<I>(),
-                at<double>(t[11].cast<P>()), at<double>(t[12].cast<P>()),
-                at<double>(t[13].cast<P>()), at<double>(t[14].cast<P>())};
+                t[5].cast<bool>(), t[6].cast<bool>(), t[7].cast<bool>(), t[8].cast<bool>(),
+                t[9].cast<bool>(), at<void>(t[10].cast<P>()), t[11].cast<I>(),
+                at<double>(t[12].cast<P>()), at<double>(t[13].cast<P>()),
+                at<double>(t[14].cast<P>()), at<double>(t[15].cast<P>())};
   };
-  m.attr("NONE") = int(kNone);
-  m.attr("SUM") = int(kSum);
-  m.attr("MEAN") = int(kMean);
   m.def(
       "forward",
       [step](const py::tuple& s, const py::tuple& x1, const py::tuple& x2, P loss, int threads) {
@@ -177,7 +174,7 @@ PYBIND11_MODULE(_cpu, m) {
         check(forward(args, of1, of2, at<float>(loss), threads));
       },
       "step"_a, "x1"_a, "x2"_a, "loss"_a, "threads"_a,
-      "step: ((rows, z, rnorm), (rows, z, rnorm), d, eps, scale, both, symmetric, bf16, reduction, "
+      "step: ((rows, z, rnorm), (rows, z, rnorm), d, eps, scale, both, symmetric, bf16, mean, each, "
       "workspace, bytes, row_lse, col_lse, nll_row, nll_col), as csrc/cpu/step.h says.");
   m.def(
       "backward",

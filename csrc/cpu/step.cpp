@@ -78,22 +78,22 @@ std::string forward(const Step& s, const Strided& x1, const Strided& x2, float* 
       s.col_lse[i] = logits[i] + s.nll_col[i];
       of_row = 0.5 * (of_row + s.nll_col[i]);
     }
-    if (s.reduction == kNone) loss[i] = float(of_row);
+    if (s.each) loss[i] = float(of_row);
     total += of_row;
   }
   for (int64_t j = m; s.symmetric && j < n; ++j) s.col_lse[j] = rest(columns, j);
-  if (s.reduction != kNone) *loss = float(s.reduction == kMean ? total / double(m) : total);
+  if (!s.each) *loss = float(s.mean ? total / double(m) : total);
   return "";
 }
 
-std::string backward(const Step& s, const float* upstream, int64_t step, const Gradient& g1,
+std::string backward(const Step& s, const float* upstream, int64_t stride, const Gradient& g1,
                      const Gradient& g2, double* dtemperature, int threads) {
   const int64_t m = s.view1.rows, n = s.view2.rows;
   Doubles weight(s.symmetric ? n : m), diagonal(m);
   const double share = s.symmetric ? 0.5 * s.scale : s.scale;
   for (int64_t i = 0; i < m; ++i) {
-    const double up = upstream[i * step];
-    weight[i] = (s.reduction == kMean ? up / double(m) : up) * share;
+    const double up = upstream[i * stride];
+    weight[i] = (s.mean ? up / double(m) : up) * share;
     diagonal[i] = weight[i] * std::expm1(-s.nll_row[i]);
     if (s.symmetric) diagonal[i] += weight[i] * std::expm1(-s.nll_col[i]);
   }

@@ -10,8 +10,6 @@
 
 namespace directclr {
 
-enum Reduction : int { kNone = 0, kSum = 1, kMean = 2 };
-
 // A view's rows, and where its unit rows (rows, pitch(d)) and reciprocal norms (rows) are.
 struct View {
   int64_t rows;
@@ -24,7 +22,7 @@ struct Step {
   int64_t d;
   double eps, scale;
   bool both, symmetric, bf16;
-  Reduction reduction;
+  bool mean, each;  // reduction: "mean", "none"; "sum" is neither
   void* workspace;  // as SimilarityArgs'
   int64_t workspace_bytes;
   double* row_lse;  // (M)
@@ -43,8 +41,8 @@ struct Gradient {
   bool fill;
 };
 
-// `upstream` is one number or M of them, `step` elements apart. *dtemperature where not null.
-std::string backward(const Step& s, const float* upstream, int64_t step, const Gradient& g1,
+// `upstream` is one number or M of them, `stride` elements apart. *dtemperature where not null.
+std::string backward(const Step& s, const float* upstream, int64_t stride, const Gradient& g1,
                      const Gradient& g2, double* dtemperature, int threads);
 
 }  // namespace directclr

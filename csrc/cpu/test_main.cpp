@@ -193,7 +193,7 @@ void run_step(int64_t m, int64_t n, int64_t d, bool both, bool symmetric, bool b
   std::vector<double> row_lse(m), col_lse(symmetric ? n : 0), nll_row(m), nll_col(symmetric ? m : 0);
   std::vector<float> kept(workspace_bytes(m, n) / 4);
   const Step s{{m, z1.data(), rnorm1.data()}, {n, z2.data(), rnorm2.data()}, d, 1e-12, 10.0, both,
-               symmetric, bf16, kMean, kept.data(), int64_t(4 * kept.size()), row_lse.data(),
+               symmetric, bf16, true, false, kept.data(), int64_t(4 * kept.size()), row_lse.data(),
                symmetric ? col_lse.data() : nullptr, nll_row.data(),
                symmetric ? nll_col.data() : nullptr};
   const auto of = [&](Floats& x) { return Strided{x.data(), kFloat32, d, 1, nullptr}; };

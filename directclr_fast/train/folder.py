@@ -247,14 +247,11 @@ class _Walk:
         self.roots = {self.real}  # where the data lie, links followed
         self.top, self.classes = [], {}
         for entry in self._entries(self.base):
-            if not entry.is_symlink() and entry.is_dir():
-                self.classes[entry.name] = entry.path
-            elif os.path.isdir(entry.path):  # a link
-                if self._follows(entry):
-                    self.classes[entry.name] = entry.path
-            else:
+            link = entry.is_symlink()
+            if not (os.path.isdir(entry.path) if link else entry.is_dir()):
                 self.top.append(entry)
-        self.classes = dict(sorted(self.classes.items()))
+            elif not link or self._follows(entry):
+                self.classes[entry.name] = entry.path
 
     def leave(self, why: str, path: str) -> None:
         what = self.left_out.setdefault(why, {"count": 0, "such as": []})
@@ -375,13 +372,6 @@ def load(root: Path, train: bool, size: int, skip_unreadable: bool = False) -> F
         part = "training" if train else "validation"
         why = f"; left out: {_said(walk.left_out)}" if walk.left_out else ""
         raise FileNotFoundError(f"data: expected {part} images in {here}, got none{why}")
-    return FolderSet(
-        np.array(paths),
-        torch.tensor(labels),
-        classes,
-        f"folder:{root}",
-        size,
-        os.fspath(here),
-        walk.left_out,
-        "replace" if skip_unreadable else None,
-    )
+    skip = "replace" if skip_unreadable else None
+    about = f"folder:{root}", size, os.fspath(here), walk.left_out, skip
+    return FolderSet(np.array(paths), torch.tensor(labels), classes, *about)

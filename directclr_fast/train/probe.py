@@ -74,6 +74,8 @@ def encode(
     encoder.train(training)
     if failed := getattr(images, "failed", None):
         warnings.warn(folder.said_unreadable(failed), stacklevel=2)
+    if not features:
+        raise OSError(f"data: expected a picture that can be read in {images.name}, got none")
     return torch.cat(features), torch.cat(labels)
 
 

@@ -41,8 +41,8 @@ GREY_MEAN, GREY_STD = 0.449, 0.226  # their averages, for every other number of 
 LUMA = (0.2989, 0.587, 0.114)
 PRESETS = ("imagenet", "small", "affine")
 CHUNK = 2**26  # elements augmented at a time: 256 MiB in fp32, whatever the batch
-TRIES = 10  # of a box that fits
-NUMBERS = 2 * TRIES + 2  # that a box is made of
+PLACES = (10, 10, 1, 1)  # numbers of a box: size and shape of ten tries, then top and left
+NUMBERS = sum(PLACES)
 FOUR = 4  # rows that have the four places of the hue between them
 
 
@@ -218,8 +218,7 @@ def draw_box(
     draw: _Draw, h: int, w: int, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> Tensor:
     """Boxes of n images of h x w pixels: `place_box` of numbers of the generator."""
-    tries, place = (draw.uniform(0, 1, TRIES), draw.uniform(0, 1, TRIES)), range(2)
-    numbers = torch.cat((*tries, *(draw.uniform(0, 1, 1) for _ in place)), 1)
+    numbers = torch.cat([draw.uniform(0, 1, count) for count in PLACES], 1)
     return place_box(numbers, h, w, scale, ratio)
 
 
@@ -232,7 +231,7 @@ def place_box(
     numbers (n, NUMBERS): uniform in 0..1. Ten tries are made of them for every sample and the first
     that fits is taken; where none fits, the largest central box within `ratio`.
     """
-    size, shape, top, left = numbers.split((TRIES, TRIES, 1, 1), 1)
+    size, shape, top, left = numbers.split(PLACES, 1)
     low, high = math.log(ratio[0]), math.log(ratio[1])
     area = (size * (scale[1] - scale[0]) + scale[0]) * (h * w)
     aspect = (shape * (high - low) + low).exp()
