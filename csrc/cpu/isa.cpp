@@ -39,6 +39,12 @@ std::vector<const Kernels*> available_kernels() {
   if (avx2) bodies.push_back(&kernels_avx2);
 #endif
   bodies.push_back(&kernels_portable);
+  // By name only: the tiles of the matrix unit emulated, so that all but its instructions is tested
+  // on any machine.
+#if defined(__x86_64__)
+  if (avx512) bodies.push_back(&kernels_tiles_avx512);
+#endif
+  bodies.push_back(&kernels_tiles);
   return bodies;
 }
 

@@ -48,6 +48,8 @@ struct Pair {
   bool bf16;
   // a log2(e) in two floats: exp(a s) = 2^(scale_hi s + scale_lo s).
   float scale_hi, scale_lo;
+  // Of the digits of each row (m, n), where the products are made of those; else null.
+  const float *scale1, *scale2;
   // a s_i of the entries (i, row_offset + i), as the tile has them, goes here (m) where not null.
   double scale;
   double* logits;
@@ -99,6 +101,10 @@ struct Kernels {
   bool has_bf16;
   int64_t (*scratch_bytes)(int64_t m, int64_t n, int64_t pitch);
   int64_t (*keep_panel_floats)(int64_t n);  // size of one kept row panel of S
+  // Scales for the digits of each row, and what products of digits leave out of z . z; null where
+  // the body has no such products.
+  void (*digit_scales)(const float* z, int64_t d, int64_t pitch, int64_t row_begin,
+                       int64_t row_end, float* scale, float* left_out);
   void (*normalize)(const Normalize&, int64_t row_begin, int64_t row_end, float* row_scratch);
   void (*positives)(const Positives&, int64_t row_begin, int64_t row_end);
   // Rows [i0, i1) x columns [j0, j1); col_sum/col_ref are the calling thread's own (n), col_top too,
@@ -114,10 +120,12 @@ struct Kernels {
 };
 
 extern const Kernels kernels_portable;
+extern const Kernels kernels_tiles;
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
 extern const Kernels kernels_avx512_bf16;
+extern const Kernels kernels_tiles_avx512;
 #endif
 
 }  // namespace directclr

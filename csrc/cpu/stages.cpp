@@ -150,6 +150,7 @@ Pair make_pair(const SimilarityArgs& s) {
   p.scale_hi = float(scale);
   p.scale_lo = float(scale - double(p.scale_hi));
   p.scale = s.scale;
+  p.scale1 = p.scale2 = nullptr;
   p.logits = nullptr;
   p.own = nullptr;
   p.keep = static_cast<float*>(s.workspace);
@@ -165,6 +166,53 @@ Pair make_pair(const SimilarityArgs& s) {
 bool bounded(const SimilarityArgs& s) {
   return s.scale * kLog2e + std::log2(double(std::max(s.m, s.n))) < 125.0;
 }
+
+// How far off the six products of three digits may be in s: what the rule for errors forgives whoever
+// computes, 1e-6 of E, grows with a from 10 on.
+constexpr double kDigitError = 1e-7;
+constexpr int64_t kDigitColumns = 32768;  // 3 * 2^14 a column stay in int32
+
+// Makes the pair one of digits, where the body has them and they are exact enough for these rows.
+// `scales` is theirs and has to outlive it. False if memory is short.
+class Digits {
+ public:
+  bool choose(const SimilarityArgs& s, int threads, Pair& pair) {
+    const Kernels& k = kernels();
+    if (!k.digit_scales || pair.bf16) return true;
+    const bool one = s.z1 == s.z2 && s.m == s.n;
+    const int64_t rows = one ? s.m : s.m + s.n;
+    scales_ = Buffer<float>(2 * rows);
+    if (!scales_) return false;
+    float* const scale = scales_.get();
+    run(team_size(threads, kElementWork * double(rows) * double(s.d)), [&](int t, Team& team) {
+      const auto part_of = [&](const float* z, int64_t count, float* to) {
+        k.digit_scales(z, s.d, pair.pitch, part(count, 16, t, team.size()),
+                       part(count, 16, t + 1, team.size()), to, to + rows);
+      };
+      part_of(s.z1, s.m, scale);
+      if (!one) part_of(s.z2, s.n, scale + s.m);
+    });
+    const auto root_mean_square = [&](const float* x, int64_t count) {
+      double sum = 0.0;
+      for (int64_t i = 0; i < count; ++i) sum += double(x[i]) * double(x[i]);
+      return std::sqrt(sum / double(count));
+    };
+    const double error1 = root_mean_square(scale + rows, s.m);
+    const double error2 = one ? error1 : root_mean_square(scale + rows + s.m, s.n);
+    // Of rows with a NaN it is NaN, which no digit could carry.
+    const bool exact = std::sqrt(error1 * error2) * std::min(s.scale, 10.0) <= 10.0 * kDigitError;
+    if (exact && s.d <= kDigitColumns) {
+      pair.scale1 = scale;
+      pair.scale2 = one ? scale : scale + s.m;
+    } else {
+      pair.keep_panels = 0;  // they are made of other panels
+    }
+    return true;
+  }
+
+ private:
+  Buffer<float> scales_{0};
+};
 
 void merge(double& sum, double& ref, double s, double r) {
   if (s == 0.0) return;
@@ -337,7 +385,10 @@ std::string sums(const SimilarityArgs& s, Accumulator rows, Accumulator cols, do
   Scratch scratch(threads * bytes);
   Buffer<double> partial(2 * schedule.parts * s.n);
   Buffer<float> tops_of_parts(tops.row ? schedule.parts * s.n : 0);
-  if (!scratch || !partial || !tops_of_parts) return kNoMemory;
+  Digits digits;
+  if (!scratch || !partial || !tops_of_parts || !digits.choose(s, threads, args.pair)) {
+    return kNoMemory;
+  }
   run(threads, [&](int t, Team& team) {
     sums_part(args, schedule, partial.get(), tops_of_parts.get(), scratch.get() + t * bytes);
     team.barrier();
@@ -357,7 +408,9 @@ std::string products(const SimilarityArgs& s, const WeightArgs& w, float* dz1, f
   float* p = prepared.get();
   const Prepared row{p, p + s.m}, col{p + 2 * s.m, p + 2 * s.m + s.n};
   float* diag = w.diagonal ? p + 2 * s.m + 2 * s.n : nullptr;
-  const Products args{make_pair(s), row.weight, row.ref, col.weight, col.ref, diag, dz1, dz2};
+  Products args{make_pair(s), row.weight, row.ref, col.weight, col.ref, diag, dz1, dz2};
+  Digits digits;
+  if (!digits.choose(s, threads, args.pair)) return kNoMemory;
   const int parts_wanted = part_count(std::min(s.m, s.n), threads);
   Schedule schedule(s.upper && parts_wanted > 1 ? (parts_wanted + 1) / 2 * 2 : parts_wanted);
   run(threads, [&](int t, Team& team) {
