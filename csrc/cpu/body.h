@@ -33,20 +33,22 @@ static int64_t fp32_scratch_bytes(int64_t m, int64_t n, int64_t pitch) {
   return 4 * (2 * MC * NC + (2 * e.nc + e.mc + MR) * e.wide + 3 * NC) + 8 * 64;
 }
 
+static int64_t keep_panel_floats(int64_t n) { return round_up(n, NR) * MR; }
+
 #if defined(DCLR_TILES)
-constexpr int64_t kRowUnit = kPanel, kColumnUnit = 64;
-constexpr auto kDigitScales = digit_scales;
 static int64_t scratch_bytes(int64_t m, int64_t n, int64_t pitch) {
   const int64_t fp32 = fp32_scratch_bytes(m, n, pitch);
   const int64_t digits = digit_scratch(nullptr, m, n, pitch).bytes;
   return digits > fp32 ? digits : fp32;
 }
-static int64_t keep_panel_floats(int64_t n) { return kept_floats(n); }
+// Emulated they are there to be tested, at all sizes.
+constexpr bool kEmulated = __is_same(Tiles, EmulatedTiles);
+constexpr Digits kDigitKernels = {kEmulated ? 1 : 256, kEmulated ? 1 : 96, kept_floats,
+                                  digit_scales, digits_work};
+constexpr const Digits* kDigits = &kDigitKernels;
 #else
-constexpr int64_t kRowUnit = MR, kColumnUnit = NR;
-constexpr decltype(Kernels::digit_scales) kDigitScales = nullptr;
 constexpr auto scratch_bytes = fp32_scratch_bytes;
-static int64_t keep_panel_floats(int64_t n) { return round_up(n, NR) * MR; }
+constexpr const Digits* kDigits = nullptr;
 #endif
 
 // Cuts up a thread's scratch, in whole cache lines.
@@ -146,12 +148,11 @@ static double fma_loop(int64_t iterations) {
 namespace directclr {
 const Kernels DCLR_JOIN(kernels_, DCLR_ISA) = {
     DCLR_NAME(DCLR_ISA),
-    DCLR_ISA::kRowUnit,
-    DCLR_ISA::kColumnUnit,
+    DCLR_ISA::MR,
+    DCLR_ISA::NR,
     DCLR_ISA::kHasBf16,
     DCLR_ISA::scratch_bytes,
     DCLR_ISA::keep_panel_floats,
-    DCLR_ISA::kDigitScales,
     DCLR_ISA::normalize,
     DCLR_ISA::positives,
     DCLR_ISA::sums,
@@ -159,5 +160,6 @@ const Kernels DCLR_JOIN(kernels_, DCLR_ISA) = {
     DCLR_ISA::finish,
     DCLR_ISA::exp2_values,
     DCLR_ISA::fma_loop,
+    DCLR_ISA::kDigits,
 };
 }  // namespace directclr

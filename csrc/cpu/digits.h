@@ -25,7 +25,7 @@ constexpr int TV = 16 / VL;                       // vectors across a tile
 constexpr int64_t kStep = 3 * kTileBytes;         // a step of 64 along k: a tile of each digit
 constexpr int64_t kSteps = 6;                     // whose 32 rows stay in L1
 constexpr int64_t kClasses = 2 * kStep / 4;       // int32 of the three sums of a block of C
-constexpr int64_t kPanel = 32;                    // rows of a block of C
+constexpr int64_t kPanel = kDigitRows;            // rows of a block of C
 constexpr int64_t kGBlock = 256, kSumsBlock = 512;  // columns of a block; of G, rows as well
 
 DCLR_INLINE int64_t steps_of(int64_t k) { return (k + 63) / 64; }
@@ -195,40 +195,48 @@ static void digit_scales(const float* z, int64_t d, int64_t pitch, int64_t begin
 
 // The three sums of a block of C: += A B over `steps`, A in two halves of 16 rows. `between` is
 // called after every two products.
-template <class Between>
-DCLR_INLINE void multiply(Tiles& t, const char* a, const char* a2, const char* b, int64_t steps,
+template <class T, class Between>
+DCLR_INLINE void multiply(T& t, const char* a, const char* a2, const char* b, int64_t steps,
                           bool add, int32_t* classes, Between between) {
+  constexpr Tile<0> C0;  // rows 0 to 15: hh
+  constexpr Tile<1> C1;
+  constexpr Tile<2> C2;
+  constexpr Tile<3> D0;  // rows 16 to 31
+  constexpr Tile<4> D1;
+  constexpr Tile<5> D2;
+  constexpr Tile<6> A;
+  constexpr Tile<7> B;
   char* c = reinterpret_cast<char*>(classes);
   if (add) {
-    t.load<0>(c), t.load<1>(c + kTileBytes), t.load<2>(c + 2 * kTileBytes);
-    t.load<3>(c + kStep), t.load<4>(c + kStep + kTileBytes), t.load<5>(c + kStep + 2 * kTileBytes);
+    t.load(C0, c), t.load(C1, c + kTileBytes), t.load(C2, c + 2 * kTileBytes);
+    t.load(D0, c + kStep), t.load(D1, c + kStep + kTileBytes), t.load(D2, c + kStep + 2 * kTileBytes);
   } else {
-    t.zero<0>(), t.zero<1>(), t.zero<2>(), t.zero<3>(), t.zero<4>(), t.zero<5>();
+    t.zero(C0), t.zero(C1), t.zero(C2), t.zero(D0), t.zero(D1), t.zero(D2);
   }
   constexpr int64_t M = kTileBytes, L = 2 * kTileBytes;
   for (int64_t k = 0; k < steps; ++k, a += kStep, a2 += kStep, b += kStep) {
-    t.load_once<7>(b + L), t.load<6>(a), t.multiply_bytes<2, 6, 7>();  // h l
-    t.load<6>(a2), t.multiply_bytes<5, 6, 7>();
+    t.load_once(B, b + L), t.load(A, a), t.multiply_bytes(C2, A, B);  // h l
+    t.load(A, a2), t.multiply_bytes(D2, A, B);
     between();
-    t.load_once<7>(b + M), t.multiply_bytes<4, 6, 7>();  // h m
-    t.load<6>(a), t.multiply_bytes<1, 6, 7>();
+    t.load_once(B, b + M), t.multiply_bytes(D1, A, B);  // h m
+    t.load(A, a), t.multiply_bytes(C1, A, B);
     between();
-    t.load<6>(a + M), t.multiply_bytes<2, 6, 7>();  // m m
-    t.load<6>(a2 + M), t.multiply_bytes<5, 6, 7>();
+    t.load(A, a + M), t.multiply_bytes(C2, A, B);  // m m
+    t.load(A, a2 + M), t.multiply_bytes(D2, A, B);
     between();
-    t.load_once<7>(b), t.multiply_bytes<4, 6, 7>();  // m h
-    t.load<6>(a + M), t.multiply_bytes<1, 6, 7>();
+    t.load_once(B, b), t.multiply_bytes(D1, A, B);  // m h
+    t.load(A, a + M), t.multiply_bytes(C1, A, B);
     between();
-    t.load<6>(a + L), t.multiply_bytes<2, 6, 7>();  // l h
-    t.load<6>(a2 + L), t.multiply_bytes<5, 6, 7>();
+    t.load(A, a + L), t.multiply_bytes(C2, A, B);  // l h
+    t.load(A, a2 + L), t.multiply_bytes(D2, A, B);
     between();
-    t.load<6>(a), t.multiply_bytes<0, 6, 7>();  // h h
-    t.load<6>(a2), t.multiply_bytes<3, 6, 7>();
+    t.load(A, a), t.multiply_bytes(C0, A, B);  // h h
+    t.load(A, a2), t.multiply_bytes(D0, A, B);
     between();
   }
-  t.store<1>(c + kTileBytes), t.store<2>(c + 2 * kTileBytes);
-  t.store<4>(c + kStep + kTileBytes), t.store<5>(c + kStep + 2 * kTileBytes);
-  t.store<0>(c), t.store<3>(c + kStep);
+  t.store(C1, c + kTileBytes), t.store(C2, c + 2 * kTileBytes);
+  t.store(D1, c + kStep + kTileBytes), t.store(D2, c + kStep + 2 * kTileBytes);
+  t.store(C0, c), t.store(D0, c + kStep);
 }
 
 // Vector v of row r of A B. Only the last two additions round, fused or not.
@@ -238,6 +246,24 @@ DCLR_INLINE vf combined(const int32_t* classes, int64_t r, int v) {
     return __builtin_convertvector(*reinterpret_cast<const vi_mem*>(p + c * 256), vf);
   };
   return sum(0) + (sum(1) + sum(2) * 0x1p-8f) * 0x1p-8f;
+}
+
+// Whether `Tiles` compute what their emulation does, by two blocks of C from arbitrary bytes.
+static bool digits_work() {
+  alignas(64) char bytes[6 * kStep];
+  alignas(64) int32_t classes[2][kClasses];
+  uint32_t x = 1;
+  for (char& b : bytes) b = char((x = x * 1664525u + 1013904223u) >> 24);
+  const auto run = [&](auto t, int32_t* to) __attribute__((always_inline)) {
+    t.configure();
+    for (int times = 0; times < 2; ++times) {
+      multiply(t, bytes, bytes + 2 * kStep, bytes + 4 * kStep, 2, times > 0, to, [] {});
+    }
+    t.release();
+  };
+  run(Tiles{}, classes[0]);
+  run(EmulatedTiles{}, classes[1]);
+  return __builtin_memcmp(classes[0], classes[1], sizeof(classes[0])) == 0;
 }
 
 // Brings lines into L2 while others are at work, one a call.

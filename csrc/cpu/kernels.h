@@ -94,6 +94,18 @@ struct Finish {
   bool fill;
 };
 
+// What a body with tiles has beside its fp32 kernels: products of 8-bit digits (digits.h).
+struct Digits {
+  int64_t least_rows, least_columns;        // below these the fp32 kernels are as fast
+  int64_t (*keep_panel_floats)(int64_t n);  // size of one kept panel of kDigitRows rows of S
+  // The scale of each row's digits, and what their products leave out of z . z; NaN for a NaN.
+  void (*scales)(const float* z, int64_t d, int64_t pitch, int64_t row_begin, int64_t row_end,
+                 float* scale, float* left_out);
+  bool (*work)();  // whether the tiles compute what their emulation does
+};
+constexpr int64_t kDigitRows = 32, kDigitColumns = 64;  // rows and columns are split at multiples
+constexpr int64_t kMostDigitColumns = 32768;            // d: three sums of 2^14 a column in int32
+
 struct Kernels {
   const char* name;
   int64_t mr;  // rows are split between threads at multiples of this
@@ -101,10 +113,6 @@ struct Kernels {
   bool has_bf16;
   int64_t (*scratch_bytes)(int64_t m, int64_t n, int64_t pitch);
   int64_t (*keep_panel_floats)(int64_t n);  // size of one kept row panel of S
-  // Scales for the digits of each row, and what products of digits leave out of z . z; null where
-  // the body has no such products.
-  void (*digit_scales)(const float* z, int64_t d, int64_t pitch, int64_t row_begin,
-                       int64_t row_end, float* scale, float* left_out);
   void (*normalize)(const Normalize&, int64_t row_begin, int64_t row_end, float* row_scratch);
   void (*positives)(const Positives&, int64_t row_begin, int64_t row_end);
   // Rows [i0, i1) x columns [j0, j1); col_sum/col_ref are the calling thread's own (n), col_top too,
@@ -117,6 +125,7 @@ struct Kernels {
                  float* row_scratch);
   void (*exp2)(const float* x, float scale_hi, float scale_lo, float* y, int64_t n);
   double (*fma_loop)(int64_t iterations);  // returns operations done; the peak in benchmarks
+  const Digits* digits;                    // null: none
 };
 
 extern const Kernels kernels_portable;
@@ -126,6 +135,7 @@ extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
 extern const Kernels kernels_avx512_bf16;
 extern const Kernels kernels_tiles_avx512;
+extern const Kernels kernels_amx;
 #endif
 
 }  // namespace directclr

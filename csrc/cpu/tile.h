@@ -14,7 +14,39 @@ typedef int32_t vi_mem __attribute__((vector_size(4 * VL), aligned(4), may_alias
 
 constexpr int64_t kTileBytes = 1024;
 
-// No instruction set, and as slow as that: products of bytes, exact in fp32.
+template <int T>
+struct Tile {};  // the number of a register
+
+// C += A B of bytes, exact in fp32 on the way.
+static __attribute__((noinline)) void add_product(int32_t* c, const int8_t* a, const int32_t* b) {
+  constexpr int V = 16 / VL, ROWS = VL == 16 ? 8 : 2;
+  float wide[64 * 16];  // B as [k][column]
+  for (int w = 0; w < 256; w += VL) {
+    const vi word = *reinterpret_cast<const vi_mem*>(b + w);
+    for (int q = 0; q < 4; ++q) {
+      const vi byte = word << (24 - 8 * q) >> 24;
+      store(wide + (w / 16 * 4 + q) * 16 + w % 16, __builtin_convertvector(byte, vf));
+    }
+  }
+  for (int i = 0; i < 16; i += ROWS) {
+    vf sum[ROWS][V] = {};
+    for (int k = 0; k < 64; ++k) {
+      DCLR_UNROLL
+      for (int r = 0; r < ROWS; ++r) {
+        const vf x = splat(float(a[(i + r) * 64 + k]));
+        DCLR_UNROLL
+        for (int v = 0; v < V; ++v) sum[r][v] += x * load(wide + k * 16 + v * VL);
+      }
+    }
+    for (int r = 0; r < ROWS; ++r) {
+      for (int v = 0; v < V; ++v) {
+        vi_mem* to = reinterpret_cast<vi_mem*>(c + (i + r) * 16 + v * VL);
+        *to = *to + __builtin_convertvector(sum[r][v], vi);
+      }
+    }
+  }
+}
+
 struct EmulatedTiles {
   alignas(64) int32_t words[8][256];
   bool configured = false;
@@ -27,95 +59,64 @@ struct EmulatedTiles {
     return words[T];
   }
   template <int T>
-  inline __attribute__((always_inline)) void zero() {
+  inline __attribute__((always_inline)) void zero(Tile<T>) {
     __builtin_memset(use<T>(), 0, kTileBytes);
   }
   template <int T>
-  inline __attribute__((always_inline)) void load(const void* p) {
+  inline __attribute__((always_inline)) void load(Tile<T>, const void* p) {
     __builtin_memcpy(use<T>(), p, kTileBytes);
   }
   template <int T>
-  inline __attribute__((always_inline)) void load_once(const void* p) {
-    load<T>(p);
+  inline __attribute__((always_inline)) void load_once(Tile<T>, const void* p) {
+    load(Tile<T>{}, p);
   }
   template <int T>
-  inline __attribute__((always_inline)) void store(void* p) {
+  inline __attribute__((always_inline)) void store(Tile<T>, void* p) {
     __builtin_memcpy(p, use<T>(), kTileBytes);
   }
   template <int C, int A, int B>
-  inline __attribute__((always_inline)) void multiply_bytes() {
+  inline __attribute__((always_inline)) void multiply_bytes(Tile<C>, Tile<A>, Tile<B>) {
     add_product(use<C>(), reinterpret_cast<int8_t*>(use<A>()), use<B>());
-  }
-
- private:
-  static __attribute__((noinline)) void add_product(int32_t* c, const int8_t* a, const int32_t* b) {
-    constexpr int V = 16 / VL, ROWS = VL == 16 ? 8 : 2;
-    float wide[64 * 16];  // [k][column]
-    for (int w = 0; w < 256; w += VL) {
-      const vi word = *reinterpret_cast<const vi_mem*>(b + w);
-      for (int q = 0; q < 4; ++q) {
-        const vi byte = word << (24 - 8 * q) >> 24;
-        store_floats(wide + (w / 16 * 4 + q) * 16 + w % 16, __builtin_convertvector(byte, vf));
-      }
-    }
-    for (int i = 0; i < 16; i += ROWS) {
-      vf sum[ROWS][V] = {};
-      for (int k = 0; k < 64; ++k) {
-        DCLR_UNROLL
-        for (int r = 0; r < ROWS; ++r) {
-          const vf x = splat(float(a[(i + r) * 64 + k]));
-          DCLR_UNROLL
-          for (int v = 0; v < V; ++v) {
-            sum[r][v] += x * directclr::DCLR_ISA::load(wide + k * 16 + v * VL);
-          }
-        }
-      }
-      for (int r = 0; r < ROWS; ++r) {
-        for (int v = 0; v < V; ++v) {
-          *reinterpret_cast<vi_mem*>(c + (i + r) * 16 + v * VL) +=
-              __builtin_convertvector(sum[r][v], vi);
-        }
-      }
-    }
-  }
-  static inline __attribute__((always_inline)) void store_floats(float* p, vf x) {
-    directclr::DCLR_ISA::store(p, x);
   }
 };
 
 #if defined(__AMX_TILE__)
+// As ldtilecfg reads it: every tile is whole.
+struct TileShapes {
+  uint8_t palette, start_row, reserved[14];
+  uint16_t bytes_per_row[16];
+  uint8_t rows[16];
+};
+static const TileShapes kTileShapes = {
+    1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+static_assert(sizeof(TileShapes) == 64, "one line");
+
 // Statements of our own: gcc 12's intrinsics tell the compiler too little of the memory that they
 // read and are miscompiled at -O3. "memory" also keeps an epilogue where it was put between products.
 struct AmxTiles {
   inline __attribute__((always_inline)) void configure() {
-    static const struct {
-      uint8_t palette, start_row, reserved[14];
-      uint16_t bytes_per_row[16];
-      uint8_t rows[16];
-    } config = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
-    static_assert(sizeof(config) == 64, "as ldtilecfg reads it");
-    asm volatile("ldtilecfg %0" ::"m"(config) : "memory");
+    asm volatile("ldtilecfg %0" ::"m"(kTileShapes) : "memory");
   }
   inline __attribute__((always_inline)) void release() { asm volatile("tilerelease" ::: "memory"); }
   template <int T>
-  inline __attribute__((always_inline)) void zero() {
+  inline __attribute__((always_inline)) void zero(Tile<T>) {
     asm volatile("tilezero %%tmm%c0" ::"i"(T));
   }
   template <int T>
-  inline __attribute__((always_inline)) void load(const void* p) {
+  inline __attribute__((always_inline)) void load(Tile<T>, const void* p) {
     asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(int64_t(64)), "i"(T) : "memory");
   }
   template <int T>
-  inline __attribute__((always_inline)) void load_once(const void* p) {  // past the nearest cache
+  inline __attribute__((always_inline)) void load_once(Tile<T>, const void* p) {  // past the nearest cache
     asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(int64_t(64)), "i"(T) : "memory");
   }
   template <int T>
-  inline __attribute__((always_inline)) void store(void* p) {
+  inline __attribute__((always_inline)) void store(Tile<T>, void* p) {
     asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(int64_t(64)), "i"(T) : "memory");
   }
   // C += A B
   template <int C, int A, int B>
-  inline __attribute__((always_inline)) void multiply_bytes() {
+  inline __attribute__((always_inline)) void multiply_bytes(Tile<C>, Tile<A>, Tile<B>) {
     asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
   }
 };
