@@ -274,7 +274,7 @@ def test_fp64_and_missing_precisions_are_passed_on():
 
 
 def test_doctor_names_the_instruction_set(isa):
-    r1, r2 = make_views(300, 128, dtype=torch.float32)
+    r1, r2 = make_views(300, 200, dtype=torch.float32)
     fast_directclr_loss(r1, r2, None, backend="cpu")
     details = doctor.report()["backends"]["cpu"]["details"]
     assert details["instruction set"] == isa

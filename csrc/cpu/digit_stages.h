@@ -1,5 +1,5 @@
-// The stages `sums` and `products` on digits: the same blocks, left-out entries, exponential and order of
-// additions as in sums.h and products.h, over packed tiles.
+// The stages `sums` and `products` on digits: the same walk, left-out entries and exponential as in
+// sums.h and products.h, over packed tiles.
 #pragma once
 #include "digits.h"
 #include "products.h"
@@ -33,7 +33,8 @@ static DigitScratch digit_scratch(void* at, int64_t m, int64_t n, int64_t pitch)
   s.columns = take(columns * wide), s.rows2 = take(smaller(kGBlock, columns) * wide);
   s.g = reinterpret_cast<float*>(take(4 * g)), s.g_rows = take(3 * g), s.g_columns = take(3 * g);
   s.dz2 = reinterpret_cast<float*>(take(4 * steps * 64 * kGBlock));
-  s.scale1 = reinterpret_cast<float*>(take(4 * rows)), s.scale2 = reinterpret_cast<float*>(take(4 * kGBlock));
+  s.scale1 = reinterpret_cast<float*>(take(4 * rows));
+  s.scale2 = reinterpret_cast<float*>(take(4 * kGBlock));
   s.bytes = next - static_cast<char*>(at);
   return s;
 }
@@ -88,7 +89,7 @@ static void digit_sums(const Sums& args, int64_t i0, int64_t i1, int64_t j0, int
   float block_sum[kSumsBlock], block_ref[kSumsBlock], block_top[kSumsBlock];
   SumsOf<BOUNDED> to{splat(pair.scale_hi), splat(pair.scale_lo), row_sum, row_ref, row_top,
                      block_sum, block_ref, block_top, tops, tops || !BOUNDED, {}};
-  const int64_t group = packed_rows(pair.d), panel_bytes = 2 * steps_of(pair.d) * kStep;
+  const int64_t group = packed_rows(pair.pitch), panel_bytes = 2 * steps_of(pair.d) * kStep;
   Tiles t;
   t.configure();
   for (int64_t g = i0; g < i1; g += group) {
@@ -112,8 +113,8 @@ static void digit_sums(const Sums& args, int64_t i0, int64_t i1, int64_t j0, int
             row_top[r] = splat(kNoTop);
           }
           const char* a = s.rows + (row - g) / kPanel * panel_bytes;
-          const Prefetch next_panel{a + panel_bytes, row + kPanel < g_end ? a + 2 * panel_bytes : a};
-          similarity_panel(t, pair, row, j, nc, a, s.columns, s.classes, false, next_panel, to);
+          const Prefetch next{a + panel_bytes, row + kPanel < g_end ? a + 2 * panel_bytes : a};
+          similarity_panel(t, pair, row, j, nc, a, s.columns, s.classes, false, next, to);
           for (int r = 0; r < smaller(kPanel, pair.m - row); ++r) {
             fold_row<BOUNDED>(row_sum[r], row_ref[r], args.row_sum[row + r], args.row_ref[row + r]);
             for (int l = 0; tops && l < VL; ++l) raise_to(args.row_top[row + r], row_top[r][l]);
@@ -158,7 +159,8 @@ struct WeightsOf {
     DCLR_UNROLL
     for (int v = 0; v < TV; ++v) {
       const Power e = power(s[v], hi, lo);
-      const vf x = ldexp(e.p, e.n - row_ref[r]) * row_weight[r] + ldexp(e.p, e.n - ref[v]) * weight[v];
+      const vf by_row = ldexp(e.p, e.n - row_ref[r]) * row_weight[r];
+      const vf x = by_row + ldexp(e.p, e.n - ref[v]) * weight[v];
       store(g + r * kGBlock + at + v * VL, x);
       of_row += magnitude(x);
       sum[v] += magnitude(x);
@@ -378,10 +380,11 @@ DCLR_INLINE void add_outliers(const Products& args, const Outliers& out) {
 static void digit_products(const Products& args, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
                            const DigitScratch& s) {
   const Pair& pair = args.pair;
-  const int64_t pitch = pair.pitch, steps = steps_of(pair.d), group = packed_rows(pair.d);
+  const int64_t pitch = pair.pitch, steps = steps_of(pair.d), group = packed_rows(pair.pitch);
   const int64_t row_bytes = round_up(pair.d, 32) / 16 * (kStep / 64);  // of z for the products
   const bool all_kept = pair.keep_panels >= (pair.m + kPanel - 1) / kPanel;
-  const int64_t j_step = even_block(j1 - j0, kGBlock, 64), i_step = even_block(i1 - i0, kGBlock, 64);
+  const int64_t j_step = even_block(j1 - j0, kGBlock, 64);
+  const int64_t i_step = even_block(i1 - i0, kGBlock, 64);
   float unit_row[kGBlock], unit_col[kGBlock];
   Outliers out;
   Tiles t;

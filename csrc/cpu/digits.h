@@ -3,17 +3,17 @@
 //     z = r (h + m / 256 + l / 65536),    r a power of two of its row,
 //
 // and six of the nine products of digits in three sums that int32 holds exactly: hh; hm + mh; hl +
-// mm + lh. What is left out, ml + lm + ll, is told beforehand by `digit_scales`, and the driver takes
-// the fp32 kernels where it would show. The digits of a row are its own affair and the sums exact, so
+// mm + lh. What is left out, ml + lm + ll, is told beforehand by `digit_scales`, and the driver
+// takes the fp32 kernels where it would show. The digits of a row are its own and the sums exact, so
 // s_ij is a function of the two rows alone, the same in every body, tile and thread.
 //
 // A packed operand is [16 rows or columns][64 of k][digit] tiles. Four values along k share a word:
-// those 16 apart, since then the four vectors that hold them need no permutation, and the order of k
-// is free as long as both sides have it. The same words are the left operand as they come and the
+// those 16 apart, since then the four vectors that hold them need no permutation, and the order of
+// k is free as long as both sides have it. The same words are the left operand as they come and the
 // right one transposed, for z by rows (S) as well as by columns (the products with G).
 //
-// A block of C is 32 x 16: six accumulators and two operands are the eight tiles, and of every three
-// loads two are of the 32 rows, which stay in L1. Its epilogue runs between the products of the next
+// A block of C is 32 x 16: six accumulators and two operands are the eight tiles, and of five loads
+// four are of the 32 rows, which stay in L1. Its epilogue runs between the products of the next
 // block, a row after each two.
 #pragma once
 #include "tile.h"
@@ -31,8 +31,8 @@ constexpr int64_t kGBlock = 256, kSumsBlock = 512;  // columns of a block; of G,
 DCLR_INLINE int64_t steps_of(int64_t k) { return (k + 63) / 64; }
 
 // Rows packed at a time: as many as 384 columns take 1.2 MiB for.
-DCLR_INLINE int64_t packed_rows(int64_t d) {
-  const int64_t rows = 1024 * kSteps / steps_of(d) / kGBlock * kGBlock;
+DCLR_INLINE int64_t packed_rows(int64_t pitch) {
+  const int64_t rows = 1024 * kSteps / steps_of(pitch) / kGBlock * kGBlock;
   return rows < kGBlock ? kGBlock : rows;
 }
 
@@ -74,8 +74,8 @@ DCLR_INLINE void turn_tile(float* p) {
   }
 }
 
-// 16 x 64 values as a tile of each digit: value(r, q, v) is vector v of row r's q-th 16, in units of
-// the last digit.
+// 16 x 64 values as a tile of each digit: value(r, q, v) is vector v of row r's q-th 16, in units
+// of the last digit.
 template <class Value>
 DCLR_INLINE void pack_step(Value value, bool turn, char* to) {
   for (int r = 0; r < 16; ++r) {
@@ -89,8 +89,8 @@ DCLR_INLINE void pack_step(Value value, bool turn, char* to) {
   for (int s = 0; turn && s < 3; ++s) turn_tile(reinterpret_cast<float*>(to + s * kTileBytes));
 }
 
-// Rows of z for S, k along d: as the left side, or transposed as the right one. Rows from `count` to
-// the next `to_rows` are zero.
+// Rows of z for S, k along d: as the left side, or transposed as the right one. Rows from `count`
+// to the next `to_rows` are zero.
 static void pack_for_s(const Pair& pair, const float* z, const float* scale, int64_t count,
                        int64_t to_rows, bool turn, char* out) {
   const int64_t pitch = pair.pitch, steps = steps_of(pair.d);
@@ -128,7 +128,8 @@ constexpr int32_t kInfinityBits = 0x7F800000;  // magnitudes as integers: NaN li
 DCLR_INLINE float unit_of(int32_t bits) {
   float most;
   __builtin_memcpy(&most, &bits, 4);
-  return bits >= kInfinityBits ? __builtin_nanf("") : (most > 0x1p-100f ? most : 0x1p-100f) / 127.0f;
+  if (bits >= kInfinityBits) return __builtin_nanf("");
+  return (most > 0x1p-100f ? most : 0x1p-100f) / 127.0f;
 }
 
 DCLR_INLINE int32_t largest_bits(const float* row, int64_t d) {
@@ -137,8 +138,8 @@ DCLR_INLINE int32_t largest_bits(const float* row, int64_t d) {
   return largest_lane(most);
 }
 
-// Rows of z for a product with G, k along the rows: its right side, or transposed the left one. Here
-// the digits' unit need not be a power of two, and goes to `scale`.
+// Rows of z for a product with G, k along the rows: its right side, or transposed the left one.
+// Here the digits' unit need not be a power of two, and goes to `scale`.
 static void pack_for_products(const Pair& pair, const float* z, int64_t count, bool turn,
                               float* scale, char* out) {
   const int64_t pitch = pair.pitch, columns = round_up(pair.d, 32);
@@ -183,7 +184,8 @@ static void digit_scales(const float* z, int64_t d, int64_t pitch, int64_t begin
     vf sum = {};
     for (int64_t k = 0; k < d; k += VL) {
       const vi x = balanced(nearest(load(row + k) * unit));
-      sum += __builtin_convertvector(x << 16 >> 24, vf) * __builtin_convertvector(x << 24 >> 24, vf);
+      const vf m = __builtin_convertvector(x << 16 >> 24, vf);
+      sum += m * __builtin_convertvector(x << 24 >> 24, vf);
     }
     const double alike = 2.0 * __builtin_fabs(sum_lanes(sum));
     scale[i] = r;
@@ -198,22 +200,22 @@ static void digit_scales(const float* z, int64_t d, int64_t pitch, int64_t begin
 template <class T, class Between>
 DCLR_INLINE void multiply(T& t, const char* a, const char* a2, const char* b, int64_t steps,
                           bool add, int32_t* classes, Between between) {
-  constexpr Tile<0> C0;  // rows 0 to 15: hh
-  constexpr Tile<1> C1;
-  constexpr Tile<2> C2;
-  constexpr Tile<3> D0;  // rows 16 to 31
-  constexpr Tile<4> D1;
-  constexpr Tile<5> D2;
-  constexpr Tile<6> A;
-  constexpr Tile<7> B;
-  char* c = reinterpret_cast<char*>(classes);
+  constexpr Tile<0> C0{};  // rows 0 to 15: hh
+  constexpr Tile<1> C1{};
+  constexpr Tile<2> C2{};
+  constexpr Tile<3> D0{};  // rows 16 to 31
+  constexpr Tile<4> D1{};
+  constexpr Tile<5> D2{};
+  constexpr Tile<6> A{};
+  constexpr Tile<7> B{};
+  constexpr int64_t M = kTileBytes, L = 2 * kTileBytes;
+  char *c = reinterpret_cast<char*>(classes), *c2 = c + kStep;
   if (add) {
-    t.load(C0, c), t.load(C1, c + kTileBytes), t.load(C2, c + 2 * kTileBytes);
-    t.load(D0, c + kStep), t.load(D1, c + kStep + kTileBytes), t.load(D2, c + kStep + 2 * kTileBytes);
+    t.load(C0, c), t.load(C1, c + M), t.load(C2, c + L);
+    t.load(D0, c2), t.load(D1, c2 + M), t.load(D2, c2 + L);
   } else {
     t.zero(C0), t.zero(C1), t.zero(C2), t.zero(D0), t.zero(D1), t.zero(D2);
   }
-  constexpr int64_t M = kTileBytes, L = 2 * kTileBytes;
   for (int64_t k = 0; k < steps; ++k, a += kStep, a2 += kStep, b += kStep) {
     t.load_once(B, b + L), t.load(A, a), t.multiply_bytes(C2, A, B);  // h l
     t.load(A, a2), t.multiply_bytes(D2, A, B);
@@ -234,9 +236,8 @@ DCLR_INLINE void multiply(T& t, const char* a, const char* a2, const char* b, in
     t.load(A, a2), t.multiply_bytes(D0, A, B);
     between();
   }
-  t.store(C1, c + kTileBytes), t.store(C2, c + 2 * kTileBytes);
-  t.store(D1, c + kStep + kTileBytes), t.store(D2, c + kStep + 2 * kTileBytes);
-  t.store(C0, c), t.store(D0, c + kStep);
+  t.store(C1, c + M), t.store(C2, c + L), t.store(D1, c2 + M), t.store(D2, c2 + L);
+  t.store(C0, c), t.store(D0, c2);
 }
 
 // Vector v of row r of A B. Only the last two additions round, fused or not.
@@ -299,10 +300,10 @@ DCLR_INLINE int64_t rows_per_call(int64_t steps) { return (kPanel + 6 * steps - 
 
 DCLR_INLINE int64_t kept_floats(int64_t n) { return kPanel * round_up(n, 16); }
 
-// Tiles of S in fp32 for kPanel rows from `row` on and nc columns from j0 on, from the packed `a` and
-// `columns`, or kept ones: to.begin(j), to.row(r, s) for each row, to.end(j). Tiles with entries that
-// are left out, and all where `to.whole_tiles`, are made whole first, and to.whole(j, tile) sees them.
-// `ahead` comes into L2 meanwhile.
+// Tiles of S in fp32 for kPanel rows from `row` on and nc columns from j0 on, from the packed `a`
+// and `columns`, or kept ones: to.begin(j), to.row(r, s) for each row, to.end(j). Tiles with entries
+// that are left out, and all where `to.whole_tiles`, are made whole first, and to.whole(j, tile)
+// sees them. `ahead` comes into L2 meanwhile.
 template <class To>
 DCLR_INLINE void similarity_panel(Tiles& t, const Pair& pair, int64_t row, int64_t j0, int64_t nc,
                                   const char* a, const char* columns, int32_t* classes,

@@ -16,8 +16,8 @@ std::atomic<const Kernels*> forced{nullptr};
 constexpr char kUsable[] = "AMX, in use";
 
 // AMX: in the processor, its registers saved by the system, the process permitted to have them, and
-// right in a first product. So nothing here can be an illegal instruction, and a fault of ours or of
-// an emulator costs speed only.
+// right in a first product. So no instruction here can be illegal, and a fault of ours or of a
+// virtual machine costs speed only.
 const char* try_matrix_unit() {
 #if defined(__x86_64__) && defined(__linux__)
   unsigned a, b, c, d, low, high;

@@ -169,8 +169,8 @@ bool bounded(const SimilarityArgs& s) {
 
 std::atomic<const char*> last_arithmetic{"none yet"};
 
-// How far off s may be with products of digits: 1e-6 of E at a = 10, what the rule for errors forgives
-// whoever computes, and grows with a beyond.
+// How far off s may be with products of digits: 1e-6 of E at a = 10, what the rule for errors
+// forgives whoever computes, and grows with a beyond.
 constexpr double kDigitError = 1e-7;
 
 // Makes a pair one of digits where the body has them, they pay, and they are exact enough for these
@@ -201,7 +201,9 @@ class Arithmetic {
     });
     const double error = std::sqrt(root_mean_square(scale1 + rows, s.m) *
                                    root_mean_square(scale2 + rows, s.n));
-    if (!(error * std::min(s.scale, 10.0) <= 10.0 * kDigitError)) return true;  // NaN included
+    // Errors of few rows may all be above the mean.
+    const double above = 1.0 + 2.0 / std::sqrt(double(std::min(s.m, s.n)));
+    if (!(error * above * std::min(s.scale, 10.0) <= 10.0 * kDigitError)) return true;  // or NaN
     last_arithmetic = "int8x6";
     pair.scale1 = scale1;
     pair.scale2 = scale2;

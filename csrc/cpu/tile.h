@@ -92,7 +92,7 @@ static const TileShapes kTileShapes = {
 static_assert(sizeof(TileShapes) == 64, "one line");
 
 // Statements of our own: gcc 12's intrinsics tell the compiler too little of the memory that they
-// read and are miscompiled at -O3. "memory" also keeps an epilogue where it was put between products.
+// read and are miscompiled at -O3. "memory" also keeps an epilogue between the products.
 struct AmxTiles {
   inline __attribute__((always_inline)) void configure() {
     asm volatile("ldtilecfg %0" ::"m"(kTileShapes) : "memory");
@@ -107,7 +107,7 @@ struct AmxTiles {
     asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(int64_t(64)), "i"(T) : "memory");
   }
   template <int T>
-  inline __attribute__((always_inline)) void load_once(Tile<T>, const void* p) {  // past the nearest cache
+  inline __attribute__((always_inline)) void load_once(Tile<T>, const void* p) {  // past L1
     asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(int64_t(64)), "i"(T) : "memory");
   }
   template <int T>
