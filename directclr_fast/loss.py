@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed, ops
-from .problem import Options, check_columns, check_positive, checked, index_tensor
+from .problem import check_columns, check_positive, checked, index_tensor
 
 
 class LossStats(NamedTuple):
@@ -127,15 +127,14 @@ def fast_directclr_loss(
         NotImplementedError: no backend, or not the one named, has this combination.
     """
 
-    options = Options(
-        dim, None, negatives, symmetric, reduction, gather, even_batches, precision, backend,
-        workspace_bytes, eps, return_stats,
+    given = (
+        r1, r2, columns, temperature, dim, negatives, symmetric, reduction, gather, even_batches,
+        precision, backend, workspace_bytes, eps, return_stats,
     )  # fmt: skip
-    if distributed.size(group) > 1:
-        check = partial(checked, r1, r2, columns, temperature, options)
-        loss, statistics = distributed.loss(group, even_batches, check)
+    if group is not None and distributed.size(group) > 1:
+        loss, statistics = distributed.loss(group, even_batches, partial(checked, *given))
     else:
-        loss, statistics = ops.run(checked(r1, r2, columns, temperature, options))
+        loss, statistics = ops.run(checked(*given))
     if statistics is None:
         return loss
     *values, top1 = statistics

@@ -8,6 +8,7 @@ spares them the dispatcher and adds double backward. Backends are bodies under b
 from __future__ import annotations
 
 import contextlib
+import functools
 from itertools import chain
 
 import torch
@@ -17,7 +18,7 @@ from torch.autograd import forward_ad
 from . import dispatch, driver, reference
 from .address import dispatched, readable, unwrapped
 from .backends.base import Backend, Saved, Statistics
-from .problem import SCHEMA, Call, Options, Problem, check_columns
+from .problem import AUTOCAST, SCHEMA, Call, Options, Problem, check_columns
 from .products import fp32_products, may_round
 from .world import ALONE, World
 
@@ -38,7 +39,16 @@ def problem_of(
 ) -> Problem:
     """The record of a forward call on these tensors."""
     (rows, width), n = r1.shape, r2.shape[0]
-    return Problem.of(options, rows, n, width, r1.dtype, r1.device, columns, differentiable)
+    taken = None if columns is None else columns.shape
+    return Problem.of(options, rows, n, width, r1.dtype, r1.device, taken, differentiable)
+
+
+# Most eager calls ask what an earlier one asked.
+_known = functools.lru_cache(maxsize=256)(Problem.of)
+
+
+def _autocast_is_on(kind: str) -> bool:
+    return kind in AUTOCAST and torch.is_autocast_enabled(kind)
 
 
 def without_autocast(problem: Problem):
@@ -48,11 +58,21 @@ def without_autocast(problem: Problem):
     """
     stack = contextlib.ExitStack()
     kind = problem.device_type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if _autocast_is_on(kind):
         stack.enter_context(torch.autocast(kind, enabled=False))
     if problem.precision == "highest" and may_round(kind):
         stack.enter_context(fp32_products(kind, "ieee"))
     return stack
+
+
+def _alone(problem: Problem, function, *arguments):
+    """``function`` without autograd and :func:`without_autocast`; contexts take time, and most
+    calls need none."""
+    asked = problem.precision == "highest" or _autocast_is_on(problem.device_type)
+    if not asked and not torch.is_grad_enabled():
+        return function(*arguments)
+    with torch.no_grad(), without_autocast(problem):
+        return function(*arguments)
 
 
 def scale_of(problem: Problem, temperature: Tensor | None):
@@ -78,10 +98,8 @@ def forward_body(
     """Loss (scalar or (M,)), what the backward pass needs of each group, and the statistics where
     the problem, which names its backend, asks for them."""
     readable("r1 r2 columns temperature", r1, r2, columns, temperature)
-    backend = dispatch.load(problem.backend)
-    with torch.no_grad(), without_autocast(problem):
-        scale = scale_of(problem, temperature)
-        result = driver.forward(backend, problem, world, r1, r2, columns, scale)
+    scale, backend = scale_of(problem, temperature), dispatch.load(problem.backend)
+    result = _alone(problem, driver.forward, backend, problem, world, r1, r2, columns, scale)
     dispatch.note(problem.backend)
     return result
 
@@ -96,12 +114,10 @@ def backward_body(
     need: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dr1, dr2, dtemperature), None where not needed."""
-    backend = dispatch.load(problem.backend)
-    with torch.no_grad(), without_autocast(problem):
-        scale = scale_of(problem, temperature)
-        dr1, dr2, dtemperature = driver.backward(
-            backend, problem, world, dloss, states, columns, scale, need
-        )
+    scale, backend = scale_of(problem, temperature), dispatch.load(problem.backend)
+    dr1, dr2, dtemperature = _alone(
+        problem, driver.backward, backend, problem, world, dloss, states, columns, scale, need
+    )
     if dtemperature is not None:
         dtemperature = torch.as_tensor(
             dtemperature, dtype=temperature.dtype, device=temperature.device
@@ -162,12 +178,13 @@ class Loss(torch.autograd.Function):
             saved, alone = list(chain(*states)), world is ALONE
             # The views are for a backward pass with create_graph=True only, and what wants no
             # gradient is none of autograd's business: the formula would not have kept it.
-            views = [r if n and alone else None for r, n in zip((r1, r2), ctx.needs_input_grad)]
-            ctx.save_for_backward(*views, columns, temperature, *saved)
-            ctx.constants = alone and [
-                None if n else (r, None if r.is_inference() else r._version)
-                for r, n in zip((r1, r2), ctx.needs_input_grad)
-            ]
+            need1, need2, *_ = ctx.needs_input_grad
+            ctx.save_for_backward(
+                r1 if need1 and alone else None, r2 if need2 and alone else None,
+                columns, temperature, *saved,
+            )  # fmt: skip
+            if alone:
+                ctx.constants = None if need1 else _version(r1), None if need2 else _version(r2)
             ctx.problem, ctx.world = problem, world
             ctx.places = _places([columns, *saved])
         ctx.set_materialize_grads(False)
@@ -184,7 +201,8 @@ class Loss(torch.autograd.Function):
         r1, r2, columns, temperature, *saved = ctx.saved_tensors
         need = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
         if not torch.is_grad_enabled():
-            dloss = unwrapped("upstream", dloss)
+            if type(dloss) is not Tensor or dloss.is_neg():
+                dloss = unwrapped("upstream", dloss)
             places = _places([columns, *saved])
             if places != ctx.places:
                 made = [(dtype, shape) for _, dtype, shape, *_ in ctx.places[-len(saved) :]]
@@ -216,8 +234,13 @@ def _places(tensors) -> list[tuple]:
     ]
 
 
+def _version(r: Tensor) -> tuple[Tensor, int | None]:
+    """A tensor and how often it has been written to. Inference tensors count no versions."""
+    return r, None if r.is_inference() else r._version
+
+
 def _unchanged(name: str, kept: tuple[Tensor, int | None]) -> Tensor:
-    """What autograd does for the tensors it saves. Inference tensors count no versions."""
+    """What autograd does for the tensors it saves."""
     r, version = kept
     if version is not None and r._version != version:
         raise RuntimeError(
@@ -261,7 +284,10 @@ def run(call: Call) -> tuple[Tensor, Statistics | None]:
     wanted = r1.requires_grad or r2.requires_grad
     wanted = wanted or (temperature is not None and temperature.requires_grad)
     differentiable = inside_transform or (wanted and torch.is_grad_enabled())
-    problem = dispatch.choose(problem_of(options, r1, r2, index, differentiable))
+    (rows, width), taken = r1.shape, None if index is None else index.shape
+    problem = dispatch.choose(
+        _known(options, rows, r2.shape[0], width, r1.dtype, r1.device, taken, differentiable)
+    )
     if problem.backend == "reference":
         readable("r1 r2 columns temperature", r1, r2, index, temperature)
         with without_autocast(problem):
@@ -526,7 +552,8 @@ def loss_backward(dloss, *args):
     columns, temperature, width, dtype, *need = rest[:7]
     rows, candidates = saved.z1.shape[1], saved.z2.shape[1]
     options, device = Options(*rest[7:-1]), dloss.device
-    problem = Problem.of(options, rows, candidates, width, dtype, device, columns)
+    taken = None if columns is None else columns.shape
+    problem = Problem.of(options, rows, candidates, width, dtype, device, taken)
     problem = dispatch.choose(problem)
     grads = _of_stacked(problem, dloss, saved, columns, temperature, tuple(need))
     return tuple(dloss.new_empty(0) if grad is None else grad for grad in grads)

@@ -11,6 +11,7 @@ no device synchronisation.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -55,7 +56,7 @@ def _bytes_or_none(name: str, value) -> None:
 
 
 def _of_the_tensors(name: str, value) -> None:
-    """Checked in :func:`checked`, beside the tensors that say what is allowed."""
+    """Checked beside the tensors that say what is allowed."""
 
 
 def _option(default, check=_of_the_tensors, agreed: bool = True):
@@ -131,13 +132,13 @@ class Problem(Options):
         width: int,
         dtype: torch.dtype,
         device: torch.device,
-        columns: Tensor | None,
+        columns: tuple[int, int] | None,
         differentiable: bool = True,
     ) -> Problem:
-        """The record of a call on views of that kind. ``columns`` is (G, d) or None."""
+        """The record of a call on views of that kind. ``columns`` is their shape (G, d) or None."""
         given = dict(zip(_NAMES, options.values()))
         if columns is not None:
-            given["dim"] = columns.shape[1]
+            given["dim"] = columns[1]
         return cls(
             **given,
             rows=rows,
@@ -147,7 +148,7 @@ class Problem(Options):
             device_type=device.type,
             device_index=device.index,
             gathered=columns is not None,
-            groups=1 if columns is None else columns.shape[0],
+            groups=1 if columns is None else columns[0],
             differentiable=differentiable,
         )
 
@@ -187,38 +188,69 @@ class Call(NamedTuple):
     options: Options
 
 
-def checked(r1, r2, columns, temperature, options: Options) -> Call:
+def checked(r1, r2, columns, temperature, *values) -> Call:
     """The call as the ops take it; raises ``TypeError`` or ``ValueError``, one sentence each.
 
-    ``temperature`` is a number or a tensor; that of ``options`` is not read.
+    ``temperature`` is a number or a tensor. ``values`` are those of :class:`Options` in its order,
+    without temperature and autocast.
     """
-    r1, r2 = unwrapped("r1", r1), unwrapped("r2", r2)
-    temperature, columns = unwrapped("temperature", temperature), unwrapped("columns", columns)
+    compiling = torch.compiler.is_compiling()
+    alike = type(r1) is type(r2) is Tensor
+    if not alike or compiling or r1.is_neg() or r2.is_neg():
+        r1, r2 = unwrapped("r1", r1), unwrapped("r2", r2)
     autocast = _check_views(r1, r2)
     if r1.dtype != r2.dtype:  # under autocast; the conversions bring gradients back
         wide = torch.promote_types(r1.dtype, r2.dtype)
         r1, r2 = r1.to(wide), r2.to(wide)
-    index = _check_index(columns, r1)
-    dim = _check_dim(options.dim, r1) if index is None else 0
-    for name, check in _CHECKS:
-        check(name, getattr(options, name))
-    number, tensor = _check_temperature(temperature, r1, options.negatives)
+    index = None if columns is None else _check_index(unwrapped("columns", columns), r1)
+    tensor, number = None, temperature
+    if isinstance(temperature, Tensor):
+        tensor, number = _check_temperature(unwrapped("temperature", temperature), r1), None
+    given = r1.shape[1], index is None, tensor is None, number, autocast, *values
+    try:
+        options = None if compiling else _known(*given)
+    except TypeError:  # also of what cannot be hashed, which has a sentence below
+        options = None
+    options = options or _options(*given)
     if options.negatives != "cross" and r1.shape[0] != r2.shape[0]:
         raise ValueError(
             f"r2: expected {r1.shape[0]} rows like r1 with negatives={options.negatives!r}, "
             f"got {r2.shape[0]}"
         )
-    return Call(r1, r2, index, tensor, _with(options, dim, number, autocast))
+    return Call(r1, r2, index, tensor, options)
 
 
-def _with(options: Options, dim: int, temperature: float | None, autocast: bool) -> Options:
-    given = dict(zip(_NAMES, options.values()))
-    given.update(dim=dim, temperature=temperature, autocast=autocast, eps=float(options.eps))
+def _options(
+    width: int, slices: bool, fixed: bool, temperature, autocast: bool, dim, *values
+) -> Options:
+    """The record of these values, checked. ``slices``: no columns are given; ``fixed``: the
+    temperature is no tensor."""
+    dim = _check_dim(dim, width) if slices else 0
+    given = dict(zip(_NAMES, (dim, temperature, *values, autocast)))
+    for name, check in _CHECKS:
+        check(name, given[name])
+    if not fixed and given["negatives"] == "same":
+        raise ValueError(
+            "temperature: expected a number with negatives='same', which does not use it, "
+            "got a tensor"
+        )
+    if fixed and not _is_number(temperature):
+        raise TypeError(
+            "temperature: expected a positive number or a tensor of one element, "
+            f"got {type(temperature).__name__}"
+        )
+    if fixed and not 0.0 < temperature < math.inf:
+        raise ValueError(f"temperature: expected a positive finite number, got {temperature}")
+    given.update(temperature=float(temperature) if fixed else None, eps=float(given["eps"]))
     return Options(**given)
 
 
+# Most calls ask what an earlier one asked. Types count: True is no 1.
+_known = functools.lru_cache(maxsize=256, typed=True)(_options)
+
+
 # Asked once: torch 2.11 cannot trace the question.
-_AUTOCAST = frozenset(
+AUTOCAST = frozenset(
     kind
     for kind in ("cpu", "cuda", "xpu", "mps", "hpu", "xla", "mtia")
     if torch.amp.is_autocast_available(kind)
@@ -241,7 +273,7 @@ def _check_views(r1: Tensor, r2: Tensor) -> bool:
             raise ValueError(
                 f"{name}: expected 2 dimensions (rows, width), got shape {tuple(r.shape)}"
             )
-    autocast = r1.device.type in _AUTOCAST and torch.is_autocast_enabled(r1.device.type)
+    autocast = r1.device.type in AUTOCAST and torch.is_autocast_enabled(r1.device.type)
     if r1.dtype != r2.dtype and not autocast:
         raise TypeError(f"r2: expected {_name(r1.dtype)} like r1, got {_name(r2.dtype)}")
     if r1.device != r2.device:
@@ -262,8 +294,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _check_dim(dim, r1: Tensor) -> int:
-    width = r1.shape[1]
+def _check_dim(dim, width: int) -> int:
     if dim is None:
         return width
     if not isinstance(dim, int) or isinstance(dim, bool):
@@ -273,24 +304,8 @@ def _check_dim(dim, r1: Tensor) -> int:
     return dim
 
 
-def _check_temperature(
-    temperature, r1: Tensor, negatives: str
-) -> tuple[float | None, Tensor | None]:
-    """(number, None) or (None, 0-dim tensor)."""
-    if not isinstance(temperature, Tensor):
-        if not _is_number(temperature):
-            raise TypeError(
-                "temperature: expected a positive number or a tensor of one element, "
-                f"got {type(temperature).__name__}"
-            )
-        if not 0.0 < temperature < math.inf:
-            raise ValueError(f"temperature: expected a positive finite number, got {temperature}")
-        return float(temperature), None
-    if negatives == "same":
-        raise ValueError(
-            "temperature: expected a number with negatives='same', which does not use it, "
-            "got a tensor"
-        )
+def _check_temperature(temperature: Tensor, r1: Tensor) -> Tensor:
+    """The tensor, 0-dim."""
     if temperature.numel() != 1 or not temperature.is_floating_point():
         raise ValueError(
             "temperature: expected a floating-point tensor of one element, got shape "
@@ -301,7 +316,7 @@ def _check_temperature(
             f"temperature: expected device {r1.device} like r1, or cpu, got {temperature.device}"
         )
     # Its gradient comes back through the reshape, in its own shape.
-    return None, temperature if temperature.dim() == 0 else temperature.reshape(())
+    return temperature if temperature.dim() == 0 else temperature.reshape(())
 
 
 def index_tensor(columns) -> Tensor:
@@ -319,13 +334,11 @@ def index_tensor(columns) -> Tensor:
     return index
 
 
-def _check_index(columns, r1: Tensor) -> Tensor | None:
-    """(G, d) index on the device of r1, or None."""
-    if columns is None:
-        return None
+def _check_index(columns, r1: Tensor) -> Tensor:
+    """(G, d) index on the device of r1."""
     index = index_tensor(columns)
     # Values are read only where that waits for no device; a compiled call's op reads them.
-    if index.is_cpu and not dispatched(index):
+    if index.is_cpu and not torch.compiler.is_compiling() and not dispatched(index):
         readable("columns", index)
         check_columns(index, r1.shape[1])
     return index.reshape(-1, index.shape[-1]).contiguous().to(r1.device)

@@ -116,8 +116,8 @@ MUTATIONS = [
     ),
     Mutation(
         "cpu: the positive is exact where its neighbours are rounded",
-        "directclr_fast/backends/cpu.py",
-        'if logits is not None and problem.precision == "bf16":', "if logits is not None:",
+        "csrc/cpu/stages.cpp",
+        "exact = args.pair.bf16 && logits;", "exact = logits;",
         "test_cpu_backend.py -k 'equal_rows and portable'",
     ),
     Mutation(
@@ -512,6 +512,26 @@ MUTATIONS = [
         "resume: the views begin anew", "directclr_fast/train/checkpoint.py",
         "        views.set_state(saved)\n", "",
         "'test_train_run.py::test_resumed_run_is_bitwise_the_uninterrupted_one[adamw]'",
+    ),
+    Mutation(
+        "folder: links are followed into the data", "directclr_fast/train/folder.py",
+        "any(_within(real, root) for root in self.roots)", "False",
+        "test_folders.py -k links_and_cycles",
+    ),
+    Mutation(
+        "crops: each epoch cuts the same pieces", "directclr_fast/train/data.py",
+        "_mix(s.seed, epoch, position)", "_mix(s.seed, position)",
+        "test_crops.py -k seed_epoch_and_batch",
+    ),
+    Mutation(
+        "crops: every view has the first one's piece", "directclr_fast/train/loop.py",
+        "images[rows, which] if cut", "images[rows, 0] if cut",
+        "'test_crops.py::test_a_run_on_pictures_in_chunks_and_parts[small]'",
+    ),
+    Mutation(
+        "resume: a setting that differs", "directclr_fast/train/config.py",
+        'elif now != before and rule == "same":', "elif False:",
+        "test_resume.py -k not_given",
     ),
     Mutation(
         "train: a rank's rows of the views", "directclr_fast/train/loop.py",

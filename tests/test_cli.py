@@ -74,7 +74,10 @@ def test_resume_and_overwrite(tmp_path, capsys):
     assert errors == f"note: resume: no checkpoint in {tmp_path / 'run'}, starting anew\n"
     assert error_of(capsys, *command).startswith("name: expected a folder without a checkpoint")
     text = error_of(capsys, *command, "--resume", "--dim", "7")
-    assert text == "dim: expected None as in the checkpoint being resumed, got 7"
+    began = (
+        f"as the run in {tmp_path / 'run'} began, got 7; leave it out to go on, or give another "
+    )
+    assert text == f"dim: expected none, {began}--name to start anew"
     assert "not allowed with" in error_of(capsys, *command, "--resume", "--overwrite")
     assert cli.main([*command, "--resume", "--max-steps", "4"]) == 0
     assert "done: step 4" in capsys.readouterr().out

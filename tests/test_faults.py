@@ -45,7 +45,7 @@ def flags(run_dir, name, **settings):
 # ---------------------------------------------------------------- signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_at_the_end_of_the_step(number, run_dir):
     train(run_dir, "whole")
     trainer = spoiled(run_dir, "loss", {}, name="run")
@@ -57,16 +57,28 @@ def test_a_signal_saves_at_the_end_of_the_step(number, run_dir):
         step(loss)
 
     trainer.guard.step = signalled
-    handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    caught = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    handlers = [signal.getsignal(s) for s in caught]
     text = rf"^stopped by {signal.Signals(number).name} after step 7; saved, continue with --resume"
     with pytest.raises(TrainingStopped, match=text):
         trainer.run()
-    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert [signal.getsignal(s) for s in caught] == handlers
     assert checkpoint.load(run_dir / "run")["step"] == 7 and trainer.log.file.closed
     train(run_dir, "run", resume=True)
     whole, stopped = state_of(run_dir / "whole"), state_of(run_dir / "run")
     assert_same(stopped, whole)
     assert untimed(run_dir / "run") == untimed(run_dir / "whole")
+
+
+def test_a_hangup_that_is_ignored_stays_so():
+    """As under nohup: the training goes on when its terminal closes."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with supervise.Signals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.caught is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_the_exit_code_of_a_stopped_run(run_dir, capsys):

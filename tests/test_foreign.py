@@ -430,7 +430,7 @@ def test_names_of_networks(monkeypatch):
     assert made == [("tiny", {"pretrained": False, "num_classes": 0})]
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(
-        ValueError, match=r"torchvision or timm \(timm not installed\), or module:f"
+        ValueError, match=r"torchvision or timm \(pip install timm for more\), or module:f"
     ):
         foreign.load_encoder("tiny")
 

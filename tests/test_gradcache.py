@@ -310,8 +310,8 @@ def test_chunks_may_be_changed_on_resume_and_that_is_said(run_dir):
         train(run_dir, "run", **SETTINGS, chunk_size=5, cache_bn="frozen-stats", resume=True)
     text = [str(w.message) for w in caught]
     assert text == [
-        "chunk_size: None in the checkpoint being resumed, now 5",
-        "cache_bn: None in the checkpoint being resumed, now 'frozen-stats'",
+        "chunk_size: none in the checkpoint being resumed, now 5",
+        "cache_bn: none in the checkpoint being resumed, now 'frozen-stats'",
     ]
     after = state_of(run_dir / "run")["model"]
     for name in after:

@@ -83,17 +83,6 @@ class Native:
                 threads=threads,
             )
         self.logits = filled(self.m, dtype=torch.float64)
-        if bf16:  # the products are rounded, the positives exact
-            _cpu.positives(
-                z1=self.z1.data_ptr(),
-                z2=self.z2.data_ptr(),
-                m=self.m,
-                d=self.d,
-                row_offset=offset,
-                pos=self.logits.data_ptr(),
-                threads=threads,
-            )
-            self.logits *= self.scale
         rows, columns = (torch.zeros(2, k, dtype=torch.float64) for k in (self.m, self.n))
         self.column_sums = columns
         _cpu.sums(
@@ -102,7 +91,7 @@ class Native:
             row_ref=rows[1].data_ptr(),
             col_sum=columns[0].data_ptr() if symmetric else 0,
             col_ref=columns[1].data_ptr() if symmetric else 0,
-            logits=0 if bf16 else self.logits.data_ptr(),
+            logits=self.logits.data_ptr(),
         )
         rest_row, rest_col = ((x[0].log2() + x[1]) * math.log(2) for x in (rows, columns))
         self.own = slice(offset, offset + self.m)

@@ -62,7 +62,7 @@ def test_every_folder_of_python_code_is_a_listed_package():
 
 def test_extras_and_versions_are_as_documented():
     text = (ROOT / "pyproject.toml").read_text()
-    for extra in ("train", "plot", "test", "bench", "all"):
+    for extra in ("train", "plot", "test", "bench", "docs", "all"):
         assert re.search(rf"^{extra} = \[", text, re.M), extra
     torch = re.search(r'"torch>=([\d.]+)"', text)[1]
     assert (ROOT / f"constraints/torch-{torch}.0.txt").exists() and "torch<" not in text

@@ -6,6 +6,7 @@
 
 #include "isa.h"
 #include "stages.h"
+#include "step.h"
 #include "threads.h"
 
 namespace py = pybind11;
@@ -27,6 +28,19 @@ void check(const std::string& error) {
 Strided strided(const py::tuple& t) {
   return {at<void>(t[0].cast<uintptr_t>()), t[1].cast<int>(), t[2].cast<int64_t>(),
           t[3].cast<int64_t>(), at<int64_t>(t[4].cast<uintptr_t>())};
+}
+
+// (rows, z, rnorm)
+View view(const py::tuple& t) {
+  return {t[0].cast<int64_t>(), at<float>(t[1].cast<uintptr_t>()),
+          at<float>(t[2].cast<uintptr_t>())};
+}
+
+// (*strided, width, fill), or None for a gradient that nobody wants
+Gradient gradient(const py::object& grad) {
+  if (grad.is_none()) return {};
+  const py::tuple t = grad;
+  return {strided(t), t[5].cast<int64_t>(), t[6].cast<bool>()};
 }
 
 double fma_peak(int threads, int64_t iterations) {
@@ -104,15 +118,6 @@ PYBIND11_MODULE(_cpu, m) {
       },
       "x"_a, "rows"_a, "d"_a, "eps"_a, "z"_a, "rnorm"_a, "threads"_a);
   m.def(
-      "positives",
-      [](P z1, P z2, I rows, I d, I row_offset, P pos, int threads) {
-        const Positives args{at<float>(z1), at<float>(z2), d, pitch(d), row_offset,
-                             at<double>(pos)};
-        py::gil_scoped_release release;
-        check(positives(args, rows, threads));
-      },
-      "z1"_a, "z2"_a, "m"_a, "d"_a, "row_offset"_a, "pos"_a, "threads"_a);
-  m.def(
       "sums",
       [](P z1, P z2, I rows, I n, I d, I row_offset, double scale, bool upper, bool bf16,
          P workspace, I bytes, P row_sum, P row_ref, P col_sum, P col_ref, P logits,
@@ -145,14 +150,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "finish",
       [](P z, P dz, P rnorm, I rows, I d, double eps, const py::object& grad, int threads) {
-        Finish args{at<float>(z), at<float>(dz), at<float>(rnorm), d, pitch(d), float(1.0 / eps),
-                    {}, 0, false};
-        if (!grad.is_none()) {  // (data, dtype, row_stride, col_stride, cols, width, fill)
-          const py::tuple t = grad;
-          args.grad = strided(t);
-          args.width = t[5].cast<int64_t>();
-          args.fill = t[6].cast<bool>();
-        }
+        const Gradient g = gradient(grad);
+        const Finish args{at<float>(z), at<float>(dz), at<float>(rnorm), d, pitch(d),
+                          float(1.0 / eps), g.to, g.width, g.fill};
         double dots = 0.0;
         {
           py::gil_scoped_release release;
@@ -161,4 +161,42 @@ PYBIND11_MODULE(_cpu, m) {
         return dots;
       },
       "z"_a, "dz"_a, "rnorm"_a, "rows"_a, "d"_a, "eps"_a, "grad"_a, "threads"_a);
+
+  const auto step = [](const py::tuple& t) {  // what both directions of a step take
+    return Step{view(t[0]), view(t[1]), t[2].cast<I>(), t[3].cast<double>(), t[4].cast<double>(),
+                t[5].cast<bool>(), t[6].cast<bool>(), t[7].cast<bool>(),
+                Reduction(t[8].cast<int>()), at<void>(t[9].cast<P>()), t[10].cast<I>(),
+                at<double>(t[11].cast<P>()), at<double>(t[12].cast<P>()),
+                at<double>(t[13].cast<P>()), at<double>(t[14].cast<P>())};
+  };
+  m.attr("NONE") = int(kNone);
+  m.attr("SUM") = int(kSum);
+  m.attr("MEAN") = int(kMean);
+  m.def(
+      "forward",
+      [step](const py::tuple& s, const py::tuple& x1, const py::tuple& x2, P loss, int threads) {
+        const Step args = step(s);
+        const Strided of1 = strided(x1), of2 = strided(x2);
+        py::gil_scoped_release release;
+        check(forward(args, of1, of2, at<float>(loss), threads));
+      },
+      "step"_a, "x1"_a, "x2"_a, "loss"_a, "threads"_a,
+      "step: ((rows, z, rnorm), (rows, z, rnorm), d, eps, scale, both, symmetric, bf16, reduction, "
+      "workspace, bytes, row_lse, col_lse, nll_row, nll_col), as csrc/cpu/step.h says.");
+  m.def(
+      "backward",
+      [step](const py::tuple& s, P upstream, I stride, const py::object& grad1,
+             const py::object& grad2, bool temperature, int threads) {
+        const Step args = step(s);
+        const Gradient g1 = gradient(grad1), g2 = gradient(grad2);
+        double dtemperature = 0.0;
+        {
+          py::gil_scoped_release release;
+          check(backward(args, at<float>(upstream), stride, g1, g2,
+                         temperature ? &dtemperature : nullptr, threads));
+        }
+        return dtemperature;
+      },
+      "step"_a, "upstream"_a, "stride"_a, "grad1"_a, "grad2"_a, "temperature"_a, "threads"_a,
+      "Returns the temperature's gradient, 0 where nobody asks.");
 }

@@ -12,13 +12,13 @@
 #include <sys/mman.h>
 #endif
 
+#include "buffer.h"
 #include "isa.h"
 #include "threads.h"
 
 namespace directclr {
 namespace {
 
-constexpr const char* kNoMemory = "out of memory for the scratch of the loss";
 constexpr double kLog2e = 1.4426950408889634;
 // Below this many multiply-adds per thread (100 us) another thread costs more than it brings; an
 // element read or written from memory counts as kElementWork of them.
@@ -26,23 +26,6 @@ constexpr double kWorkPerThread = 12e6;
 constexpr double kElementWork = 16;
 
 constexpr size_t kHugePage = size_t(2) << 20;
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-
-template <class T>
-class Buffer {
- public:
-  explicit Buffer(int64_t count)
-      : data_(static_cast<T*>(
-            std::aligned_alloc(64, (size_t(count) * sizeof(T) + 63) / 64 * 64 + 64))) {}
-  explicit operator bool() const { return data_ != nullptr; }
-  T* get() const { return data_.get(); }
-
- private:
-  std::unique_ptr<T, Free> data_;
-};
 
 // Only a wish: where it fails, memory is as it was.
 void advise_huge_pages(void* data, size_t bytes) {
@@ -91,6 +74,14 @@ class Scratch {
   }
   char* data_ = nullptr;
 };
+
+// Rows of the anchors whose positives are among the candidates.
+struct Rows {
+  int64_t begin, end;
+};
+Rows with_positive(const SimilarityArgs& s) {
+  return {std::max<int64_t>(0, -s.row_offset), std::min(s.m, s.n - s.row_offset)};
+}
 
 // Runs on one thread if the others cannot be started.
 template <class Body>
@@ -342,6 +333,33 @@ void products_part(const Products& args, Schedule& schedule, void* scratch) {
   }
 }
 
+// The logits of one thread's rows from exact products.
+void exact_logits(const SimilarityArgs& s, int t, int parts, double* logits) {
+  const Rows rows = with_positive(s);
+  const auto bound = [&](int i) {
+    return std::clamp(part(s.m, 16, i, parts), rows.begin, std::max(rows.begin, rows.end));
+  };
+  kernels().positives({s.z1, s.z2, s.d, pitch(s.d), s.row_offset, logits}, bound(t), bound(t + 1));
+  for (int64_t i = bound(t); i < bound(t + 1); ++i) logits[i] *= s.scale;
+}
+
+// The positives' own term of one thread's rows stays out of the rounded products: two near views
+// differ by less than bf16 rounds, and that difference is what a converged gradient points along.
+void add_positives(const SimilarityArgs& s, const float* diag, float* dz1, float* dz2, int t,
+                   int parts) {
+  const int64_t p = pitch(s.d);
+  const auto add = [&](float* to, const float* z, float g) {
+    for (int64_t k = 0; to && k < s.d; ++k) to[k] += g * z[k];
+  };
+  const Rows rows = with_positive(s);
+  const int64_t end = std::min(part(s.m, 16, t + 1, parts), rows.end);
+  for (int64_t i = std::max(part(s.m, 16, t, parts), rows.begin); i < end; ++i) {
+    const int64_t j = s.row_offset + i;
+    add(dz1 ? dz1 + i * p : nullptr, s.z2 + j * p, diag[i]);
+    add(dz2 ? dz2 + j * p : nullptr, s.z1 + i * p, diag[i]);
+  }
+}
+
 double total(const double* x, int64_t n) {
   double s = 0.0;
   for (int64_t i = 0; i < n; ++i) s += x[i];
@@ -383,19 +401,12 @@ std::string normalize(const Normalize& args, int64_t rows, int threads) {
   return "";
 }
 
-std::string positives(const Positives& args, int64_t rows, int threads) {
-  threads = team_size(threads, kElementWork * double(rows) * double(args.d));
-  run(threads, [&](int t, Team& team) {
-    kernels().positives(args, part(rows, 16, t, team.size()), part(rows, 16, t + 1, team.size()));
-  });
-  return "";
-}
-
 std::string sums(const SimilarityArgs& s, Accumulator rows, Accumulator cols, double* logits,
                  const Tops& tops, int threads) {
   threads = team_size(threads, double(s.m) * double(s.n) * double(s.d));
   Sums args{make_pair(s), bounded(s), rows.sum, rows.ref, tops.row};
-  args.pair.logits = logits;
+  const bool exact = args.pair.bf16 && logits;  // beside rounded products the positives are not
+  if (!exact) args.pair.logits = logits;
   args.pair.own = tops.own;
   const int64_t bytes = thread_scratch(s.m, s.n, s.d);
   Schedule schedule(part_count(s.m, threads));
@@ -407,6 +418,7 @@ std::string sums(const SimilarityArgs& s, Accumulator rows, Accumulator cols, do
     return kNoMemory;
   }
   run(threads, [&](int t, Team& team) {
+    if (exact) exact_logits(s, t, team.size(), logits);
     sums_part(args, schedule, partial.get(), tops_of_parts.get(), scratch.get() + t * bytes);
     team.barrier();
     if (cols.sum) merge_columns(partial.get(), s.n, schedule.parts, t, team.size(), cols);
@@ -426,6 +438,7 @@ std::string products(const SimilarityArgs& s, const WeightArgs& w, float* dz1, f
   const Prepared row{p, p + s.m}, col{p + 2 * s.m, p + 2 * s.m + s.n};
   float* diag = w.diagonal ? p + 2 * s.m + 2 * s.n : nullptr;
   Products args{make_pair(s), row.weight, row.ref, col.weight, col.ref, diag, dz1, dz2};
+  if (args.pair.bf16) args.diag = nullptr;
   Arithmetic arithmetic;
   if (!arithmetic.choose(s, threads, args.pair)) return kNoMemory;
   const int parts_wanted = part_count(std::min(s.m, s.n), threads);
@@ -439,6 +452,9 @@ std::string products(const SimilarityArgs& s, const WeightArgs& w, float* dz1, f
     for (int64_t i = i0; diag && i < i1; ++i) diag[i] = float(w.diagonal[i]);
     team.barrier();
     products_part(args, schedule, scratch.get() + t * bytes);
+    if (!args.pair.bf16 || !diag) return;
+    team.barrier();
+    add_positives(s, diag, dz1, dz2, t, parts);
   });
   return "";
 }

@@ -41,10 +41,10 @@ struct SimilarityArgs {
 };
 
 std::string normalize(const Normalize& args, int64_t rows, int threads);
-std::string positives(const Positives& args, int64_t rows, int threads);
-// Adds to the accumulators, and writes the positives' a s_i to `logits` (m) where that is not null:
-// in the rounding of the tiles, so that a candidate equal to the positive has its bits. For `upper`
-// rows and cols may be the same arrays.
+// Adds to the accumulators, and writes the positives' a s_i to `logits` (m) where that is not null
+// and they are among the candidates: in the rounding of the tiles, so that a candidate equal to the
+// positive has its bits, or exact where the operands are rounded. For `upper` rows and cols may be
+// the same arrays.
 std::string sums(const SimilarityArgs& s, Accumulator rows, Accumulator cols, double* logits,
                  const Tops& tops, int threads);
 // G_ij = row_weight_i exp(a s_ij - row_lse_i) + col_weight_j exp(a s_ij - col_lse_j), and

@@ -10,6 +10,7 @@
 
 #include "isa.h"
 #include "stages.h"
+#include "step.h"
 
 namespace {
 
@@ -68,17 +69,13 @@ void run_case(const Case& c) {
   const int team = -c.threads;
   normalize({s1, d, p, 1e-12, z1.data(), rnorm1.data()}, m, team);
   normalize({s2, d, p, 1e-12, z2.data(), rnorm2.data()}, n, team);
-  if (c.bf16) {
-    positives({z1.data(), z2.data(), d, p, c.offset, logits.data()}, m, team);
-    for (double& l : logits) l *= a;
-  }
   const SimilarityArgs pair{z1.data(), z2.data(), m,      n,    d,    c.offset,
                             a,         false,     c.bf16, kept, bytes};
   std::vector<double> rows(2 * m), cols(2 * n);
   Floats row_top(m, -3e38f), col_top(n, -3e38f), own(m);
   const std::string error =
       sums(pair, {rows.data(), rows.data() + m}, {cols.data(), cols.data() + n},
-           c.bf16 ? nullptr : logits.data(), {row_top.data(), col_top.data(), own.data()}, team);
+           logits.data(), {row_top.data(), col_top.data(), own.data()}, team);
   expect(error.empty(), "sums", isa, m, n, d);
   // Similarities by a plain loop, of which the largest besides the positives are the tops.
   Floats row_most(m, -2.0f), col_most(n, -2.0f);
@@ -184,6 +181,39 @@ void run_case(const Case& c) {
   expect(worst(g2, full2) < tolerance, "grad2", isa, m, n, d);
 }
 
+// A whole step on buffers of exactly its sizes: its loss, and by how much a small step against its
+// gradients lowers it.
+void run_step(int64_t m, int64_t n, int64_t d, bool both, bool symmetric, bool bf16) {
+  const int64_t p = pitch(d);
+  Floats x1(m * d), x2(n * d), z1(m * p), z2(n * p), rnorm1(m), rnorm2(n), g1(m * d), g2(n * d);
+  std::mt19937 random(11);
+  std::normal_distribution<float> normal;
+  for (float& v : x1) v = normal(random);
+  for (float& v : x2) v = normal(random);
+  std::vector<double> row_lse(m), col_lse(symmetric ? n : 0), nll_row(m), nll_col(symmetric ? m : 0);
+  std::vector<float> kept(workspace_bytes(m, n) / 4);
+  const Step s{{m, z1.data(), rnorm1.data()}, {n, z2.data(), rnorm2.data()}, d, 1e-12, 10.0, both,
+               symmetric, bf16, kMean, kept.data(), int64_t(4 * kept.size()), row_lse.data(),
+               symmetric ? col_lse.data() : nullptr, nll_row.data(),
+               symmetric ? nll_col.data() : nullptr};
+  const auto of = [&](Floats& x) { return Strided{x.data(), kFloat32, d, 1, nullptr}; };
+  float before = 0.0f, after = 0.0f, upstream = 1.0f;
+  double dtemperature = 0.0;
+  const char* isa = kernels().name;
+  expect(forward(s, of(x1), of(x2), &before, 2).empty(), "forward", isa, m, n, d);
+  expect(backward(s, &upstream, 0, {of(g1), d, true}, {of(g2), d, true}, &dtemperature, 2).empty(),
+         "backward", isa, m, n, d);
+  double squares = 0.0;
+  for (float g : g1) squares += double(g) * g;
+  for (float g : g2) squares += double(g) * g;
+  const float rate = squares > 0.0 ? float(0.02 * before / squares) : 0.0f;
+  for (int64_t k = 0; k < m * d; ++k) x1[k] -= rate * g1[k];
+  for (int64_t k = 0; k < n * d; ++k) x2[k] -= rate * g2[k];
+  forward(s, of(x1), of(x2), &after, 2);
+  const double expected = n > 1 && d > 1 ? 0.02 * before : 0.0;
+  expect(std::fabs(before - after - expected) <= 0.3 * expected + 1e-6, "step", isa, m, n, d);
+}
+
 // One view against itself: twice the strict upper triangle is everything but the diagonal.
 void run_self(int64_t m, int64_t d, int threads) {
   const int64_t p = pitch(d);
@@ -230,6 +260,13 @@ int main() {
     }
     for (int threads : {-1, -2, -3}) {  // exactly so many
       for (int64_t m : {1, 5, 100, 350}) run_self(m, 20, threads);
+    }
+    for (bool both : {false, true}) {
+      for (bool symmetric : {false, true}) {
+        run_step(70, 70, 33, both, symmetric, k->has_bf16);
+        run_step(1, 1, 5, both, symmetric, false);
+        if (!both) run_step(17, 90, 20, both, symmetric, false);
+      }
     }
     std::printf("%s: done\n", k->name);
   }

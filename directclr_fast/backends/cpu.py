@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..address import CPU, address, start
 from ..problem import Problem
-from .base import Backend, Pair, Tops
+from .base import Backend, Pair, Saved, Tops
 
 try:
     from .. import _cpu
@@ -43,11 +43,13 @@ _F32, _F64 = torch.float32, torch.float64
 _CODES = {} if _cpu is None else {
     torch.float32: _cpu.FLOAT32, torch.float16: _cpu.FLOAT16, torch.bfloat16: _cpu.BFLOAT16,
 }  # fmt: skip
+_REDUCTIONS = {} if _cpu is None else {"none": _cpu.NONE, "sum": _cpu.SUM, "mean": _cpu.MEAN}
 
 
 def _strided(r: Tensor, dim: int, index: Tensor | None) -> tuple[int, int, int, int, int]:
     """``dim`` columns of a matrix, the first or those ``index`` names, as the kernels take it."""
-    at, columns, width = start("r", r), address(index, torch.int64, dim), r.shape[1]
+    at, width = start("r", r), r.shape[1]
+    columns = 0 if index is None else address(index, torch.int64, dim)
     if r.dtype not in _CODES:
         raise ValueError(f"r: expected float16, bfloat16 or float32, got {r.dtype}")
     if index is None and dim > width:
@@ -105,7 +107,8 @@ class Cpu(Backend):
         if not problem.differentiable or not workspace:
             return (0,)
         whole = (problem.rows + 63) * (problem.candidates + 63)
-        return (torch.sym_min(whole, workspace // (4 * problem.groups)),)
+        least = min if type(whole) is int else torch.sym_min  # which a traced size needs
+        return (least(whole, workspace // (4 * problem.groups)),)
 
     def kept_buffer(self, problem: Problem, like: Tensor) -> Tensor:
         return _new(self.kept_shape(problem), _F32)
@@ -134,16 +137,7 @@ class Cpu(Backend):
         logits: Tensor | None = None,
         tops: Tops | None = None,
     ):
-        if scale > MAX_SCALE:  # of a tensor, which why_not has not seen
-            raise ValueError(
-                f"temperature: the cpu backend takes one from 2^-21 on, got {1.0 / scale}; "
-                "backend='torch' takes any"
-            )
-        if logits is not None and problem.precision == "bf16":
-            if problem.row_offset < problem.candidates:
-                self._positives(problem, z1, z2, logits)
-                logits.mul_(scale)
-            logits = None
+        _check_scale(scale)
         row = _new((2, problem.rows), _F64, torch.zeros)
         column = None
         if problem.symmetric:
@@ -157,18 +151,6 @@ class Cpu(Backend):
         tops = None if top is None else Tops(top, top, None)
         self._sums(problem, z, z, scale, None, total, total, None, 0, True, tops)
         return _log(total)
-
-    def _positives(self, problem: Problem, z1: Tensor, z2: Tensor, into: Tensor) -> None:
-        if problem.row_offset + problem.rows > len(z2):
-            raise ValueError(f"r2: expected a positive for each row, got {len(z2)} rows")
-        _cpu.positives(
-            *_unit_rows(problem, z1, z2),
-            problem.rows,
-            problem.dim,
-            problem.row_offset,
-            address(into, _F64, problem.rows),
-            torch.get_num_threads(),
-        )
 
     def _sums(self, problem, z1, z2, scale, kept, row, column, logits, offset, upper, tops) -> None:
         m, n = z1.shape[0], z2.shape[0]
@@ -202,20 +184,7 @@ class Cpu(Backend):
         dz2 = torch.zeros_like(z2) if need[1] else None
         if dz1 is None and dz2 is None:
             return dz1, dz2
-        offset = problem.row_offset
-        own = slice(offset, offset + problem.rows)
-        diagonal = None
-        if problem.precision == "bf16" and offset < problem.candidates:
-            # The positives' own term stays out of the rounded products: two near views differ by
-            # less than bf16 rounds, and that difference is what a converged gradient points along.
-            diagonal = pair.diagonal.float()[:, None]
-            pair = pair._replace(diagonal=None)
-        self._products(problem, z1, z2, scale, pair, kept, dz1, dz2, offset, False)
-        if diagonal is not None:
-            if dz1 is not None:
-                dz1.addcmul_(z2[own], diagonal)
-            if dz2 is not None:
-                dz2[own].addcmul_(z1, diagonal)
+        self._products(problem, z1, z2, scale, pair, kept, dz1, dz2, problem.row_offset, False)
         return dz1, dz2
 
     def add_self_products(
@@ -249,7 +218,7 @@ class Cpu(Backend):
     def gradient_buffer(self, problem: Problem, rows: int, device: torch.device) -> Tensor:
         # One group: `finish` writes every column itself. Several groups add up.
         make = torch.empty if problem.groups == 1 else torch.zeros
-        return _new((rows, problem.width), problem.dtype, make)
+        return make((rows, problem.width), dtype=problem.dtype, device=CPU)
 
     def finish(
         self,
@@ -264,7 +233,7 @@ class Cpu(Backend):
         if dr is not None:
             into = dr if problem.groups == 1 else dr.new_empty(dr.shape[0], problem.dim)
             columns = index if problem.groups == 1 else None
-            target = (*_strided(into, problem.dim, columns), into.shape[1], True)
+            target = *_strided(into, problem.dim, columns), into.shape[1], True
         rows, pitch = len(dz if dr is None else dr), _cpu.pitch(problem.dim)
         total = _cpu.finish(
             address(z, _F32, rows * pitch),
@@ -279,6 +248,79 @@ class Cpu(Backend):
         if into is not dr:
             dr.index_add_(1, index, into)
         return total
+
+    def fuses(self, problem: Problem) -> bool:
+        """One native call a direction: at small batches the driver's operations are the time."""
+        return problem.groups == 1 and not problem.return_stats
+
+    def forward(self, problem: Problem, r1, r2, columns, scale) -> tuple:
+        """The driver's, in ``_cpu.forward``."""
+        _check_scale(scale)
+        m, n, dim, symmetric = problem.rows, problem.candidates, problem.dim, problem.symmetric
+        index = None if columns is None else columns[0]
+        x1, x2 = _strided(r1, dim, index), _strided(r2, dim, index)
+        empty, pitch = torch.empty, _cpu.pitch(dim)
+        f32, f64 = {"dtype": _F32, "device": CPU}, {"dtype": _F64, "device": CPU}
+        whole = n if symmetric else 0
+        saved = Saved(
+            empty((m, pitch), **f32), empty((n, pitch), **f32), empty(m, **f32), empty(n, **f32),
+            empty(m, **f64), empty(whole, **f64), empty(m, **f64), empty(min(m, whole), **f64),
+            empty(self.kept_shape(problem), **f32),
+        )  # fmt: skip
+        loss = empty((m,) if problem.reduction == "none" else (), **f32)
+        step = _step(problem, saved, scale)
+        _cpu.forward(step, x1, x2, loss.data_ptr(), torch.get_num_threads())
+        return loss, [saved], None
+
+    def backward(self, problem: Problem, dloss, states, columns, scale, need) -> tuple:
+        """The driver's, in ``_cpu.backward``."""
+        dloss = dloss.to(_F32)
+        each = problem.reduction == "none"
+        index = None if columns is None else columns[0]
+        grads, targets = [None, None], [None, None]
+        for side, rows in enumerate((problem.rows, problem.candidates)):
+            if need[side]:
+                grads[side] = grad = self.gradient_buffer(problem, rows, CPU)
+                targets[side] = *_strided(grad, problem.dim, index), problem.width, True
+        dtemperature = _cpu.backward(
+            _step(problem, states[0], scale),
+            start("upstream", dloss),
+            dloss.stride(0) if each else 0,
+            *targets,
+            need[2],
+            torch.get_num_threads(),
+        )
+        return *grads, dtemperature if need[2] else None
+
+
+def _step(problem: Problem, saved: Saved, scale: float) -> tuple:
+    """What both directions take. ``saved`` are whole: made here, or compared with what was."""
+    z1, z2, rnorm1, rnorm2, row_lse, col_lse, nll_row, nll_col, kept = saved
+    return (
+        (problem.rows, z1.data_ptr(), rnorm1.data_ptr()),
+        (problem.candidates, z2.data_ptr(), rnorm2.data_ptr()),
+        problem.dim,
+        problem.eps,
+        scale,
+        problem.negatives == "both",
+        problem.symmetric,
+        problem.precision == "bf16",
+        _REDUCTIONS[problem.reduction],
+        kept.data_ptr(),
+        4 * kept.numel(),
+        row_lse.data_ptr(),
+        col_lse.data_ptr(),
+        nll_row.data_ptr(),
+        nll_col.data_ptr(),
+    )
+
+
+def _check_scale(scale: float) -> None:
+    if scale > MAX_SCALE:  # of a tensor, which why_not has not seen
+        raise ValueError(
+            f"temperature: the cpu backend takes one from 2^-21 on, got {1.0 / scale}; "
+            "backend='torch' takes any"
+        )
 
 
 def _new(shape: tuple[int, ...], dtype: torch.dtype, make=torch.empty) -> Tensor:

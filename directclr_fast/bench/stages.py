@@ -50,7 +50,7 @@ def stages(args):
         workspace=kept.data_ptr() if len(kept) else 0, workspace_bytes=4 * len(kept), bf16=args.bf16
     )
     arrays = dict(
-        z1=z1, z2=z2, rnorm1=rnorm1, rnorm2=rnorm2, dz1=dz1, dz2=dz2, pos=pos, row_lse=lse,
+        z1=z1, z2=z2, rnorm1=rnorm1, rnorm2=rnorm2, dz1=dz1, dz2=dz2, row_lse=lse,
         col_lse=lse, row_weight=weight, col_weight=weight, diagonal=diagonal,
     )  # fmt: skip
     views = [(x.data_ptr(), _cpu.FLOAT32, width, 1, 0) for x in (x1, x2)]
@@ -67,8 +67,7 @@ def stages(args):
         acc.zero_()
         a = acc.data_ptr()
         row = dict(row_sum=a, row_ref=a + 8 * n, col_sum=a + 16 * n, col_ref=a + 24 * n)
-        logits = 0 if args.bf16 else pos.data_ptr()
-        _cpu.sums(**of("z1", "z2"), **shape, upper=False, **keep, **row, logits=logits)
+        _cpu.sums(**of("z1", "z2"), **shape, upper=False, **keep, **row, logits=pos.data_ptr())
 
     def normalize(i):
         _cpu.normalize(
@@ -86,15 +85,8 @@ def stages(args):
     normalize(0), normalize(1), sums()
     c = 2.0 * n * n * d
     pair = of("z1", "z2")
-    exact = (
-        "positives",
-        2.0 * n * d,
-        8 * n * d,
-        lambda: _cpu.positives(**pair, m=n, d=d, row_offset=0, **of("pos"), threads=threads),
-    )
     return [
         ("normalize", 8.0 * n * d, 16 * n * d, lambda: [normalize(0), normalize(1)]),
-        *([exact] if args.bf16 else []),
         ("sums", c, 8 * n * d, sums),
         ("products", (3 - args.keep) * c, 24 * n * d,
          lambda: _cpu.products(**pair, **shape, upper=False, **keep, **weights,

@@ -72,7 +72,8 @@ def _spectra_of(source: str | None, arguments) -> tuple[dict[str, dict], str]:
         spectra = [spectrum.describe(values.features, threshold) for values in parts.values()]
         return dict(zip(names, spectra)), Path(source).name
     device = resolve_device(arguments.device)
-    place = {"device": device, "workers": arguments.workers}
+    place = {name: getattr(arguments, name) for name in ("workers", "skip_unreadable")}
+    place["device"] = device
     if not run:
         config, encoder = load_foreign(arguments, source, device)
         features, *_ = probe.load_part(encoder, config, False, **place)

@@ -26,7 +26,8 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         kind = {"int": int, "float": float}.get(field.type.partition(" ")[0])
         how = {"type": kind} if kind else {}
         if field.type == "bool":
-            how = {"action": argparse.BooleanOptionalAction if field.default else "store_true"}
+            on = field.metadata["default"]
+            how = {"action": argparse.BooleanOptionalAction if on else "store_true"}
         add(f"--{field.name.replace('_', '-')}", default=None, help=field.metadata["help"], **how)
     add("--max-restarts", type=int, help="resume by itself after a crash, this often (default 0)")
     start = parser.add_mutually_exclusive_group()
@@ -37,12 +38,13 @@ def add_train(parser: argparse.ArgumentParser) -> None:
 
 
 def run_train(arguments: argparse.Namespace, on_step=None) -> None:
-    from . import ranks, supervise
+    from . import job, ranks, supervise
     from .loop import Trainer, TrainingDiverged
 
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     given = {k: v for k, v in vars(arguments).items() if k in names and v is not None}
     start = {"resume": arguments.resume, "overwrite": arguments.overwrite}
+    job.place()  # or what is wrong with it
     with ranks.launched():
         trainer = Trainer(TrainConfig(**given), **start)
         try:
@@ -66,6 +68,7 @@ def add_foreign(parser: argparse.ArgumentParser) -> None:
         "which returns one",
     )
     add("--image-size", type=int, help="what it sees, pixels (default: as the data's recipe)")
+    add("--skip-unreadable", action="store_true", help="leave out pictures that cannot be read")
     add("--key", help="name of the features in a file that holds more than one matrix")
     add(
         "--trust-pickle",
@@ -205,6 +208,7 @@ def _subject(arguments: argparse.Namespace, device: str) -> Subject:
             channels=channels,
             device=device,
             workers=arguments.workers,
+            skip_unreadable=arguments.skip_unreadable,
         )
 
     rows = {name: functools.partial(features, network) for name, network in networks.items()}

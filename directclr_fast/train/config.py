@@ -6,7 +6,9 @@ import dataclasses
 import importlib
 import math
 import os
+import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 # The released ImageNet recipe (docs/design.md section 8), and what stands in for it on small sets.
@@ -83,20 +85,23 @@ def setting(
     low: float | None = None,
     positive: bool = False,
     choices: tuple[str, ...] | str | None = None,
-    free: bool = False,
+    resumed: str = "same",
 ) -> Any:
-    """A field of TrainConfig, which is a flag of ``train``, too. None for a default is allowed.
+    """A field of TrainConfig, which is a flag of ``train``, too. It is None where it was not given.
 
-    ``help``: of the flag. ``low``: the least value; ``positive``: more than 0; floats are finite.
-    ``choices``: the values, or "module:NAME" of the tuple that has them (read when they are needed:
-    flags load no torch). ``free``: may differ between a checkpoint and the run that resumes it.
+    ``default``: taken then, if the recipe of the data has none. ``help``: of the flag. ``low``: the
+    least value; ``positive``: more than 0; floats are finite. ``choices``: the values, or
+    "module:NAME" of the tuple that has them (read when they are needed: flags load no torch).
+    ``resumed``: what a run that goes on may do. "same": it is the checkpoint's, and no other;
+    "noted": a change is said; "free": it may change; "call": as "free", and where it is not given
+    the default's rather than the checkpoint's.
     """
-    how = {"help": help, "low": low, "positive": positive, "choices": choices, "free": free}
-    return dataclasses.field(default=default, metadata=how)
+    how = {"default": default, "help": help, "low": low, "positive": positive, "choices": choices}
+    return dataclasses.field(default=None, metadata={**how, "resumed": resumed})
 
 
 def _check_field(field: dataclasses.Field, value: Any) -> None:
-    if value is None and field.default is None:
+    if value is None and field.metadata["default"] is None:
         return
     low, choices = field.metadata["low"], field.metadata["choices"]
     if isinstance(choices, str):
@@ -115,17 +120,19 @@ def _check_field(field: dataclasses.Field, value: Any) -> None:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of one run. None stands for the default of the data set's recipe (RECIPES)."""
+    """Settings of one run. None stands for one that was not given: :meth:`resolve` has it from the
+    data set's recipe (RECIPES) or the field, :meth:`continuing` from the run that goes on."""
 
     data: str = setting(
         "digits",
         "digits, patches, cifar10, cifar100, stl10, svhn, fashion-mnist, mnist, kmnist, "
         "folder:PATH, fake (default digits)",
+        resumed="free",  # the images are compared
     )
     data_root: str | None = setting(
-        help="folder of the sets that are fetched (default: data)", free=True
+        help="folder of the sets that are fetched (default: data)", resumed="free"
     )
-    download: bool = setting(False, "fetch a missing set", free=True)
+    download: bool = setting(False, "fetch a missing set", resumed="call")
     encoder: str | None = setting(help="resnet18, resnet50, small", choices=".encoders:ENCODERS")
     image_size: int | None = setting(help="side of the crops, pixels", low=2)
     views: str | None = setting(help="imagenet, small, affine", choices=".views:PRESETS")
@@ -143,49 +150,72 @@ class TrainConfig:
         "cross", "cross or both (default cross)", choices="..problem:NEGATIVES"
     )
     loss: str = setting(
-        "fast", "fast or reference (default fast)", choices=("fast", "reference"), free=True
+        "fast", "fast or reference (default fast)", choices=("fast", "reference"), resumed="free"
     )
     optimizer: str | None = setting(help="lars, sgd, adamw", choices=".optim:OPTIMIZERS")
     batch_size: int | None = setting(low=2)
-    learning_rate: float | None = setting(help="peak, not scaled by the batch size", low=0.0)
+    learning_rate: float | None = setting(
+        help="peak, not scaled by the batch size", low=0.0, resumed="noted"
+    )
     weight_decay: float | None = setting(low=0.0)
-    epochs: int | None = setting(low=1)
-    warmup_epochs: int | None = setting(low=0)
+    epochs: int | None = setting(low=1, resumed="noted")
+    warmup_epochs: int | None = setting(low=0, resumed="noted")
     amp: str = setting("none", "none, bf16, fp16 (default none)", choices=("none", "bf16", "fp16"))
     chunk_size: int | None = setting(
-        help="images encoded at a time: a batch beyond memory; exact", low=1, free=True
+        help="images encoded at a time: a batch beyond memory; exact", low=1, resumed="noted"
     )
     cache_bn: str | None = setting(
         help="what BatchNorm normalises such a chunk by: 'chunk', its own statistics; 'two-pass', "
         "the whole batch's from an extra pass, without their gradient; 'frozen-stats', the running "
         "ones, which then stay",
         choices=".gradcache:RULES",
-        free=True,
+        resumed="noted",
     )
     max_skipped: int = setting(
-        10, "stop after this many steps in a row with nan (default 10)", low=1, free=True
+        10, "stop after this many steps in a row with nan (default 10)", low=1, resumed="free"
     )
-    compile: bool = setting(False, "torch.compile the encoder", free=True)
+    compile: bool = setting(False, "torch.compile the encoder", resumed="free")
     channels_last: bool = setting(True)
-    device: str = setting("auto", "cpu, cuda, ... (default: cuda where there is one)", free=True)
-    workers: int = setting(0, "processes that decode a folder's images", low=0, free=True)
+    device: str = setting(
+        "auto", "cpu, cuda, ... (default: cuda where there is one)", resumed="call"
+    )
+    workers: int = setting(0, "processes that decode a folder's images", low=0, resumed="free")
+    skip_unreadable: bool = setting(
+        False, "leave out pictures that cannot be read, and name them at the end", resumed="free"
+    )
     seed: int = setting(0, low=0)
     max_steps: int | None = setting(
-        help="stop early; the schedule stays that of --epochs", low=1, free=True
+        help="stop early, this time; the schedule stays that of --epochs", low=1, resumed="call"
     )
     save_every: int | None = setting(
-        help="steps between checkpoints (default: an epoch)", low=1, free=True
+        help="steps between checkpoints (default: an epoch)", low=1, resumed="free"
     )
-    log_every: int = setting(1, "steps between log lines (default 1)", low=1, free=True)
-    checkpoint_dir: str = setting("runs", "folder of the runs (default runs)", free=True)
-    name: str = setting("directclr", "folder of this run (default directclr)", free=True)
+    log_every: int = setting(1, "steps between log lines (default 1)", low=1, resumed="free")
+    logger: str = setting(
+        "none",
+        "none, tensorboard, wandb: beside log.jsonl (default none)",
+        choices=".logger:LOGGERS",
+        resumed="free",
+    )
+    checkpoint_dir: str = setting("runs", "folder of the runs (default runs)", resumed="call")
+    name: str = setting("directclr", "folder of this run (default directclr)", resumed="call")
+
+    def given(self, name: str) -> Any:
+        """A setting, or the field's default where it was not given."""
+        value = getattr(self, name)
+        return self.__dataclass_fields__[name].metadata["default"] if value is None else value
+
+    @property
+    def folder(self) -> Path:
+        """Where the run is kept."""
+        return Path(self.given("checkpoint_dir")) / self.given("name")
 
     def resolve(self) -> TrainConfig:
         """The same settings with every default filled in and checked.
 
         Raises ValueError: setting, expected, got.
         """
-        spec = self.data
+        spec = self.given("data")
         kind = spec.partition(":")[0]
         if kind not in RECIPES and os.path.isdir(spec):  # the released trainer takes a bare path
             spec, kind = f"folder:{spec}", "folder"
@@ -193,13 +223,39 @@ class TrainConfig:
             from .data import SETS
 
             raise ValueError(f"data: expected one of {', '.join(SETS)}, got {spec!r}")
-        filled = {k: v for k, v in RECIPES[kind].items() if getattr(self, k) is None}
+        defaults = {f.name: f.metadata["default"] for f in dataclasses.fields(self)} | RECIPES[kind]
+        filled = {k: v for k, v in defaults.items() if getattr(self, k) is None}
         if self.epochs is not None and "warmup_epochs" in filled:
             # A run shorter than the recipe's must not end before it is warm.
             filled["warmup_epochs"] = min(filled["warmup_epochs"], self.epochs // 2)
-        config = dataclasses.replace(self, data=spec, device=resolve_device(self.device), **filled)
+        filled |= {"data": spec, "device": resolve_device(self.given("device"))}
+        config = dataclasses.replace(self, **filled)
         config._check()
         return config
+
+    def continuing(self, saved: dict[str, Any]) -> TrainConfig:
+        """These settings for the run that had ``saved`` (of :meth:`to_dict`): what is not given
+        here is as it was there, but for what belongs to one call.
+
+        ValueError for what may not change; a warning for what may, but changes what is trained.
+        """
+        values = {}
+        for field in dataclasses.fields(self):
+            name, rule = field.name, field.metadata["resumed"]
+            before, now = saved.get(name, field.metadata["default"]), getattr(self, name)
+            if now is None:
+                values[name] = None if rule == "call" else before
+            elif now != before and rule == "same":
+                raise ValueError(
+                    f"{name}: expected {_said(before)}, as the run in {self.folder} began, got "
+                    f"{now!r}; leave it out to go on, or give another --name to start anew"
+                )
+            elif now != before and rule == "noted":
+                warnings.warn(
+                    f"{name}: {_said(before)} in the checkpoint being resumed, now {now!r}",
+                    stacklevel=2,
+                )
+        return dataclasses.replace(self, **values)
 
     def _check(self) -> None:
         for field in dataclasses.fields(self):
@@ -228,8 +284,9 @@ class TrainConfig:
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(f"config: expected settings of this version, got {unknown[0]!r}")
-        return cls(**values)
+        defaults = {field.name: field.metadata["default"] for field in dataclasses.fields(cls)}
+        return cls(**{**defaults, **values})
 
 
-# What may differ between a checkpoint and the run that resumes it.
-TrainConfig.FREE = tuple(f.name for f in dataclasses.fields(TrainConfig) if f.metadata["free"])
+def _said(value: Any) -> str:
+    return "none" if value is None else repr(value)

@@ -9,19 +9,20 @@
 | svhn | 73,257 + 26,032 RGB 32x32 | torchvision, in `root` |
 | fashion-mnist | 60,000 + 10,000 grey 28x28 | `root`, or Debian's dataset-fashion-mnist |
 | mnist, kmnist | 60,000 + 10,000 grey 28x28 | `root` |
-| folder:PATH | PATH/train/<class>/*, PATH/val/<class>/* or PATH/<class>/* | decoded by workers |
+| folder:PATH | pictures, with classes or without (folder.py) | decoded by workers |
 | fake | random classes under noise, `fake:n=1024,classes=10,size=32,channels=3` | the seed |
 
-Nothing here augments: the views are made of whole batches on the device (views.py). An unlabelled
-image has label -1, as the training part of stl10 has beyond its labelled 5,000.
+Views are made of whole batches on the device (views.py); of a folder's pictures, which differ in
+size, workers cut out the two pieces that the views see. An unlabelled image has label -1, as in a
+folder without classes, and in the training part of stl10 beyond its labelled 5,000.
 """
 
 from __future__ import annotations
 
 import functools
 import gzip
+import hashlib
 import math
-import os
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -33,11 +34,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from . import folder, views
+from .folder import FolderSet, missing
+
 SETS = (
     "digits", "patches", "cifar10", "cifar100", "stl10", "svhn", "fashion-mnist", "mnist", "kmnist",
     "folder:PATH", "fake",
 )  # fmt: skip
-SUFFIXES = {f".{s}" for s in "jpg jpeg png webp bmp gif tif tiff ppm pgm".split()}
 
 
 @dataclass(frozen=True)
@@ -69,65 +72,12 @@ class ImageSet:
     def __getitems__(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return (*self.batch(indices), indices)
 
-
-@dataclass(frozen=True)
-class FolderSet:
-    """Files decoded when asked for: `size` pixels square, RGB. Otherwise as ImageSet.
-
-    The short side is resized to `size` and the centre cut out. `paths` are bytes in one array, not
-    a list of objects, so that worker processes share its memory.
-    """
-
-    paths: np.ndarray = field(repr=False)
-    labels: Tensor = field(repr=False)
-    num_classes: int
-    name: str
-    size: int
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of every image."""
-        return 3, self.size, self.size
-
-    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 (B, 3, size, size) and int64 (B,). OSError names the file that cannot be read."""
-        indices = torch.as_tensor(indices)
-        images = [decode(os.fsdecode(self.paths[i]), self.size) for i in indices.tolist()]
-        return torch.stack(images), self.labels[indices]
-
-    def __getitems__(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor] | str:
-        # An exception leaves a worker buried in that worker's traceback; Batches raises the text.
-        try:
-            return (*self.batch(indices), indices)
-        except OSError as error:
-            return str(error)
-
-
-def decode(path: str | Path, size: int) -> Tensor:
-    """A picture file as uint8 (3, size, size) RGB: short side resized to `size`, centre cut out.
-
-    Grey, palette, CMYK and 16-bit files become RGB; transparency is dropped. OSError if it cannot
-    be read.
-    """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            image.draft("RGB", (size, size))  # JPEG decodes straight to the nearest larger eighth
-            if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion would clip at 255
-                image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-            image = image.convert("RGB")
-        w, h = image.size
-        short = min(w, h)
-        left, top = (w - short) / 2, (h - short) / 2
-        box = (left, top, left + short, top + short)
-        image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
-    except Exception as error:  # Pillow raises nearly anything on a damaged file
-        raise OSError(f"image: expected a readable picture, got {path} ({error})") from error
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    def fingerprint(self) -> str:
+        """Of the labels and some of the images."""
+        digest = hashlib.sha256(str(tuple(self.images.shape)).encode())
+        for values in (self.labels, self.images[:: -(-len(self) // folder.SIZED)]):
+            digest.update(values.cpu().contiguous().numpy())
+        return digest.hexdigest()
 
 
 def load(
@@ -138,15 +88,17 @@ def load(
     train: bool,
     image_size: int | None = None,
     seed: int = 0,
+    skip_unreadable: bool = False,
 ) -> ImageSet | FolderSet:
     """The training part (train=True) or the held-out part of the set that `spec` names.
 
     root: folder of the torchvision sets, "data" if None; fetched into only if `download`. Of
     fashion-mnist, mnist and kmnist it may also hold the files themselves, packed (.gz) or not.
-    image_size: side of the training crop in pixels. folder: stores 8/7 of it, so that 224 is cut
-    from 256 (224 if None); fake makes images of it; the others keep their own size.
-    seed: of fake; the split of the others never changes. PATH/<class>/* without train and val
-    folders is split by name: of each class, the 2nd, 12th, 22nd ... file is held out.
+    image_size: side of the training crop in pixels: of what a folder gives (224 if None); fake
+    makes images of it; the others keep their own size.
+    seed: of fake; the split of the others never changes. A folder without train and val folders is
+    split by name: of each class, the 2nd, 12th, 22nd ... file is held out.
+    skip_unreadable: files of a folder that cannot be read are left out rather than raise.
 
     ValueError for an unknown spec, FileNotFoundError for missing or empty folders, ImportError for
     a missing package, OSError for a failed download or a damaged file.
@@ -161,15 +113,35 @@ def load(
     if spec in ("cifar10", "cifar100", *SPLITS):
         return _torchvision(spec, Path("data" if root is None else root), download, train)
     if kind == "folder" and rest:
-        return _folder(Path(rest).expanduser(), train, round((image_size or 224) * 8 / 7))
+        return folder.load(Path(rest).expanduser(), train, image_size or 224, skip_unreadable)
     if kind == "fake":
         return _fake(spec, rest, train, image_size, seed)
     raise ValueError(f"data: expected one of {', '.join(SETS)}, got {spec!r}")
 
 
-def _missing(spec: str, package: str, error: ImportError) -> ImportError:
-    hint = "install it with: pip install 'directclr-fast[train]'"
-    return ImportError(f"data {spec}: expected {package}, got {error}; {hint}")
+def identity(dataset: ImageSet | FolderSet) -> dict:
+    """What a set is, wherever it lies, in plain values: for `check_same`."""
+    classes = list(dataset.classes) if isinstance(dataset, FolderSet) else dataset.num_classes
+    return {"images": len(dataset), "classes": classes, "fingerprint": dataset.fingerprint()}
+
+
+def check_same(saved: dict, here: dict, spec: str) -> None:
+    """ValueError where `here`, the `identity` of the set `spec`, is not that a run began with."""
+    if isinstance(saved["classes"], list) and isinstance(here["classes"], list):
+        old, new = set(saved["classes"]), set(here["classes"])
+        changes = [f"without {name!r}" for name in sorted(old - new)]
+        changes += [f"with {name!r}" for name in sorted(new - old)]
+        if changes:
+            expected = f"the {len(old)} classes that the run began with"
+            raise ValueError(
+                f"data: expected {expected}, got those in {spec}: {changes[0]}"
+                + (f", and {len(changes) - 1} more changes" if changes[1:] else "")
+            )
+    if saved != here:
+        same = saved["images"] == here["images"]
+        got = "others (in name, number of bytes or order)" if same else here["images"]
+        expected = f"the {saved['images']} training images that the run began with"
+        raise ValueError(f"data: expected {expected}, got {got} in {spec}")
 
 
 def _digits(train: bool) -> ImageSet:
@@ -177,7 +149,7 @@ def _digits(train: bool) -> ImageSet:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ImportError as error:
-        raise _missing("digits", "scikit-learn", error) from error
+        raise missing("digits", "scikit-learn", error) from error
     images, labels = load_digits(return_X_y=True)
     parts = train_test_split(np.arange(len(labels)), test_size=500, stratify=labels, random_state=0)
     part = np.sort(parts[0] if train else parts[1])
@@ -213,7 +185,7 @@ def _patches(train: bool) -> ImageSet:
         import skimage
         from PIL import Image
     except ImportError as error:
-        raise _missing("patches", "scikit-image", error) from error
+        raise missing("patches", "scikit-image", error) from error
     folder = Path(skimage.__file__).parent / "data"
     images, labels = [], []
     for label, name in enumerate(PHOTOGRAPHS):
@@ -275,7 +247,7 @@ def _torchvision(spec: str, root: Path, download: bool, train: bool) -> ImageSet
             images, labels = source.data.transpose(0, 3, 1, 2), source.targets
             classes = len(source.classes)
     except ImportError as error:
-        raise _missing(spec, "scipy", error) from error
+        raise missing(spec, "scipy", error) from error
     except (RuntimeError, OSError) as error:
         if download:
             raise _not_fetched(spec, root, error) from error
@@ -291,7 +263,7 @@ def _datasets(spec: str):
     try:
         from torchvision import datasets
     except ImportError as error:
-        raise _missing(spec, "torchvision", error) from error
+        raise missing(spec, "torchvision", error) from error
     return datasets
 
 
@@ -350,46 +322,6 @@ def _read_idx(path: Path, dimensions: int) -> Tensor:
         expected = f"an idx file of bytes in {dimensions} dimensions, whole"
         raise OSError(f"data: expected {expected}, got {path} of {len(raw)} bytes")
     return torch.frombuffer(bytearray(raw), dtype=torch.uint8, offset=head).view(sizes)
-
-
-def _subfolders(path: Path) -> list[str]:
-    return sorted(e.name for e in os.scandir(path) if e.is_dir() and not e.name.startswith("."))
-
-
-def _files(path: Path) -> list[str]:
-    """Every picture under path, sorted; sub-folders included, as ImageFolder does."""
-    return sorted(
-        os.path.join(folder, name)
-        for folder, _, names in os.walk(path, followlinks=True)
-        for name in names
-        if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")
-    )
-
-
-def _folder(root: Path, train: bool, size: int) -> FolderSet:
-    if not root.is_dir():
-        raise FileNotFoundError(f"data: expected a folder of images, got no folder {root}")
-    split = (root / "train").is_dir()
-    base = root / "train" if split else root
-    here = root / "val" if split and not train else base
-    if not here.is_dir():
-        raise FileNotFoundError(f"data: expected the validation folder beside train, got no {here}")
-    classes = _subfolders(base)
-    if not classes:
-        raise FileNotFoundError(f"data: expected a folder for each class in {base}, got none")
-    if strangers := sorted(set(_subfolders(here)) - set(classes)):
-        raise ValueError(f"data: expected the classes of {base} in {here}, got {strangers[0]!r}")
-    paths, labels = [], []
-    for label, name in enumerate(classes):
-        files = _files(here / name)
-        if not split:
-            files = [f for k, f in enumerate(files) if (k % 10 == 1) != train]
-        paths += map(os.fsencode, files)
-        labels += [label] * len(files)
-    if not paths:
-        part = "training" if train else "validation"
-        raise FileNotFoundError(f"data: expected {part} images in the classes of {here}, got none")
-    return FolderSet(np.array(paths), torch.tensor(labels), len(classes), f"folder:{root}", size)
 
 
 def _fake(spec: str, rest: str, train: bool, image_size: int | None, seed: int) -> ImageSet:
@@ -457,6 +389,7 @@ class EpochSampler:
             got = batch_size if last == batch_size else f"{batch_size} and a last one of {last}"
             raise ValueError(f"batch size: expected at least the {world_size} ranks, got {got}")
         self.n, self.batch_size, self.seed, self.drop_last = n, batch_size, seed, drop_last
+        self.what = what
         self.rank, self.world_size = rank, world_size
         self.epoch = self.position = 0
 
@@ -489,10 +422,10 @@ class EpochSampler:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """To the place that was saved. ValueError if the order there was another one."""
-        for key in ("n", "batch_size", "seed"):
+        for key, said in (("n", self.what), ("batch_size", "batch size"), ("seed", "seed")):
             if state[key] != getattr(self, key):
                 expected = f"{state[key]} as in the checkpoint"
-                raise ValueError(f"{key}: expected {expected}, got {getattr(self, key)}")
+                raise ValueError(f"{said}: expected {expected}, got {getattr(self, key)}")
         self.epoch, self.position = state["epoch"], state["position"]
 
 
@@ -519,7 +452,11 @@ def _read(loader: DataLoader, device: torch.device) -> Iterator[tuple[Tensor, Te
     for batch in loader:
         if isinstance(batch, str):
             raise OSError(batch)
-        images, labels, indices = batch
+        images, labels, indices, *failed = batch
+        for reasons in failed:
+            loader.dataset.failed.update(reasons)
+        if not len(images):  # none of them could be read
+            continue
         images = images.to(device, non_blocking=True)
         yield images, labels.to(device, non_blocking=True), indices
 
@@ -530,14 +467,34 @@ def in_order(
     device: torch.device | str = "cpu",
     num_workers: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """The whole set once, in its own order, in batches as Batches gives them; for evaluation."""
+    """The whole set once, in its own order, in batches as Batches gives them; for evaluation. Files
+    that may be left out are, with their labels."""
+    if isinstance(dataset, FolderSet) and dataset.skip:
+        dataset = replace(dataset, skip="drop")
     device = torch.device(device)
     batches = torch.arange(len(dataset)).split(batch_size)
     return _read(_loader(dataset, batches, device, num_workers), device)
 
 
+class _WithBoxes:
+    """The batches of a sampler, each with the numbers (b, 2, NUMBERS) that place its boxes: a
+    function of seed, epoch and batch, so that workers may read ahead."""
+
+    def __init__(self, sampler: EpochSampler):
+        self.sampler = sampler
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        s, epoch = self.sampler, self.sampler.epoch
+        for position, indices in enumerate(s, s.position):
+            n = min(s.batch_size, s.n - position * s.batch_size)
+            generator = torch.Generator().manual_seed(_mix(s.seed, epoch, position))
+            numbers = torch.rand(n, 2, views.NUMBERS, generator=generator)
+            yield indices, numbers[s.share(n)]
+
+
 class Batches:
-    """The rest of the current epoch as (images uint8 (B, C, H, W), labels (B,), indices (B,)).
+    """The rest of the current epoch as (images uint8 (B, C, H, W), labels (B,), indices (B,)); of a
+    FolderSet with `crops` images are (B, 2, C, S, S), each view's piece of each picture.
 
     Images and labels are on `device`, indices on the host. The sampler's position counts the
     batches handed out: saved while batch k is being trained on, after its optimiser step, a resumed
@@ -559,7 +516,8 @@ class Batches:
         if sampler.n != len(dataset):
             raise ValueError(f"sampler: expected {len(dataset)} images, got {sampler.n}")
         self.sampler, self.device = sampler, torch.device(device)
-        self.loader = _loader(dataset, sampler, self.device, num_workers)
+        batches = _WithBoxes(sampler) if getattr(dataset, "crops", None) else sampler
+        self.loader = _loader(dataset, batches, self.device, num_workers)
 
     def __len__(self) -> int:
         """Batches in a whole epoch."""

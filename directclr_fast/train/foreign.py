@@ -344,7 +344,7 @@ def _build(name: str) -> nn.Module:
     else:
         if timm.is_model(name):
             return timm.create_model(name, pretrained=False, num_classes=0)
-    missing = f" ({' and '.join(absent)} not installed)" if absent else ""
+    missing = f" (pip install {' '.join(absent)} for more)" if absent else ""
     expected = f"a model of torchvision or timm{missing}, or module:function"
     raise ValueError(f"encoder: expected {expected}, got {name!r}")
 

@@ -56,6 +56,11 @@ RULES = ("frozen-stats", "two-pass", "chunk")
 Chunk = tuple[int, slice]  # view 0 or 1, rows
 
 
+def wide(device: torch.device) -> torch.dtype:
+    """The widest dtype of a device: Apple's has no fp64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 class GradientCache:
     """Losses and gradients of ``model`` (loop.Model), at most ``chunk_size`` rows of a view at a
     time, in chunks as equal as can be.
@@ -174,7 +179,7 @@ class GradientCache:
             def hook(norm, inputs) -> None:
                 x = inputs[0]
                 var, mean = torch.var_mean(x.float(), [0, *range(2, x.dim())], correction=0)
-                var, mean = var.double(), mean.double()
+                var, mean = var.to(wide(x.device)), mean.to(wide(x.device))
                 count = torch.full_like(mean, x.numel() // x.shape[1])
                 sums[view][index] += torch.stack((count, count * mean, count * (var + mean**2)))
 

@@ -23,12 +23,13 @@ READ_EVERY = 0.25  # seconds between reads of losses from the device
 class Log:
     """``path`` None: written and shown nowhere, as on every rank but the first.
 
-    ``images``: of a step, on all ranks; ``steps``: of an epoch. ``kept``: bytes of the file that
-    belong to the last checkpoint, None for a new run. ``record``: the last line.
+    ``images``: of a step, on all ranks; ``steps``: of an epoch; ``labelled``: whether an accuracy
+    says anything. ``kept``: bytes of the file that belong to the last checkpoint, None for a new
+    run. ``record``: the last line of a step.
     """
 
-    def __init__(self, path: Path | None, images: int, steps: int) -> None:
-        self.path, self.images, self.steps = path, images, steps
+    def __init__(self, path: Path | None, images: int, steps: int, labelled: bool = True) -> None:
+        self.path, self.images, self.steps, self.labelled = path, images, steps, labelled
         self.kept: int | None = None
         self.record: dict = {}
         self.file: IO | None = None
@@ -70,7 +71,8 @@ class Log:
         if not waiting or self.path is None:
             return
         steps, rates, *values = zip(*waiting)
-        losses, accuracies, skips = torch.stack([torch.stack(v).double() for v in values]).tolist()
+        # One read for all. The values are fp32 and a count; Apple's MPS has no fp64.
+        losses, accuracies, skips = torch.stack([torch.stack(v).float() for v in values]).tolist()
         self.read_at = time.perf_counter()
         seconds = self.read_at - self.began
         speed = round(self.images * self.timed / seconds, 1) if self.timed else None
@@ -79,7 +81,7 @@ class Log:
                 "step": step,
                 "epoch": round(step / self.steps, 4),
                 "loss": loss if math.isfinite(loss) else repr(loss),  # JSON has no nan
-                "accuracy": accuracy,
+                "accuracy": accuracy if self.labelled else None,
                 "learning_rate": rate,
                 "skipped": int(skipped),
                 "images_per_second": speed,
@@ -89,6 +91,11 @@ class Log:
             for call in show:
                 call(self.record)
         self.file.flush()
+
+    def end(self, line: dict) -> None:
+        """A last line, which a run that goes on writes anew."""
+        if self.path is not None:
+            self.file.write(json.dumps(line) + "\n")
 
     def sync(self) -> int:
         """Bytes of the file, all of them on the disk: from now on ``kept``."""

@@ -13,6 +13,8 @@ ranks are one process up to rounding. Rank 0 alone reads and writes files and sh
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import inspect
 import os
 import sys
@@ -27,12 +29,13 @@ from torch.nn.parallel import DistributedDataParallel
 from ..dispatch import last_backend
 from ..machine import machine
 from ..progress import Progress
-from . import checkpoint, data, encoders, views
+from . import checkpoint, data, encoders, folder, views
 from .batchnorm import synchronise
 from .config import TrainConfig
 from .gradcache import GradientCache
 from .guard import Guard
 from .log import Log
+from .logger import Logger
 from .objective import Objective
 from .optim import build_optimizer, learning_rate
 from .ranks import Ranks
@@ -71,7 +74,7 @@ class Model(nn.Module):
                 group=self.ranks.group,
                 seed=config.seed,
             )
-            self.head = nn.Linear(self.width, classes)
+            self.head = nn.Linear(self.width, max(classes, 1))  # pictures may have none
 
     def as_in(self, state: dict) -> Model:
         """This model in the form of an older version that ``state``, a state dict, has."""
@@ -114,8 +117,9 @@ class Trainer:
 
     ``config.json`` (every setting), ``log.jsonl`` (a header line, then a line a step or every
     ``log_every`` steps) and ``checkpoint.pt``. ``resume`` continues from the folder's checkpoint,
-    where there is one; without it a folder that holds one is refused unless ``overwrite``. Nothing
-    there is changed before ``run``.
+    where there is one, with its settings where ``config`` has none, on the same images wherever
+    they lie now; without it a folder that holds one is refused unless ``overwrite``. Nothing there
+    is changed before ``run``.
 
     Where torch.distributed is initialised the run is shared by its processes, which all do this.
     """
@@ -128,20 +132,29 @@ class Trainer:
         overwrite: bool = False,
         progress: bool = True,
     ) -> None:
-        config = config.resolve()
-        self.config = config
         self.ranks = ranks = Ranks.joined()
         self.progress = progress and ranks.rank == 0
-        self.folder = Path(config.checkpoint_dir) / config.name
+        self.folder = config.folder
         self.path = self.folder / "checkpoint.pt"
-        state = ranks.first(lambda: self._start_from(resume, overwrite))
+        state = ranks.first(self._saved) if resume else None
+        if state is not None:
+            config = config.continuing(state["config"])
+        self.config = config = config.resolve()
+        ranks.first(lambda: self._check_folder(state, resume, overwrite))
 
         torch.manual_seed(config.seed + ranks.rank)
         self.device = ranks.device(torch.device(config.device))
-        dataset = self._load_data()
+        dataset = self._load_data(state)
+        self.identity = data.identity(dataset)
+        if state is not None and "data" in state:  # older ones do not say
+            data.check_same(state["data"], self.identity, config.data)
         self.channels, self.classes = dataset.shape[0], dataset.num_classes
+        self.make_views = views.make_views(config.views, config.image_size, self.channels)
         if isinstance(dataset, data.ImageSet):
             dataset = dataset.to(self.device)
+        else:
+            dataset = dataclasses.replace(dataset, crops=self.make_views.crops)
+        self.dataset = dataset
         self.sampler = data.EpochSampler(
             len(dataset),
             config.batch_size,
@@ -151,7 +164,6 @@ class Trainer:
             what=f"training images of {config.data}",
         )
         self.batches = data.Batches(dataset, self.sampler, self.device, config.workers)
-        self.make_views = views.make_views(config.views, config.image_size, self.channels)
         self.view_generator = torch.Generator(self.device).manual_seed(config.seed + 1)
 
         self.model = self.module = Model(config, self.channels, self.classes, ranks).to(self.device)
@@ -182,11 +194,12 @@ class Trainer:
             )
         self.step = 0
         log = self.folder / "log.jsonl" if ranks.rank == 0 else None
-        self.log = Log(log, config.batch_size, len(self.sampler))
+        self.log = Log(log, config.batch_size, len(self.sampler), labelled=self.classes > 0)
+        self.logger = Logger(config.logger if ranks.rank == 0 else "none")
         if state is not None:
             self._restore(state)
 
-    def _load_data(self) -> data.ImageSet | data.FolderSet:
+    def _load_data(self, state: dict | None) -> data.ImageSet | data.FolderSet:
         config, download = self.config, self.config.download
 
         def load(download: bool):
@@ -197,12 +210,19 @@ class Trainer:
                 train=True,
                 image_size=config.image_size,
                 seed=config.seed,
+                skip_unreadable=config.skip_unreadable,
             )
 
         if download and self.ranks.size > 1:  # one fetches, the others find it
             self.ranks.first(lambda: load(True) and None)
             download = False
-        return load(download)
+        try:
+            return load(download)
+        except FileNotFoundError as error:
+            if state is None:
+                raise
+            hint = "where they have been moved to is for --data or --data-root to say"
+            raise FileNotFoundError(f"{error}; {hint}") from error
 
     # ------------------------------------------------------------------------ the run
 
@@ -226,12 +246,18 @@ class Trainer:
             last = min(last, self.config.max_steps)
         save_every = self.config.save_every or len(self.sampler)
         due = False
+        self.logger.open(self.folder, self.config.to_dict(), self.step)
         self._begin()
         signals = Signals(impatient=self.ranks.size == 1)
         bar = {"start": self.step, "show": self.progress, "banner": self._banner()}
-        with self.log.open(self._header), Progress(last, **bar) as progress, signals:
+        with (
+            contextlib.closing(self.logger),
+            self.log.open(self._header),
+            Progress(last, **bar) as progress,
+            signals,
+        ):
             show = [lambda record: self._show(progress, record)]
-            show += [] if on_step is None else [on_step]
+            show += [self.logger.add, *([] if on_step is None else [on_step])]
             self.model.train()
             while self.step < last:
                 for images, labels, _ in self.batches:
@@ -255,6 +281,10 @@ class Trainer:
                         raise self._stopped(signals, saved=not in_a_row)
                     if end:
                         break
+            if failed := self._unreadable():
+                self.log.end({"unreadable": failed})
+        if failed := self._unreadable():
+            warnings.warn(f"{folder.said_unreadable(failed)}; log.jsonl has all", stacklevel=2)
         last_line = {**self.log.record, "step": self.step}
         return {**last_line, "backend": last_backend(), "folder": str(self.folder)}
 
@@ -284,15 +314,18 @@ class Trainer:
 
     def views_of(self, images) -> Callable[[int, slice], torch.Tensor]:
         """``make(which, rows)``: these rows of view 0 or 1 of ``images``, this rank's, in the
-        encoder's layout. What they depend on is drawn here, for the batch of all ranks."""
-        batch, config = self.config.batch_size, self.config
-        drawn = self.make_views.sample(batch, *images.shape[2:], self.view_generator)
+        encoder's layout. What they depend on is drawn here, for the batch of all ranks; pictures of
+        a folder, (B, 2, C, S, S), are cut already."""
+        batch, config, cut = self.config.batch_size, self.config, images.dim() == 5
+        size, generator = images.shape[-2:], self.view_generator
+        drawn = self.make_views.sample(batch, *size, generator, boxes=not cut)
         first = self.sampler.share(batch).start
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
 
         def make(which: int, rows: slice) -> torch.Tensor:
             view = (self.make_views.first, self.make_views.second)[which]
-            made = view.rows(images[rows], drawn[which], first + rows.start)
+            part = images[rows, which] if cut else images[rows]
+            made = view.rows(part, drawn[which], first + rows.start)
             return made.contiguous(memory_format=layout)
 
         return make
@@ -323,11 +356,19 @@ class Trainer:
         if not torch.stack([v.isfinite().all() for v in values]).all():
             raise self._diverged()
         random_states = self.ranks.gather(checkpoint.rng_state(self.view_generator))
+        if self.config.skip_unreadable:
+            for failed in self.ranks.gather(self._unreadable()):
+                self._unreadable().update(failed or {})
         self.ranks.first(lambda: checkpoint.save(self.path, self._state(*random_states)))
+
+    def _unreadable(self) -> dict[str, str]:
+        """Files that were left out until now, and why; on rank 0, after a save, those of all."""
+        return getattr(self.dataset, "failed", {})
 
     def _state(self, random_state: dict, *of_other_ranks: dict) -> dict:
         return {
             "config": self.config.to_dict(),
+            "data": self.identity,
             "channels": self.channels,
             "classes": self.classes,
             "step": self.step,
@@ -336,6 +377,8 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "sampler": self.sampler.state_dict(),
             "skipped": self.guard.counts.cpu(),
+            "unreadable": dict(self._unreadable()),
+            "logger": self.logger.id,
             "rng": random_state,
             "rng_of_other_ranks": list(of_other_ranks),
             "log_bytes": self.log.sync(),
@@ -358,37 +401,21 @@ class Trainer:
         there = self.path.exists()
         return f"{introduction} {self.path}" if there else "there is no checkpoint yet"
 
-    def _start_from(self, resume: bool, overwrite: bool) -> dict | None:
-        """The checkpoint to continue from, None to start anew."""
+    def _saved(self) -> dict | None:
+        """The checkpoint to continue from, if there is one."""
+        there = self.path.exists() or checkpoint.previous(self.path).exists()
+        return checkpoint.load(self.path) if there else None
+
+    def _check_folder(self, state: dict | None, resume: bool, overwrite: bool) -> None:
         checkpoint.writable("checkpoint_dir", self.folder)
-        older = checkpoint.previous(self.path)
-        there = self.path.exists() or older.exists()
-        if resume and there:
-            state = checkpoint.load(self.path)
-            self._check_same(state["config"])
-            return state
-        if there and not overwrite:
+        there = self.path.exists() or checkpoint.previous(self.path).exists()
+        if there and not (resume or overwrite):
             raise ValueError(
                 f"name: expected a folder without a checkpoint, got {self.folder}; "
                 "give --resume to continue it, --overwrite to start anew, or another --name"
             )
-        if resume:
+        if resume and state is None:
             warnings.warn(f"resume: no checkpoint in {self.folder}, starting anew", stacklevel=3)
-        return None
-
-    def _check_same(self, saved: dict) -> None:
-        for name, value in self.config.to_dict().items():
-            if name not in self.config.FREE and saved.get(name) != value:
-                raise ValueError(
-                    f"{name}: expected {saved.get(name)!r} as in the checkpoint being resumed, "
-                    f"got {value!r}"
-                )
-            if name in ("chunk_size", "cache_bn") and saved.get(name) != value:
-                # Allowed, as "frozen-stats" lives on it, but BatchNorm acts otherwise from here on.
-                warnings.warn(
-                    f"{name}: {saved.get(name)!r} in the checkpoint being resumed, now {value!r}",
-                    stacklevel=2,
-                )
 
     def _restore(self, state: dict) -> None:
         self.model.load_state_dict(state["model"])
@@ -396,7 +423,15 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         self.sampler.load_state_dict(state["sampler"])
         self.step = state["step"]
+        if self.step > self.total_steps:
+            behind = -(-self.step // len(self.sampler))
+            raise ValueError(
+                f"epochs: expected at least the {behind} that the run has behind it, got "
+                f"{self.config.epochs}"
+            )
         self.guard.counts.copy_(state.get("skipped", torch.zeros(2)))
+        self._unreadable().update(state.get("unreadable", {}))
+        self.logger.id = state.get("logger")
         random_states = [state["rng"], *state.get("rng_of_other_ranks", [])]
         known = self.ranks.rank < len(random_states)
         checkpoint.set_rng_state(
@@ -418,18 +453,23 @@ class Trainer:
                 path.unlink(missing_ok=True)
 
     def _header(self) -> dict:
+        files = {}
+        if isinstance(self.dataset, data.FolderSet):
+            files["files"] = {"taken": len(self.dataset), "left out": self.dataset.left_out}
         return {
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             **machine(gpu=self.device.type == "cuda"),
             "device": str(self.device),
             "ranks": self.ranks.size,
+            **files,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "steps": self.total_steps,
         }
 
     def _show(self, progress: Progress, record: dict) -> None:
         rate = record["images_per_second"]
-        text = f"loss {record['loss']:.4f}  accuracy {100 * record['accuracy']:.1f} %"
+        text = f"loss {record['loss']:.4f}"
+        text += f"  accuracy {100 * record['accuracy']:.1f} %" if self.classes else ""
         text += f"  {rate:.0f} images/s" if rate else ""
         line = f"step {record['step']:>6}/{progress.total}  {text}  [{last_backend()}]"
         progress.to(record["step"], text, line)
@@ -443,4 +483,5 @@ class Trainer:
             f"{config.optimizer} {config.learning_rate:g}, {self.device}, amp {config.amp}"
             + (f", {self.ranks.size} ranks" if self.ranks.size > 1 else "")
             + (f", by chunks of {config.chunk_size}" if self.cache else "")
+            + (f"\n{self.dataset.said()}" if isinstance(self.dataset, data.FolderSet) else "")
         )

@@ -13,12 +13,13 @@ at 98 %. Without it a comparison of encoders measures their scale.
 from __future__ import annotations
 
 import math
+import warnings
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import data, views
+from . import data, folder, views
 
 SCHEDULES = ("constant", "cosine")
 
@@ -71,6 +72,8 @@ def encode(
         features.append(encoder(views.plain(batch, image_size)).float().cpu())
         labels.append(label.cpu())
     encoder.train(training)
+    if failed := getattr(images, "failed", None):
+        warnings.warn(folder.said_unreadable(failed), stacklevel=2)
     return torch.cat(features), torch.cat(labels)
 
 
@@ -192,12 +195,15 @@ def load_part(
     channels: int | None = None,
     device: str | torch.device = "cpu",
     workers: int = 0,
+    skip_unreadable: bool = False,
+    labelled: bool = False,
 ) -> tuple[Tensor, Tensor, int]:
     """Features and labels, as of :func:`encode`, and the number of classes, of one part of the set
     a run was trained on, or of the set ``spec``.
 
     ``config`` is the run's :class:`~directclr_fast.train.config.TrainConfig`; ``channels`` those
-    the encoder takes, ValueError where the images have others.
+    the encoder takes, ValueError where the images have others, or, if they should be ``labelled``,
+    have no classes.
     """
     spec = config.data if spec is None else spec
     images = data.load(
@@ -206,7 +212,10 @@ def load_part(
         train=train,
         image_size=config.image_size,
         seed=config.seed,
+        skip_unreadable=config.skip_unreadable or skip_unreadable,
     )
+    if labelled and not (images.labels >= 0).any():
+        raise ValueError(f"data: expected classes to probe, got images without any in {spec}")
     if channels not in (None, images.shape[0]):
         raise ValueError(
             f"data: expected images of {channels} channels, as the encoder was trained on, "
@@ -218,8 +227,8 @@ def load_part(
 
 def load_features(encoder: nn.Module | None, config, **place) -> Features:
     """Both parts of a set, as :func:`load_part` makes them of ``place``."""
-    *train, _ = load_part(encoder, config, True, **place)
-    return Features(*train, *load_part(encoder, config, False, **place))
+    *train, _ = load_part(encoder, config, True, labelled=True, **place)
+    return Features(*train, *load_part(encoder, config, False, labelled=True, **place))
 
 
 def scores(

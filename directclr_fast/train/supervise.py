@@ -19,7 +19,8 @@ class TrainingStopped(Exception):
 
 
 class Signals:
-    """``caught``: the name of the SIGTERM or SIGINT that came during the block, otherwise None.
+    """``caught``: the name of the SIGTERM, SIGINT or SIGHUP (a terminal that closed) that came
+    during the block, otherwise None. A SIGHUP that is ignored, as under nohup, stays so.
 
     A second SIGINT interrupts at once if ``impatient``. (Under torchrun each signal comes twice,
     from the terminal or the scheduler and from torchrun.) Off the main thread nothing is caught.
@@ -32,7 +33,11 @@ class Signals:
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+            wanted = [signal.SIGTERM, signal.SIGINT]
+            if hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN:
+                wanted.append(hangup)
+            for number in wanted:
                 self.before[number] = signal.signal(number, self._catch)
         return self
 
@@ -63,7 +68,7 @@ def restarting(run: Callable, arguments, restarts: int) -> int:
             passed = False
             while child.exitcode is None:
                 child.join(0.1)
-                if signals.caught == "SIGTERM" and not passed:
+                if signals.caught in ("SIGTERM", "SIGHUP") and not passed:
                     child.terminate()
                     passed = True
             code = child.exitcode

@@ -41,6 +41,8 @@ GREY_MEAN, GREY_STD = 0.449, 0.226  # their averages, for every other number of 
 LUMA = (0.2989, 0.587, 0.114)
 PRESETS = ("imagenet", "small", "affine")
 CHUNK = 2**26  # elements augmented at a time: 256 MiB in fp32, whatever the batch
+TRIES = 10  # of a box that fits
+NUMBERS = 2 * TRIES + 2  # that a box is made of
 FOUR = 4  # rows that have the four places of the hue between them
 
 
@@ -215,23 +217,34 @@ class _Draw:
 def draw_box(
     draw: _Draw, h: int, w: int, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> Tensor:
+    """Boxes of n images of h x w pixels: `place_box` of numbers of the generator."""
+    tries, place = (draw.uniform(0, 1, TRIES), draw.uniform(0, 1, TRIES)), range(2)
+    numbers = torch.cat((*tries, *(draw.uniform(0, 1, 1) for _ in place)), 1)
+    return place_box(numbers, h, w, scale, ratio)
+
+
+def place_box(
+    numbers: Tensor, h: int, w: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> Tensor:
     """(n, 4) top, left, height, width in whole pixels, distributed as torchvision's
     RandomResizedCrop.
 
-    Ten tries are drawn for every sample and the first that fits is taken; where none fits, the
-    largest central box within `ratio`.
+    numbers (n, NUMBERS): uniform in 0..1. Ten tries are made of them for every sample and the first
+    that fits is taken; where none fits, the largest central box within `ratio`.
     """
-    area = draw.uniform(*scale, 10) * (h * w)
-    aspect = draw.uniform(math.log(ratio[0]), math.log(ratio[1]), 10).exp()
+    size, shape, top, left = numbers.split((TRIES, TRIES, 1, 1), 1)
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    area = (size * (scale[1] - scale[0]) + scale[0]) * (h * w)
+    aspect = (shape * (high - low) + low).exp()
     width, height = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
     fits = (width >= 1) & (width <= w) & (height >= 1) & (height <= h)
     first = fits.int().argmax(1, keepdim=True)  # the first of equals
     none = ~fits.any(1)
     width = torch.where(none, min(w, round(h * ratio[1])), width.gather(1, first).squeeze(1))
     height = torch.where(none, min(h, round(w / ratio[0])), height.gather(1, first).squeeze(1))
-    # rand() * k can round up to k in fp32, hence the minimum.
-    top = torch.minimum((draw.uniform(0, 1) * (h - height + 1)).floor(), h - height)
-    left = torch.minimum((draw.uniform(0, 1) * (w - width + 1)).floor(), w - width)
+    # A number times k can round up to k in fp32, hence the minimum.
+    top = torch.minimum((top[:, 0] * (h - height + 1)).floor(), h - height)
+    left = torch.minimum((left[:, 0] * (w - width + 1)).floor(), w - width)
     top = torch.where(none, ((h - height) / 2).floor(), top)
     left = torch.where(none, ((w - width) / 2).floor(), left)
     return torch.stack((top, left, height, width), 1)
@@ -276,7 +289,9 @@ class _View:
             expected = f"(B, {self.channels}, H, W)"
             raise ValueError(f"images: expected shape {expected}, got {tuple(images.shape)}")
 
-    def sample(self, n: int, h: int, w: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def sample(
+        self, n: int, h: int, w: int, generator: torch.Generator, boxes: bool = True
+    ) -> dict[str, Tensor]:
         raise NotImplementedError
 
     def apply(self, images: Tensor, params: dict[str, Tensor]) -> Tensor:
@@ -298,9 +313,12 @@ class View(_View):
     sigma: tuple[float, float] = (0.1, 2.0)
     solarise_p: float = 0.0
 
-    def sample(self, n: int, h: int, w: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def sample(
+        self, n: int, h: int, w: int, generator: torch.Generator, boxes: bool = True
+    ) -> dict[str, Tensor]:
         """Parameters of n images of h x w pixels, n rows each, on the generator's device.
 
+        boxes: False where the images are cut already, to this view's size.
         hue_place: when in the jitter a row's hue is turned, 0..3, each once in every four rows, so
         that every part of whole fours has equally many of each and shapes are static.
         """
@@ -309,8 +327,9 @@ class View(_View):
         on = draw.chance(self.jitter_p)
         factors = torch.stack([draw.uniform(1 - s, 1 + s) for s in blends], 1)
         hue = draw.uniform(-self.strength[3], self.strength[3])
+        box = {"box": draw_box(draw, h, w, self.scale, self.ratio)} if boxes else {}
         return {
-            "box": draw_box(draw, h, w, self.scale, self.ratio),
+            **box,
             "flip": draw.chance(self.flip_p),
             "factors": torch.where(on[:, None], factors, 1),
             "order": draw.uniform(0, 1, len(blends)).argsort(1),
@@ -325,7 +344,11 @@ class View(_View):
         """uint8 or float 0..1 (B, C, H, W), parameters of B rows -> normalised (B, C, S, S)."""
         p = params
         with torch.autocast(images.device.type, enabled=False):
-            x = crop_resize(as_float(images), p["box"], self.size, p["flip"])
+            x = as_float(images)
+            if "box" in p:
+                x = crop_resize(x, p["box"], self.size, p["flip"])
+            else:
+                x = torch.where(_rows(p["flip"]), x.flip(3), x)
             hue_rows = p["hue_place"].argsort(stable=True)
             x = jitter(x, p["factors"], p["order"], p["hue"], hue_rows)
             if self.channels == 3:
@@ -348,7 +371,9 @@ class AffineView(_View):
     contrast: float = 0.4
     noise: float = 0.05  # standard deviation, images in 0..1
 
-    def sample(self, n: int, h: int, w: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def sample(
+        self, n: int, h: int, w: int, generator: torch.Generator, boxes: bool = True
+    ) -> dict[str, Tensor]:
         """Parameters of n images, n rows each, on the generator's device."""
         draw = _Draw(n, generator)
         turn = draw.uniform(-math.radians(self.degrees), math.radians(self.degrees))
@@ -387,10 +412,18 @@ class Views:
     def __call__(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         return self.first(images, generator), self.second(images, generator)
 
-    def sample(self, n: int, h: int, w: int, generator: torch.Generator) -> tuple[dict, dict]:
+    def sample(
+        self, n: int, h: int, w: int, generator: torch.Generator, boxes: bool = True
+    ) -> tuple[dict, dict]:
         """The parameters that a call would draw for n images of h x w pixels: `first.rows` and
-        `second.rows` apply them to any part of the batch."""
-        return self.first.sample(n, h, w, generator), self.second.sample(n, h, w, generator)
+        `second.rows` apply them to any part of the batch. boxes: as of `View.sample`."""
+        return tuple(v.sample(n, h, w, generator, boxes) for v in (self.first, self.second))
+
+    @property
+    def crops(self) -> tuple | None:
+        """Scale and ratio of the views' boxes, for whoever cuts them out of whole pictures; None of
+        views that have none."""
+        return (self.first.scale, self.first.ratio) if isinstance(self.first, View) else None
 
 
 def make_views(preset: str, image_size: int, channels: int = 3) -> Views:

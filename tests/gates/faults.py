@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -34,6 +35,8 @@ from directclr_fast.machine import machine
 from directclr_fast.train import checkpoint
 from directclr_fast.train.config import TrainConfig
 from directclr_fast.train.loop import Trainer
+
+KEPT = {f.name for f in dataclasses.fields(TrainConfig) if f.metadata["resumed"] == "same"}
 
 SETTINGS = {
     "data": "fake:n=48,size=8,channels=1",
@@ -62,7 +65,7 @@ def same(a, b) -> bool:
 def outcome(folder: Path) -> tuple[dict, list[dict]]:
     """What a finished run left: its checkpoint and its log, without times and places."""
     state = checkpoint.load(folder)
-    state["config"] = {k: v for k, v in state["config"].items() if k not in TrainConfig.FREE}
+    state["config"] = {k: v for k, v in state["config"].items() if k in KEPT}
     del state["log_bytes"]
     for random_state in (state["rng"], *state["rng_of_other_ranks"]):
         del random_state["python"], random_state["numpy"]  # a process starts with any, uses neither
