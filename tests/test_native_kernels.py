@@ -275,10 +275,10 @@ def test_temperatures(isa, temperature, noise):
 
 @pytest.mark.parametrize("batch", range(10))
 def test_generated_problems(batch):
-    """CASES problems (environment variable, default 5000), each on every body but the slow ones."""
+    """CASES problems (environment variable, default 5000), and every fifth on emulated tiles."""
     rng = np.random.default_rng(batch)
     try:
-        for _ in range(int(os.environ.get("CASES", "5000")) // 10):
+        for case in range(int(os.environ.get("CASES", "5000")) // 10):
             m = int(rng.integers(1, 80))
             n = m + int(rng.integers(0, 60)) * int(rng.integers(0, 2))
             d = int(rng.integers(1, 140))
@@ -290,7 +290,7 @@ def test_generated_problems(batch):
             keep = rng.uniform(0, 1.2)
             threads = -int(rng.integers(2, 5)) if rng.random() < 0.1 else 1
             for isa in _cpu.available_isas():
-                if isa.startswith("tiles") and rng.random() < 0.8:
+                if isa.startswith("tiles") and case % 5:
                     continue
                 _cpu.force_isa(isa)
                 compare(x1, x2, temperature, offset, known, keep=keep, threads=threads)
@@ -576,7 +576,8 @@ def test_equal_rows_have_equal_products_wherever_they_stand(isa, d):
             for first, second in ((0, 1), (1, 0), (0, 0)):
                 x1, x2 = x[first].repeat(m, 1), x[second].repeat(n, 1)
                 logits = Native(x1, x2, offset=offset, threads=threads, keep=0.5).logits
-                one = expected.setdefault((first == second), logits[0])
+                # A call multiplies in one arithmetic, which few rows may change.
+                one = expected.setdefault((first == second, _cpu.arithmetic()), logits[0])
                 assert (logits == one).all()
 
 

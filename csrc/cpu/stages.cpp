@@ -193,7 +193,7 @@ class Arithmetic {
     const double error = std::sqrt(root_mean_square(scale1 + rows, s.m) *
                                    root_mean_square(scale2 + rows, s.n));
     // Errors of few rows may all be above the mean.
-    const double above = 1.0 + 2.0 / std::sqrt(double(std::min(s.m, s.n)));
+    const double above = 1.0 + 16.0 / double(std::min(s.m, s.n));
     if (!(error * above * std::min(s.scale, 10.0) <= 10.0 * kDigitError)) return true;  // or NaN
     last_arithmetic = "int8x6";
     pair.scale1 = scale1;
