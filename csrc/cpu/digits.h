@@ -255,15 +255,17 @@ static bool digits_work() {
   alignas(64) int32_t classes[2][kClasses];
   uint32_t x = 1;
   for (char& b : bytes) b = char((x = x * 1664525u + 1013904223u) >> 24);
-  const auto run = [&](auto t, int32_t* to) __attribute__((always_inline)) {
+  const auto run = [&](auto& t, int32_t* to) __attribute__((always_inline)) {
     t.configure();
     for (int times = 0; times < 2; ++times) {
       multiply(t, bytes, bytes + 2 * kStep, bytes + 4 * kStep, 2, times > 0, to, [] {});
     }
     t.release();
   };
-  run(Tiles{}, classes[0]);
-  run(EmulatedTiles{}, classes[1]);
+  Tiles tiles;
+  EmulatedTiles emulated;
+  run(tiles, classes[0]);
+  run(emulated, classes[1]);
   return __builtin_memcmp(classes[0], classes[1], sizeof(classes[0])) == 0;
 }
 
