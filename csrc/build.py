@@ -117,9 +117,11 @@ class Cpu(Recipe):
     avx512 = [*avx2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
     # Flags by source. Everything but the bodies is compiled for the baseline of the platform.
     baseline = {"bindings.cpp": ["-fvisibility=hidden"], "isa.cpp": [], "stages.cpp": [],
-                "step.cpp": [], "body_portable.cpp": []}  # fmt: skip
+                "step.cpp": [], "body_portable.cpp": [], "body_tiles.cpp": []}  # fmt: skip
     x86 = {"body_avx2.cpp": avx2, "body_avx512.cpp": avx512,
-           "body_avx512_bf16.cpp": [*avx512, "-mavx512bf16"]}  # fmt: skip
+           "body_avx512_bf16.cpp": [*avx512, "-mavx512bf16"],
+           "body_tiles_avx512.cpp": avx512,
+           "body_amx.cpp": [*avx512, "-mamx-tile", "-mamx-int8"]}  # fmt: skip
 
     def _flags_by_source(self) -> dict[str, list[str]]:
         is_x86 = platform.machine().lower() in ("x86_64", "amd64")

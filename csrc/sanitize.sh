@@ -21,12 +21,13 @@ cxx=${CXX:-c++}
 flags="-std=c++17 -O1 -g -pthread -fno-omit-frame-pointer -fno-math-errno -ffp-contract=fast"
 flags="$flags -fsanitize=$kind -fno-sanitize-recover=all -Wno-ignored-attributes"
 avx512="-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl"
-bodies="portable"
-[ "$(uname -m)" = x86_64 ] && bodies="portable avx2 avx512 avx512_bf16"
+bodies="portable tiles"
+[ "$(uname -m)" = x86_64 ] && bodies="portable tiles avx2 avx512 avx512_bf16 tiles_avx512 amx"
 for body in $bodies; do
   case $body in
     avx2) isa="-mavx2 -mfma" ;;
-    avx512) isa=$avx512 ;;
+    avx512 | tiles_avx512) isa=$avx512 ;;
+    amx) isa="$avx512 -mamx-tile -mamx-int8" ;;
     avx512_bf16) isa="$avx512 -mavx512bf16" ;;
     *) isa="" ;;
   esac

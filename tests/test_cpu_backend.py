@@ -30,7 +30,8 @@ _cpu = pytest.importorskip(
 )
 
 
-@pytest.fixture(params=_cpu.available_isas())
+# Of the two emulations of tiles one will do here: test_native_kernels.py has both.
+@pytest.fixture(params=[isa for isa in _cpu.available_isas() if isa != "tiles_avx512"])
 def isa(request):
     _cpu.force_isa(request.param)
     yield request.param
@@ -300,5 +301,19 @@ def test_fp64_and_missing_precisions_are_passed_on():
 
 
 def test_doctor_names_the_instruction_set(isa):
-    report = doctor.report()
-    assert report["backends"]["cpu"]["details"]["instruction set"] == isa
+    r1, r2 = make_views(300, 200, dtype=torch.float32)
+    fast_directclr_loss(r1, r2, None, backend="cpu")
+    details = doctor.report()["backends"]["cpu"]["details"]
+    assert details["instruction set"] == isa
+    assert details["last products"] == ("int8x6" if isa in ("amx", "tiles") else "fp32")
+
+
+def test_a_matrix_unit_is_used_or_doctor_says_why_not():
+    usable = "amx" in _cpu.available_isas()
+    assert usable == (_cpu.matrix_unit() == "AMX, in use")
+    assert doctor.report()["backends"]["cpu"]["details"]["matrix unit"] == _cpu.matrix_unit()
+    flags = Path("/proc/cpuinfo")
+    if flags.exists() and "amx_int8" not in flags.read_text():
+        assert not usable and _cpu.matrix_unit().endswith(("has no AMX", "Linux, x86-64"))
+    # What was tested as emulation is nobody's default.
+    assert not _cpu.available_isas()[0].startswith("tiles")

@@ -252,9 +252,9 @@ def test_square(isa, n, d):
     compare(*views(n, n, d))
 
 
-@pytest.mark.parametrize("n, d", [(1000, 360), (1000, 17), (129, 2048), (400, 1100)])
+@pytest.mark.parametrize("n, d", [(1000, 360), (1000, 17), (129, 2048), (400, 1100), (700, 512)])
 def test_large(isa, n, d):
-    compare(*views(n, n, d))
+    compare(*views(n, n, d), threads=1)
     for keep in (0.4, 1.0):
         compare(*views(n, n, d), keep=keep)
 
@@ -275,10 +275,10 @@ def test_temperatures(isa, temperature, noise):
 
 @pytest.mark.parametrize("batch", range(10))
 def test_generated_problems(batch):
-    """CASES problems (environment variable, default 5000), each on every body."""
+    """CASES problems (environment variable, default 5000), and every fifth on emulated tiles."""
     rng = np.random.default_rng(batch)
     try:
-        for _ in range(int(os.environ.get("CASES", "5000")) // 10):
+        for case in range(int(os.environ.get("CASES", "5000")) // 10):
             m = int(rng.integers(1, 80))
             n = m + int(rng.integers(0, 60)) * int(rng.integers(0, 2))
             d = int(rng.integers(1, 140))
@@ -290,6 +290,8 @@ def test_generated_problems(batch):
             keep = rng.uniform(0, 1.2)
             threads = -int(rng.integers(2, 5)) if rng.random() < 0.1 else 1
             for isa in _cpu.available_isas():
+                if isa.startswith("tiles") and case % 5:
+                    continue
                 _cpu.force_isa(isa)
                 compare(x1, x2, temperature, offset, known, keep=keep, threads=threads)
     finally:
@@ -574,7 +576,8 @@ def test_equal_rows_have_equal_products_wherever_they_stand(isa, d):
             for first, second in ((0, 1), (1, 0), (0, 0)):
                 x1, x2 = x[first].repeat(m, 1), x[second].repeat(n, 1)
                 logits = Native(x1, x2, offset=offset, threads=threads, keep=0.5).logits
-                one = expected.setdefault((first == second), logits[0])
+                # A call multiplies in one arithmetic, which few rows may change.
+                one = expected.setdefault((first == second, _cpu.arithmetic()), logits[0])
                 assert (logits == one).all()
 
 
@@ -665,3 +668,136 @@ def test_scratch_stays_small(widest):
     assert _cpu.scratch_bytes(32768, 32768, 360, 2) < 64 * 2**20
     with pytest.raises(ValueError, match="expected one of"):
         _cpu.force_isa("none such")
+
+
+# ---------------------------------------------------------------- products of 8-bit digits
+
+WITH_TILES = [isa for isa in _cpu.available_isas() if isa == "amx" or isa.startswith("tiles")]
+
+
+@pytest.fixture(params=WITH_TILES)
+def with_tiles(request):
+    _cpu.force_isa(request.param)
+    yield request.param
+    _cpu.force_isa("")
+
+
+def digit_similarity(z1, z2):
+    """s_ij of csrc/cpu/digits.h by numpy: exact integers, then the two roundings to fp32."""
+
+    def digits(z):
+        mantissa, exponent = np.frexp(np.abs(z).max(1))
+        # |z| is at most 0x7F7F7F units of 2^(exponent - 23).
+        exponent += mantissa * 2**23 > 0x7F7F7F
+        units = z.astype(np.float64) * np.exp2(23 - exponent)[:, None]
+        rest = np.trunc(units + np.copysign(0.5, units)).astype(np.int64)
+        low = (rest + 128) % 256 - 128
+        rest = (rest - low) // 256
+        middle = (rest + 128) % 256 - 128
+        return ((rest - middle) // 256, middle, low), np.exp2(exponent - 7.0)
+
+    (h1, m1, l1), r1 = digits(z1)
+    (h2, m2, l2), r2 = digits(z2)
+    classes = (h1 @ h2.T, h1 @ m2.T + m1 @ h2.T, h1 @ l2.T + m1 @ m2.T + l1 @ h2.T)
+    c0, c1, c2 = (c.astype(np.float32) for c in classes)
+    scaled = c0 + (c1 + c2 * np.float32(2**-8)) * np.float32(2**-8)
+    return scaled * np.outer(r1, r2).astype(np.float32)
+
+
+@pytest.mark.parametrize("n, d", [(97, 360), (33, 129), (40, 1100)])
+def test_similarities_are_those_of_the_digits_to_the_bit(with_tiles, n, d):
+    """A row of the positives' logits for each offset: every s of the matrix, in every body."""
+    if with_tiles == "amx":
+        n, d = n + 256, max(d, 200)
+    x1, x2 = views(n, n, d, noise=0.3)
+    whole = Native(x1, x2, temperature=1.0)
+    assert _cpu.arithmetic() == "int8x6"
+    z1, z2 = whole.z1[:, :d].numpy(), whole.z2[:, :d].numpy()
+    expected = torch.from_numpy(digit_similarity(z1, z2)).double()
+    assert torch.equal(whole.logits, expected.diagonal())
+    for offset in (1, n // 2, n - 1):
+        m = n - offset
+        logits = Native(x1[:m], x2, temperature=1.0, offset=offset).logits
+        if _cpu.arithmetic() == "int8x6":  # enough rows are left
+            assert torch.equal(logits, expected.diagonal(offset))
+
+
+def one_hot(n, d, noise):
+    generator = torch.Generator().manual_seed(5)
+    base = noise * torch.randn(n, d, generator=generator)
+    base[torch.arange(n), torch.randint(0, d, (n,), generator=generator)] += 1
+    return [base + noise / 2 * torch.randn(n, d, generator=generator) for _ in range(2)]
+
+
+def heavy_tailed(n, d):
+    generator = torch.Generator().manual_seed(6)
+    base = torch.randn(n, d, generator=generator) * torch.randn(n, d, generator=generator).exp()
+    return [base * (1 + 0.3 * torch.randn(n, d, generator=generator)) for _ in range(2)]
+
+
+def equal_magnitudes(n, d):
+    """Digits of all columns alike: what six products leave out adds up instead of cancelling."""
+    generator = torch.Generator().manual_seed(7)
+    base = torch.randn(n, d, generator=generator).sign()
+    return [base * (torch.rand(n, d, generator=generator) - 0.05).sign() for _ in range(2)]
+
+
+@pytest.mark.parametrize(
+    "rows, temperature, arithmetic",
+    [
+        (views(300, 300, 360), 0.1, "int8x6"),
+        (views(300, 300, 360), 0.002, "int8x6"),
+        (one_hot(300, 360, 0.01), 0.1, "fp32"),
+        (one_hot(300, 360, 0.05), 0.05, "fp32"),
+        (heavy_tailed(300, 360), 0.1, "fp32"),
+        (heavy_tailed(300, 360), 1.0, "int8x6"),  # a smaller a forgives more
+        (equal_magnitudes(300, 128), 0.1, "fp32"),
+    ],
+    ids=["views", "cold", "one-hot", "near-one-hot", "heavy-tailed", "warm", "equal-magnitudes"],
+)
+def test_digits_are_taken_where_six_products_are_exact_enough(
+    with_tiles, rows, temperature, arithmetic
+):
+    compare(*rows, temperature=temperature)
+    assert _cpu.arithmetic() == arithmetic
+
+
+def test_nan_takes_the_fp32_kernels_and_a_nan_weight_stays_in_its_row(with_tiles):
+    x1, x2 = views(300, 300, 200)
+    x1[17, 3] = math.nan
+    Native(x1, x2)
+    assert _cpu.arithmetic() == "fp32"
+    x1[17, 3] = 0.0
+    wr, wc = weights(300, 300)
+    native = Native(x1, x2)
+    clean = native.backward(wr, None)
+    wr[21] = math.nan
+    spoilt = native.backward(wr, None)
+    assert _cpu.arithmetic() == "int8x6"
+    other = torch.arange(300) != 21
+    assert spoilt[0][21].isnan().all()
+    assert error(spoilt[0][other], clean[0][other]) < 1e-6
+    assert spoilt[1].isnan().all()
+
+
+def test_outliers_of_both_signs(with_tiles):
+    """Weights of mixed signs and rows whose gradient is a few terms beside many small ones."""
+    x1, x2 = views(280, 280, 200, noise=2.0)
+    x2[5] = x1[140] + 0.01 * x2[5]  # a hard negative in another block, and one beside its positive
+    x1[3] = x1[4]
+    generator = torch.Generator().manual_seed(2)
+    wr, wc = (torch.randn(280, generator=generator) / 280 for _ in range(2))
+    for temperature in (0.1, 0.03):
+        truth = eager_step(x1, x2, wr, wc, temperature)[2:4]
+        eager = eager_step(x1, x2, wr, wc, temperature, dtype=torch.float32)[2:4]
+        for g, t, e in zip(Native(x1, x2, temperature).backward(wr, wc), truth, eager):
+            assert error(g, t) <= 2 * error(e, t) + 1e-6
+        assert _cpu.arithmetic() == "int8x6"
+
+
+def test_equal_candidates_cancel_before_anything_is_rounded(with_tiles):
+    """Each row twice in both views: its positive's term and the equal candidate's nearly cancel."""
+    x1, x2 = views(280, 280, 200, noise=0.1)
+    x1[1::2], x2[1::2] = x1[::2], x2[::2]
+    compare(x1, x2)
+    assert _cpu.arithmetic() == "int8x6"

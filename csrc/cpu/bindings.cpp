@@ -85,6 +85,10 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("uses_openmp", [] { return openmp_is_usable(); },
         "Whether threads come from the OpenMP pool of the process, not from one call to the next.");
   m.def("has_bf16", [] { return kernels().has_bf16; }, "Whether bf16=True is taken up.");
+  m.def("matrix_unit", [] { return std::string(matrix_unit()); },
+        "Whether this processor's is used, or why not.");
+  m.def("arithmetic", [] { return std::string(arithmetic()); },
+        "What the last `sums` or `products` of the process multiplied in.");
   m.def("pitch", &pitch, "d"_a, "Floats per row of z and dz.");
   m.def(
       "within",

@@ -14,6 +14,9 @@
 #include "normalize.h"
 #include "products.h"
 #include "sums.h"
+#if defined(DCLR_TILES)
+#include "digit_stages.h"
+#endif
 
 namespace directclr::DCLR_ISA {
 
@@ -25,12 +28,28 @@ DCLR_INLINE Extent extent(int64_t m, int64_t n, int64_t pitch) {
   return {smaller(NC, round_up(n, NR)), smaller(MC, round_up(m, MR)), round_up(pitch, NR) + VL};
 }
 
-static int64_t scratch_bytes(int64_t m, int64_t n, int64_t pitch) {
+static int64_t fp32_scratch_bytes(int64_t m, int64_t n, int64_t pitch) {
   const Extent e = extent(m, n, pitch);
   return 4 * (2 * MC * NC + (2 * e.nc + e.mc + MR) * e.wide + 3 * NC) + 8 * 64;
 }
 
 static int64_t keep_panel_floats(int64_t n) { return round_up(n, NR) * MR; }
+
+#if defined(DCLR_TILES)
+static int64_t scratch_bytes(int64_t m, int64_t n, int64_t pitch) {
+  const int64_t fp32 = fp32_scratch_bytes(m, n, pitch);
+  const int64_t digits = digit_scratch(nullptr, m, n, pitch).bytes;
+  return digits > fp32 ? digits : fp32;
+}
+// Emulated they are there to be tested, at all sizes.
+constexpr bool kEmulated = __is_same(Tiles, EmulatedTiles);
+constexpr Digits kDigitKernels = {kEmulated ? 1 : 256, kEmulated ? 1 : 96, kept_floats,
+                                  digit_scales, digits_work};
+constexpr const Digits* kDigits = &kDigitKernels;
+#else
+constexpr auto scratch_bytes = fp32_scratch_bytes;
+constexpr const Digits* kDigits = nullptr;
+#endif
 
 // Cuts up a thread's scratch, in whole cache lines.
 struct Arena {
@@ -52,6 +71,13 @@ static void sums_with(const Sums& args, int64_t i0, int64_t i1, int64_t j0, int6
 
 static void sums(const Sums& args, int64_t i0, int64_t i1, int64_t j0, int64_t j1, double* col_sum,
                  double* col_ref, float* col_top, void* scratch) {
+#if defined(DCLR_TILES)
+  if (args.pair.scale1) {
+    const auto run = args.bounded ? digit_sums<true> : digit_sums<false>;
+    return run(args, i0, i1, j0, j1, col_sum, col_ref, col_top,
+               digit_scratch(scratch, args.pair.m, args.pair.n, args.pair.pitch));
+  }
+#endif
   Arena arena{static_cast<char*>(scratch)};
   const Extent e = extent(args.pair.m, args.pair.n, args.pair.pitch);
   SumsScratch s;
@@ -67,6 +93,12 @@ static void sums(const Sums& args, int64_t i0, int64_t i1, int64_t j0, int64_t j
 
 static void products(const Products& args, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
                      void* scratch) {
+#if defined(DCLR_TILES)
+  if (args.pair.scale1) {
+    return digit_products(args, i0, i1, j0, j1,
+                          digit_scratch(scratch, args.pair.m, args.pair.n, args.pair.pitch));
+  }
+#endif
   Arena arena{static_cast<char*>(scratch)};
   const Extent e = extent(args.pair.m, args.pair.n, args.pair.pitch);
   ProductsScratch s;
@@ -128,5 +160,6 @@ const Kernels DCLR_JOIN(kernels_, DCLR_ISA) = {
     DCLR_ISA::finish,
     DCLR_ISA::exp2_values,
     DCLR_ISA::fma_loop,
+    DCLR_ISA::kDigits,
 };
 }  // namespace directclr

@@ -48,6 +48,8 @@ struct Pair {
   bool bf16;
   // a log2(e) in two floats: exp(a s) = 2^(scale_hi s + scale_lo s).
   float scale_hi, scale_lo;
+  // Of the digits of each row (m, n), where the products are made of those; else null.
+  const float *scale1, *scale2;
   // a s_i of the entries (i, row_offset + i), as the tile has them, goes here (m) where not null.
   double scale;
   double* logits;
@@ -92,6 +94,18 @@ struct Finish {
   bool fill;
 };
 
+// What a body with tiles has beside its fp32 kernels: products of 8-bit digits (digits.h).
+struct Digits {
+  int64_t least_rows, least_columns;        // below these the fp32 kernels are as fast
+  int64_t (*keep_panel_floats)(int64_t n);  // size of one kept panel of kDigitRows rows of S
+  // The scale of each row's digits, and what their products leave out of z . z; NaN for a NaN.
+  void (*scales)(const float* z, int64_t d, int64_t pitch, int64_t row_begin, int64_t row_end,
+                 float* scale, float* left_out);
+  bool (*work)();  // whether the tiles compute what their emulation does
+};
+constexpr int64_t kDigitRows = 32, kDigitColumns = 64;  // rows and columns are split at multiples
+constexpr int64_t kMostDigitColumns = 32768;            // d: three sums of 2^14 a column in int32
+
 struct Kernels {
   const char* name;
   int64_t mr;  // rows are split between threads at multiples of this
@@ -111,13 +125,17 @@ struct Kernels {
                  float* row_scratch);
   void (*exp2)(const float* x, float scale_hi, float scale_lo, float* y, int64_t n);
   double (*fma_loop)(int64_t iterations);  // returns operations done; the peak in benchmarks
+  const Digits* digits;                    // null: none
 };
 
 extern const Kernels kernels_portable;
+extern const Kernels kernels_tiles;
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
 extern const Kernels kernels_avx512_bf16;
+extern const Kernels kernels_tiles_avx512;
+extern const Kernels kernels_amx;
 #endif
 
 }  // namespace directclr

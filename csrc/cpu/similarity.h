@@ -19,9 +19,9 @@ constexpr int64_t kTile = MR * NR;
 template <class T>
 constexpr int64_t kChain = T::PACK == 1 ? 192 : KC;
 
-// Which kept panel holds rows [i, i + MR), or -1: `keep_panels` of all, evenly spread.
-DCLR_INLINE int64_t kept_slot(const Pair& pair, int64_t i) {
-  const int64_t panels = (pair.m + MR - 1) / MR, ip = i / MR;
+// Which kept panel holds rows [i, i + rows), or -1: `keep_panels` of all, evenly spread.
+DCLR_INLINE int64_t kept_slot(const Pair& pair, int64_t i, int64_t rows = MR) {
+  const int64_t panels = (pair.m + rows - 1) / rows, ip = i / rows;
   const int64_t slot = ip * pair.keep_panels / panels;
   return (ip + 1) * pair.keep_panels / panels > slot ? slot : -1;
 }

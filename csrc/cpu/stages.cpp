@@ -141,6 +141,7 @@ Pair make_pair(const SimilarityArgs& s) {
   p.scale_hi = float(scale);
   p.scale_lo = float(scale - double(p.scale_hi));
   p.scale = s.scale;
+  p.scale1 = p.scale2 = nullptr;
   p.logits = nullptr;
   p.own = nullptr;
   p.keep = static_cast<float*>(s.workspace);
@@ -156,6 +157,65 @@ Pair make_pair(const SimilarityArgs& s) {
 bool bounded(const SimilarityArgs& s) {
   return s.scale * kLog2e + std::log2(double(std::max(s.m, s.n))) < 125.0;
 }
+
+std::atomic<const char*> last_arithmetic{"none yet"};
+
+// How far off s may be with products of digits: 1e-6 of E at a = 10, what the rule for errors
+// forgives whoever computes, and grows with a beyond.
+constexpr double kDigitError = 1e-7;
+
+// Makes a pair one of digits where the body has them, they pay, and they are exact enough for these
+// rows: a function of z and a alone, so that backward does as forward did.
+class Arithmetic {
+ public:
+  // False if memory is short. The pair's scales live as long as this.
+  bool choose(const SimilarityArgs& s, int threads, Pair& pair) {
+    const Digits* const digits = kernels().digits;
+    last_arithmetic = pair.bf16 ? "bf16" : "fp32";
+    if (!digits || pair.bf16 || std::min(s.m, s.n) < digits->least_rows ||
+        s.d < digits->least_columns || s.d > kMostDigitColumns) {
+      return true;
+    }
+    const bool one = s.z1 == s.z2 && s.m == s.n;
+    const int64_t rows = one ? s.m : s.m + s.n;
+    scales_ = std::make_unique<Buffer<float>>(2 * rows);
+    if (!*scales_) return false;
+    float *const scale1 = scales_->get(), *const scale2 = one ? scale1 : scale1 + s.m;
+    threads = team_size(threads, kElementWork * double(rows) * double(s.d));
+    run(threads, [&](int t, Team& team) {
+      const auto share = [&](const float* z, int64_t count, float* to) {
+        digits->scales(z, s.d, pair.pitch, part(count, 16, t, team.size()),
+                       part(count, 16, t + 1, team.size()), to, to + rows);
+      };
+      share(s.z1, s.m, scale1);
+      if (!one) share(s.z2, s.n, scale2);
+    });
+    const double error = std::sqrt(root_mean_square(scale1 + rows, s.m) *
+                                   root_mean_square(scale2 + rows, s.n));
+    // Errors of few rows may all be above the mean.
+    const double above = 1.0 + 16.0 / double(std::min(s.m, s.n));
+    if (!(error * above * std::min(s.scale, 10.0) <= 10.0 * kDigitError)) return true;  // or NaN
+    last_arithmetic = "int8x6";
+    pair.scale1 = scale1;
+    pair.scale2 = scale2;
+    pair.keep_panels = std::min((s.m + kDigitRows - 1) / kDigitRows,
+                                s.workspace_bytes / 4 / digits->keep_panel_floats(s.n));
+    return true;
+  }
+
+ private:
+  static double root_mean_square(const float* x, int64_t count) {
+    double sum = 0.0;
+    for (int64_t i = 0; i < count; ++i) sum += double(x[i]) * double(x[i]);
+    return std::sqrt(sum / double(count));
+  }
+
+  std::unique_ptr<Buffer<float>> scales_;
+};
+
+// What rows and columns of S are split at, so that no tile is cut.
+int64_t row_unit(const Pair& p) { return p.scale1 ? kDigitRows : kernels().mr; }
+int64_t column_unit(const Pair& p) { return p.scale1 ? kDigitColumns : kernels().nr; }
 
 void merge(double& sum, double& ref, double s, double r) {
   if (s == 0.0) return;
@@ -195,8 +255,9 @@ void sums_part(const Sums& args, Schedule& schedule, double* partial, float* top
   const Kernels& k = kernels();
   const Pair& p = args.pair;
   const int parts = schedule.parts;
+  const int64_t unit = row_unit(p);
   const auto bound = [&](int i) {
-    return p.upper ? triangle_part(p.m, k.mr, i, parts) : part(p.m, k.mr, i, parts);
+    return p.upper ? triangle_part(p.m, unit, i, parts) : part(p.m, unit, i, parts);
   };
   for (int t; (t = schedule.take()) < parts;) {
     double* cols = partial + 2 * t * p.n;
@@ -243,9 +304,9 @@ void products_part(const Products& args, Schedule& schedule, void* scratch) {
     auto& turn_b = schedule.turns[size_t(p.upper ? b : parts + b)];
     wait_until([&] { return turn_a.load(std::memory_order_acquire) >= round; });
     wait_until([&] { return turn_b.load(std::memory_order_acquire) >= round; });
-    const int64_t unit = p.upper ? k.nr : k.mr;
-    const int64_t i0 = part(p.m, unit, a, parts), i1 = part(p.m, unit, a + 1, parts);
-    const int64_t j0 = part(p.n, k.nr, b, parts), j1 = part(p.n, k.nr, b + 1, parts);
+    const int64_t columns = column_unit(p), rows = p.upper ? columns : row_unit(p);
+    const int64_t i0 = part(p.m, rows, a, parts), i1 = part(p.m, rows, a + 1, parts);
+    const int64_t j0 = part(p.n, columns, b, parts), j1 = part(p.n, columns, b + 1, parts);
     if (i0 < i1 && j0 < j1) k.products(args, i0, i1, j0, j1, scratch);
     turn_a.store(round + 1, std::memory_order_release);
     turn_b.store(round + 1, std::memory_order_release);
@@ -312,9 +373,13 @@ int64_t thread_scratch(int64_t m, int64_t n, int64_t d) {
 
 }  // namespace
 
+const char* arithmetic() { return last_arithmetic; }
+
 int64_t workspace_bytes(int64_t m, int64_t n) {
   const Kernels& k = kernels();
-  return (m + k.mr - 1) / k.mr * k.keep_panel_floats(n) * 4;
+  const int64_t fp32 = (m + k.mr - 1) / k.mr * k.keep_panel_floats(n) * 4;
+  if (!k.digits) return fp32;
+  return std::max(fp32, (m + kDigitRows - 1) / kDigitRows * k.digits->keep_panel_floats(n) * 4);
 }
 
 int64_t scratch_bytes(int64_t m, int64_t n, int64_t d, int threads) {
@@ -348,7 +413,10 @@ std::string sums(const SimilarityArgs& s, Accumulator rows, Accumulator cols, do
   Scratch scratch(threads * bytes);
   Buffer<double> partial(2 * schedule.parts * s.n);
   Buffer<float> tops_of_parts(tops.row ? schedule.parts * s.n : 0);
-  if (!scratch || !partial || !tops_of_parts) return kNoMemory;
+  Arithmetic arithmetic;
+  if (!scratch || !partial || !tops_of_parts || !arithmetic.choose(s, threads, args.pair)) {
+    return kNoMemory;
+  }
   run(threads, [&](int t, Team& team) {
     if (exact) exact_logits(s, t, team.size(), logits);
     sums_part(args, schedule, partial.get(), tops_of_parts.get(), scratch.get() + t * bytes);
@@ -369,9 +437,10 @@ std::string products(const SimilarityArgs& s, const WeightArgs& w, float* dz1, f
   float* p = prepared.get();
   const Prepared row{p, p + s.m}, col{p + 2 * s.m, p + 2 * s.m + s.n};
   float* diag = w.diagonal ? p + 2 * s.m + 2 * s.n : nullptr;
-  const Pair pair = make_pair(s);
-  const Products args{pair, row.weight, row.ref, col.weight, col.ref,
-                      pair.bf16 ? nullptr : diag, dz1, dz2};
+  Products args{make_pair(s), row.weight, row.ref, col.weight, col.ref, diag, dz1, dz2};
+  if (args.pair.bf16) args.diag = nullptr;
+  Arithmetic arithmetic;
+  if (!arithmetic.choose(s, threads, args.pair)) return kNoMemory;
   const int parts_wanted = part_count(std::min(s.m, s.n), threads);
   Schedule schedule(s.upper && parts_wanted > 1 ? (parts_wanted + 1) / 2 * 2 : parts_wanted);
   run(threads, [&](int t, Team& team) {
@@ -383,7 +452,7 @@ std::string products(const SimilarityArgs& s, const WeightArgs& w, float* dz1, f
     for (int64_t i = i0; diag && i < i1; ++i) diag[i] = float(w.diagonal[i]);
     team.barrier();
     products_part(args, schedule, scratch.get() + t * bytes);
-    if (!pair.bf16 || !diag) return;
+    if (!args.pair.bf16 || !diag) return;
     team.barrier();
     add_positives(s, diag, dz1, dz2, t, parts);
   });

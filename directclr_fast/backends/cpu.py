@@ -91,6 +91,8 @@ class Cpu(Backend):
         return {
             "instruction set": _cpu.isa(),
             "this processor can run": ", ".join(_cpu.available_isas()),
+            "matrix unit": _cpu.matrix_unit(),
+            "last products": _cpu.arithmetic(),
         }
 
     def packed(self, problem: Problem, z: Tensor | None = None) -> tuple[int, torch.dtype]:

@@ -1,0 +1,3 @@
+#define DCLR_ISA amx
+#define DCLR_TILES
+#include "body.h"

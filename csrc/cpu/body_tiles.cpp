@@ -1,0 +1,3 @@
+#define DCLR_ISA tiles
+#define DCLR_TILES
+#include "body.h"

@@ -1,0 +1,3 @@
+#define DCLR_ISA tiles_avx512
+#define DCLR_TILES
+#include "body.h"
