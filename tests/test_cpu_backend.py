@@ -213,16 +213,17 @@ def test_a_step_is_two_native_calls_on_all_threads_of_the_widest_body(monkeypatc
 
 
 def test_a_step_makes_few_python_calls():
-    """What a small batch costs, by counts; it was 239 when the driver asked for every stage."""
+    """What a small batch costs, by counts of this package's functions: torch's own differ between
+    versions. They were 174 when the driver asked for every stage."""
     r1, r2 = (r.requires_grad_() for r in make_views(64, 48, dtype=torch.float32))
 
     def step():
         fast_directclr_loss(r1, r2, 40).backward()
 
-    calls = Counter()
+    calls, ours = Counter(), str(Path(dispatch.__file__).parent)
 
     def profile(frame, event, _):
-        if event == "call":
+        if event == "call" and frame.f_code.co_filename.startswith(ours):
             calls[frame.f_code.co_name] += 1
 
     step()
@@ -231,7 +232,7 @@ def test_a_step_makes_few_python_calls():
         step()
     finally:
         sys.setprofile(None)
-    assert 40 < calls.total() <= 80, calls.most_common(12)
+    assert 30 < calls.total() <= 58, calls.most_common(12)
 
 
 @pytest.mark.skipif("avx512_bf16" not in _cpu.available_isas(), reason="no bf16 dot product here")

@@ -45,8 +45,16 @@ def flags(run_dir, name, **settings):
 # ---------------------------------------------------------------- signals
 
 
+@pytest.fixture
+def hangup():
+    """SIGHUP as a terminal's processes have it; under nohup the suite would have it ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_saves_at_the_end_of_the_step(number, run_dir):
+def test_a_signal_saves_at_the_end_of_the_step(number, run_dir, hangup):
     train(run_dir, "whole")
     trainer = spoiled(run_dir, "loss", {}, name="run")
     step = trainer.guard.step
