@@ -84,6 +84,16 @@ MUTATIONS = [
         "test_native_kernels.py -k 'test_self_pair and portable'",
     ),
     Mutation(
+        "cpu: both directions of a step's upstream", "csrc/cpu/step.cpp",
+        "s.symmetric ? 0.5 * s.scale : s.scale", "s.scale",
+        "test_cpu_backend.py -k 'generated and portable'",
+    ),
+    Mutation(
+        "cpu: the temperature of a step with both kinds of negatives", "csrc/cpu/step.cpp",
+        "s.both ? 0.5 * (dots[0] + dots[1])", "s.both ? dots[0] + dots[1]",
+        "test_cpu_backend.py -k 'generated and portable'",
+    ),
+    Mutation(
         "cpu: a norm below eps", "csrc/cpu/normalize.h",
         "norm < args.eps ? args.eps : norm", "norm",
         "test_loss_exact.py -k 'shorter_than_eps and cpu'",
