@@ -8,6 +8,7 @@ import shutil
 import socket
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -94,3 +95,16 @@ def interpreted(monkeypatch):
         return original(value, source, target, mode)
 
     monkeypatch.setattr(interpreter, "_convert_float", convert)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of pictures: cat and dog, 10 of each."""
+    image = pytest.importorskip("PIL.Image")
+    noise = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "im" / name).mkdir(parents=True)
+        for i in range(10):
+            pixels = noise.integers(256, size=(10, 12, 3), dtype=np.uint8)
+            image.fromarray(pixels).save(tmp_path / "im" / name / f"{i}.png")
+    return tmp_path / "im"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shutil
 
-import numpy as np
 import pytest
 from test_train_run import STEPS, TINY, assert_same, log_of, state_of, train, untimed
 
@@ -20,19 +19,6 @@ from directclr_fast.train.loop import Trainer
 from directclr_fast.train.optim import learning_rate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture
-def pictures(tmp_path):
-    """cat and dog, 10 pictures each."""
-    image = pytest.importorskip("PIL.Image")
-    noise = np.random.default_rng(0)
-    for name in ("cat", "dog"):
-        (tmp_path / "im" / name).mkdir(parents=True)
-        for i in range(10):
-            pixels = noise.integers(256, size=(10, 12, 3), dtype=np.uint8)
-            image.fromarray(pixels).save(tmp_path / "im" / name / f"{i}.png")
-    return tmp_path / "im"
 
 
 FEW = {**TINY, "views": "small", "batch_size": 6}  # 3 steps an epoch of the 18 training pictures

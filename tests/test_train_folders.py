@@ -11,7 +11,6 @@ import os
 import shutil
 import sys
 
-import numpy as np
 import pytest
 import torch
 from test_train_run import TINY, assert_same, log_of, state_of, train, untimed
@@ -25,18 +24,6 @@ from directclr_fast.train.loop import Trainer
 image = pytest.importorskip("PIL.Image")
 pytestmark = pytest.mark.usefixtures("one_thread")
 FEW = {**TINY, "views": "small", "batch_size": 6}  # 3 steps an epoch
-
-
-@pytest.fixture
-def pictures(tmp_path):
-    """cat and dog, 10 pictures each, 18 of them to train on."""
-    noise = np.random.default_rng(0)
-    for name in ("cat", "dog"):
-        (tmp_path / "im" / name).mkdir(parents=True)
-        for i in range(10):
-            pixels = noise.integers(256, size=(10, 12, 3), dtype=np.uint8)
-            image.fromarray(pixels).save(tmp_path / "im" / name / f"{i}.png")
-    return tmp_path / "im"
 
 
 def command(folder, run_dir, name="run"):
