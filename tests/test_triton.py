@@ -285,7 +285,7 @@ def test_opcheck(columns, changes):
     arguments = ops.arguments(Options(dim=20, backend="triton").replace(**changes))
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(
-        ops.loss_forward, (r1, r2, columns, None, True, *arguments), test_utils=tests
+        ops.loss_forward, (r1, r2, columns, None, None, True, *arguments), test_utils=tests
     )
 
 
