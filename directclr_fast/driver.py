@@ -181,6 +181,8 @@ def _products(backend, problem, world, state, weights, scale, want, same):
         part = world.part(problem, where, offset)
         if symmetric:
             v, col_lse = cut(weights, where), cut(state.col_lse, where)
+            if problem.ignores:  # a column with nothing left has no weight, but 0 exp(inf) is NaN
+                col_lse = col_lse.masked_fill(col_lse == -torch.inf, 2.0**60)
         pair = Pair(w, row_lse, v, col_lse, diagonal)
         if same is not None:
             ids, rows = same.ignored(where), [backend.unit_rows(problem, block) for block in blocks]

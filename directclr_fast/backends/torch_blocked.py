@@ -135,10 +135,6 @@ class Torch(Backend):
         dz2 = torch.zeros_like(z2) if need[1] else None
         if dz1 is None and dz2 is None:
             return dz1, dz2
-        if ids is not None and pair.v is not None:
-            # A column with nothing left has no weight either, but 0 exp(inf) would be NaN.
-            col_lse = pair.col_lse.masked_fill(pair.col_lse == float("-inf"), 2.0**60)
-            pair = pair._replace(col_lse=col_lse)
         weigh = _Weigher(problem, scale, pair)
         own = problem.row_offset
         blocks = (
