@@ -148,7 +148,7 @@ class PositiveShares:
         self.both = labels.problem.negatives == "both"
         counts = [count[: len(weights)] for count in labels.counts()]
         taking = [torch.where(count > 1, weights, 0.0) for count in counts]
-        self.w, self.v = (weight / count for weight, count in zip(taking, counts))
+        self.w, self.v = (weight / count.clamp_min(1) for weight, count in zip(taking, counts))
         self.joining = taking[0][own]
         if labels.problem.symmetric:
             self.joining = self.joining + taking[1][own]
