@@ -19,6 +19,8 @@ nothing of candidates that are far from the anchor beside a copy of its positive
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -48,6 +50,7 @@ class Labels:
             return None
         return self.ids[self.world.own(self.problem)], self.ids[where]
 
+    @cached_property
     def counts(self) -> tuple[Tensor, Tensor]:
         """|P| of the anchors of view 1 and of view 2 with the label of each candidate, (N,)."""
         n, paired = len(self.first), len(self.first) - self.problem.candidates + self.problem.rows
@@ -79,11 +82,12 @@ class Labels:
     ) -> None:
         """dz_i -= sum of (w_i + v_j) rows_j over the same; one of both weights may be None."""
         for k in _columns(rows):
-            x, at = rows[:, k].to(self.problem.statistics_dtype), self.first[to]
+            x, at, total = rows[:, k].to(self.problem.statistics_dtype), self.first[to], 0.0
             if w is not None:
-                dz[:, k] -= self._sums(there, x)[at].mul_(w[:, None])
+                total = self._sums(there, x)[at].mul_(w[:, None])
             if v is not None:
-                dz[:, k] -= self._sums(there, x * v[:, None])[at]
+                total += self._sums(there, x * v[:, None])[at]
+            dz[:, k] -= total
 
     def _sums(self, there: slice, rows: Tensor) -> Tensor:
         """(N, columns): the sum of the ``rows`` of a label stands where it comes first."""
@@ -125,7 +129,7 @@ class PositiveDots:
 
     def losses(self, scale, nll_row: Tensor, row_lse: Tensor, nll_col: Tensor, col_lse: Tensor):
         """Losses (M,) of the anchors of either direction; ``nll_col`` is what it is for one."""
-        of1, of2 = (count[self.own] for count in self.labels.counts())
+        of1, of2 = (count[self.own] for count in self.labels.counts)
         of_row = torch.where(of1 > 1, row_lse - scale * (self.row / of1), nll_row)
         if not self.symmetric:
             return of_row, nll_col
@@ -146,7 +150,7 @@ class PositiveShares:
         self.labels, self.z1, self.z2 = labels, z1, z2
         self.own = own = labels.world.own(labels.problem)
         self.both = labels.problem.negatives == "both"
-        counts = [count[: len(weights)] for count in labels.counts()]
+        counts = [count[: len(weights)] for count in labels.counts]
         taking = [torch.where(count > 1, weights, 0.0) for count in counts]
         self.w, self.v = (weight / count.clamp_min(1) for weight, count in zip(taking, counts))
         self.joining = taking[0][own]

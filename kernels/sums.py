@@ -185,7 +185,7 @@ def _store_own(own, x, start_t, offs_t, offs_f, n_moving, n_fixed, offset):
 def _kept(
     offs_t, offs_f, id_t, id_f, n_moving, n_fixed, offset, UPPER: tl.constexpr, IDS: tl.constexpr
 ):
-    """(T, F): inside both sides, and not the positive (UPPER: above the diagonal) or equal to it."""
+    """(T, F): inside both sides, not the positive (UPPER: above the diagonal), ids not equal."""
     inside = (offs_t < n_moving)[:, None] & (offs_f < n_fixed)[None, :]
     if IDS:
         inside = inside & (id_t[:, None] != id_f[None, :])

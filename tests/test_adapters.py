@@ -218,7 +218,7 @@ def test_supervised_pytorch_metric_learning(dtype, references, peer):  # N20
     if peer == "original":
         theirs = call(original("pytorch_metric_learning.losses").SupConLoss(0.2))
     assert_same(call(ours), theirs, *views)
-    for given in (labels.repeat(2).roll(1), labels[:7]):
+    for given in (labels.repeat(2).sort().values, labels[:7]):
         if not references:
             with pytest.raises(NotImplementedError, match="labels: expected row i of the second"):
                 ours(torch.randn(len(given), 16), given)
