@@ -265,6 +265,27 @@ def test_a_copy_of_the_positive_is_no_negative(backend):
     assert fast_directclr_loss(r1, r2, **how)[3] > without[3] + 0.1
 
 
+@pytest.mark.parametrize("backend", backends())
+def test_a_sum_taken_off_afterwards_would_not_do(backend):
+    """Beside copies of the positive fp32 has no room for the others' share of a row's sum."""
+    r1, r2 = make_views(120, 36, kind="converged", dtype=torch.float32)
+    given = torch.arange(120) // 3 * 3
+    r1, r2 = r1[given] + 0.01 * r1, r2[given] + 0.01 * r2
+    same = given[:, None] == given
+
+    def exponentials(dtype):
+        return torch.exp(
+            F.normalize(r1.to(dtype), dim=1) @ F.normalize(r2.to(dtype), dim=1).T / 0.03
+        )
+
+    e = exponentials(torch.float64)
+    others, rounded = (e * ~same).sum(1), exponentials(torch.float32)
+    assert relative_error(rounded.sum(1) - (rounded * same).sum(1), others) > 0.1
+    how = {"labels": given, "same_label": "ignore", "symmetric": False, "reduction": "none"}
+    loss = fast_directclr_loss(r1, r2, None, 0.03, backend=backend, **how)
+    assert relative_error(loss, torch.log1p(others / e.diagonal())) < 1e-5
+
+
 @roles
 def test_memory_is_linear(same_label):
     """No buffer of a step has as many elements as S, not even as its labels' comparison."""
