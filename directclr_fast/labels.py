@@ -11,7 +11,8 @@ With P(i) the candidates that have the label of anchor i, its own positive p(i) 
 so the kernels' sums stay as they are, p(i) joins their products as one of the others, and the means
 are sums of unit rows by label: no pair is visited. Sums by label are fp64, since one label may have
 all rows, a few columns at a time. An anchor whose P(i) is p(i) alone takes the terms that do not
-cancel (docs/design.md section 2), and nothing of this module but zeros.
+cancel (docs/design.md section 2), and nothing of this module but zeros. Over several processes
+everyone knows all N labels, gathered in either pass, and sums those of a block.
 
 With "ignore" the kernels themselves leave out what has equal ids: a sum taken off again would leave
 nothing of candidates that are far from the anchor beside a copy of its positive.
@@ -27,7 +28,7 @@ from torch import Tensor
 from .problem import Problem
 from .reference import distinct
 
-COLUMNS = 64  # summed at a time: (N, COLUMNS) in fp64 is what a step takes beyond O(N)
+COLUMNS = 64  # summed at a time: (rows, COLUMNS) in fp64 is what a step takes beyond O(N)
 
 
 class Labels:
@@ -65,10 +66,10 @@ class Labels:
 
     def dots(self, to: slice, z: Tensor, there: slice, rows: Tensor) -> Tensor:
         """sum of z_i . rows_j over the j ``there`` with the label of i, for the i of ``to``."""
-        total = 0.0
+        places, total = self._places(there, to), 0.0
         for k in _columns(z):
             x = z[:, k].to(self.problem.statistics_dtype)
-            total = total + torch.linalg.vecdot(x, self._sums(there, rows[:, k])[self.first[to]])
+            total = total + torch.linalg.vecdot(x, self._sums(places, rows[:, k]))
         return total
 
     def subtract(
@@ -81,21 +82,36 @@ class Labels:
         v: Tensor | None,
     ) -> None:
         """dz_i -= sum of (w_i + v_j) rows_j over the same; one of both weights may be None."""
+        places = self._places(there, to)
         for k in _columns(rows):
-            x, at, total = rows[:, k].to(self.problem.statistics_dtype), self.first[to], 0.0
+            x, total = rows[:, k].to(self.problem.statistics_dtype), 0.0
             if w is not None:
-                total = self._sums(there, x)[at].mul_(w[:, None])
+                total = self._sums(places, x).mul_(w[:, None])
             if v is not None:
-                total += self._sums(there, x * v[:, None])[at]
+                total += self._sums(places, x * v[:, None])
             dz[:, k] -= total
 
-    def _sums(self, there: slice, rows: Tensor) -> Tensor:
-        """(N, columns): the sum of the ``rows`` of a label stands where it comes first."""
-        rows, at = rows.to(self.problem.statistics_dtype), self.first[there]
-        sums = rows.new_zeros(len(self.first), rows.shape[1])
+    def _places(self, there: slice, to: slice) -> tuple[Tensor, Tensor, int]:
+        """Where in a table the rows ``there`` are added up and those of ``to`` find their label's
+        sum, and the table's length: of a block it is that of the block."""
+        at, find = self.first[there], self.first[to]
+        rows = len(at)
+        if rows == len(self.first):
+            return at, find, rows
+        place = torch.full_like(self.first, rows)  # the last one stays zero: no such label there
+        place[at] = torch.arange(rows, device=at.device)  # whichever of a label's rows
+        return place[at], place[find], rows + 1
+
+    def _sums(self, places: tuple[Tensor, Tensor, int], rows: Tensor) -> Tensor:
+        """(rows of ``to``, columns): the sum of the ``rows`` of each one's label."""
+        at, find, length = places
+        rows = rows.to(self.problem.statistics_dtype)
+        table = rows.new_zeros(length, rows.shape[1])
         if rows.is_cpu:
-            return sums.scatter_add_(0, at[:, None].expand_as(rows), rows)
-        return sums.index_put_((at,), rows, accumulate=True)  # in a fixed order on a GPU as well
+            table.scatter_add_(0, at[:, None].expand_as(rows), rows)
+        else:
+            table.index_put_((at,), rows, accumulate=True)  # in a fixed order on a GPU as well
+        return table[find]
 
 
 class PositiveDots:
