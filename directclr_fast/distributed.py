@@ -136,27 +136,27 @@ def _loss(group, even_batches, check):
     world = kind(group, dist.get_rank(group), counts, need)
     # Every process must run the backward pass, even if none of its own inputs needs a gradient.
     anchor = given.r1.new_empty(0).requires_grad_() if any(need) else None
-    value, *statistics = ops.Loss.apply(*given[:4], anchor, problem, world)
+    value, *statistics = ops.Loss.apply(*given[:5], anchor, problem, world)
     return value, Statistics(*statistics) if given.options.return_stats else None
 
 
 def _locally(given: Call) -> Problem:
     """The problem of this process's own rows; raises every error that it can see alone."""
-    r1, r2, columns, temperature, options = given
+    r1, r2, columns, temperature, labels, options = given
     if r1.shape[0] != r2.shape[0]:
         raise ValueError(
             f"r2: expected {r1.shape[0]} rows like r1 over several processes, got {r2.shape[0]}"
         )
     if ops.transformed():
         raise NotImplementedError("torch.func and forward-mode AD run in one process only")
-    for name, value in (("r1", r1), ("r2", r2), ("temperature", temperature)):
+    for name, value in (("r1", r1), ("r2", r2), ("temperature", temperature), ("labels", labels)):
         if value is not None:
             memory(name, value)
     if options.negatives == "same":
         raise NotImplementedError(
             "negatives 'same' runs in one process only: it materialises the matrix"
         )
-    problem = dispatch.choose(ops.problem_of(options, r1, r2, columns))
+    problem = dispatch.choose(ops.problem_of(options, r1, r2, columns, labels))
     if problem.backend == "reference":
         raise NotImplementedError(
             "backend 'reference' runs in one process only: it materialises the matrix"
@@ -167,13 +167,14 @@ def _locally(given: Call) -> Problem:
 
 def _message(problem: Problem, given: Call) -> dict:
     """What this process sends to the others. Nothing here waits for a device."""
-    r1, r2, columns, temperature, _ = given
+    r1, r2, columns, temperature, *_ = given
     grad = torch.is_grad_enabled()
     same = {
         "width": problem.width,
         "dtype": str(problem.dtype).removeprefix("torch."),
         "device": problem.device_type,
         "columns": None,
+        "labels": "given" if problem.labelled else None,
     }
     same |= {name: getattr(problem, name) for name in AGREED}
     if columns is not None:

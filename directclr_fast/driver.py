@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .backends.base import Backend, Pair, Saved, Statistics, Tops
+from .labels import Labels, PositiveDots, PositiveShares
 from .problem import Problem
 from .reference import reduce
 from .world import World, cut
@@ -36,14 +37,17 @@ def forward(
     r2: Tensor,
     columns: Tensor | None,
     scale: float | Tensor,
+    labels: Tensor | None = None,
 ) -> tuple[Tensor, list[Saved], Statistics | None]:
     """Loss (scalar or (M,)), what the backward pass of each group needs, and the statistics where
-    the problem asks for them. ``columns`` is (G, d) or None for the slice."""
-    if world.processes == 1 and backend.fuses(problem):
+    the problem asks for them. ``columns`` is (G, d) or None for the slice, ``labels`` int64, one
+    for each row of r2."""
+    if world.processes == 1 and labels is None and backend.fuses(problem):
         return backend.forward(problem, r1, r2, columns, scale)
     per_row, states, statistics = None, [], []
+    same = None if labels is None else Labels(problem, world, labels)
     for index in [None] if columns is None else columns:
-        of_group, saved, told = _group(backend, problem, world, r1, r2, index, scale)
+        of_group, saved, told = _group(backend, problem, world, r1, r2, index, scale, same)
         per_row = of_group if per_row is None else per_row + of_group
         states.append(saved)
         statistics.append(told)
@@ -53,42 +57,51 @@ def forward(
     return loss, states, Statistics(*(torch.stack(of) for of in zip(*statistics, strict=True)))
 
 
-def _group(backend, problem, world, r1, r2, index, scale):
-    """Per-row losses of one column group, its Saved, and its Statistics or None."""
+def _group(backend, problem, world, r1, r2, index, scale, same):
+    """Per-row losses of one column group, its Saved, and its Statistics or None. ``same``: its
+    :class:`Labels` or None."""
     both, symmetric = problem.negatives == "both", problem.symmetric
     z1, rnorm1 = backend.normalize(problem, r1, index)
     z2, rnorm2 = backend.normalize(problem, r2, index)
     logits = z1.new_empty(problem.rows, dtype=problem.statistics_dtype)
     tops = Tops.none_yet(problem, z1, world.candidates(problem)) if problem.return_stats else None
     held = world.hold(problem, [z2, z1] if both else [z2])
-    rest_row = rest_self = None
+    rest_row = rest_self = ids = dots = None
     col_parts = []
+    if same is not None and not problem.ignores:
+        dots = PositiveDots(same, *(backend.unit_rows(problem, z) for z in (z1, z2)))
     for where, offset, *blocks in world.blocks(problem, held):
         part = world.part(problem, where, offset)
         kept = backend.kept_buffer(part, z1)
         of_block = tops and (tops._replace(col=tops.col[where]) if symmetric else tops)
-        row, col = backend.sums(part, z1, blocks[0], scale, kept, logits, of_block)
+        if dots is not None:
+            dots.add(where, [backend.unit_rows(problem, block) for block in blocks])
+        elif same is not None:
+            ids = same.ignored(where)
+        row, col = backend.sums(part, z1, blocks[0], scale, kept, logits, of_block, ids)
         rest_row = _add_logs(rest_row, row)
         col_parts.append((where, col))
         if both:
-            row = _self_sums(backend, world, part, z1, blocks[1], scale, tops and tops.row)
+            row = _self_sums(backend, world, part, z1, blocks[1], scale, tops and tops.row, ids)
             rest_row = _add_logs(rest_row, row)
         if both and symmetric:
             top = tops and tops.col[world.own(problem)]
-            row = _self_sums(backend, world, part, z2, blocks[0], scale, top)
+            row = _self_sums(backend, world, part, z2, blocks[0], scale, top, ids)
             rest_self = _add_logs(rest_self, row)
 
     nll_row, row_lse = _with_positive(rest_row, logits)
     # Two tensors: outputs of the registered op must not share memory.
     nll_col, col_lse, rest_col = logits.new_empty(0), logits.new_empty(0), None
-    per_row = nll_row
     if symmetric:
         rest_col = world.whole(problem, col_parts)
         own_col = world.to_owners(problem, rest_col, torch.logsumexp)
         if both:
             own_col = torch.logaddexp(own_col, rest_self)
         nll_col, col_lse = _with_positive(own_col, logits)
-        per_row = 0.5 * (nll_row + nll_col)
+    of_row, of_col = nll_row, nll_col
+    if dots is not None:
+        of_row, of_col = dots.losses(scale, nll_row, row_lse, nll_col, col_lse)
+    per_row = 0.5 * (of_row + of_col) if symmetric else of_row
     per_row, all_row, all_col = world.share(problem, per_row, row_lse, col_lse, rest_col)
     z1, z2 = held[1] if both else z1, held[0]
     saved = Saved(z1, z2, rnorm1, rnorm2, all_row, all_col, nll_row, nll_col, kept)
@@ -109,14 +122,16 @@ def backward(
     columns: Tensor | None,
     scale: float | Tensor,
     need: tuple[bool, bool, bool],
+    labels: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of (r1, r2, temperature) where ``need`` says so, else None.
 
     What processes exchange follows ``world.need``, so that all take part in the same order.
     """
-    if world.processes == 1 and backend.fuses(problem):
+    if world.processes == 1 and labels is None and backend.fuses(problem):
         return backend.backward(problem, dloss, states, columns, scale, need)
     both = problem.negatives == "both"
+    same = None if labels is None else Labels(problem, world, labels)
     _, anyone2, temperature = world.need(need)
     # The factor a of dz = a G z joins the weights, where it costs O(N).
     share = 0.5 * scale if problem.symmetric else scale
@@ -129,7 +144,7 @@ def backward(
     dr2 = backend.gradient_buffer(problem, world.rows2(problem), dloss.device) if need[1] else None
     total = 0.0
     for state, index in zip(states, [None] if columns is None else columns):
-        dz1, dz2 = _products(backend, problem, world, state, weights, scale, want)
+        dz1, dz2 = _products(backend, problem, world, state, weights, scale, want, same)
         dots = []
         for z, rnorm, dz, dr in (
             (state.z1, state.rnorm1, dz1, dr1),
@@ -147,60 +162,72 @@ def backward(
     return dr1, dr2, -total * scale if need[2] else None
 
 
-def _products(backend, problem, world, state, weights, scale, want):
+def _products(backend, problem, world, state, weights, scale, want, same):
     """dz1 and dz2 of this process's rows in one column group; None where nobody wants them."""
     both, symmetric = problem.negatives == "both", problem.symmetric
     z1, z2 = world.own_rows(problem, state.z1), world.own_rows(problem, state.z2)
-    w, row_lse = cut(weights, world.own(problem)), world.own_rows(problem, state.row_lse)
+    own = world.own(problem)
+    w, row_lse = cut(weights, own), world.own_rows(problem, state.row_lse)
     diagonal = w * torch.expm1(-state.nll_row)
     if symmetric:
         diagonal = diagonal + w * torch.expm1(-state.nll_col)
-    v = col_lse = dz1 = local2 = None
+    v = col_lse = dz1 = local2 = ids = shares = None
+    if same is not None and not problem.ignores:
+        shares = PositiveShares(same, weights, *(backend.unit_rows(problem, z) for z in (z1, z2)))
+        diagonal = diagonal + shares.joining
     home = world.homeward(problem)
     held = [state.z2, state.z1] if both else [state.z2]
     for where, offset, *blocks in world.blocks(problem, held):
         part = world.part(problem, where, offset)
         if symmetric:
             v, col_lse = cut(weights, where), cut(state.col_lse, where)
+            if problem.ignores:  # a column with nothing left has no weight, but 0 exp(inf) is NaN
+                col_lse = col_lse.masked_fill(col_lse == -torch.inf, 2.0**60)
         pair = Pair(w, row_lse, v, col_lse, diagonal)
-        part1, part2 = backend.products(part, z1, blocks[0], scale, pair, state.kept, want)
+        if same is not None:
+            ids, rows = same.ignored(where), [backend.unit_rows(problem, block) for block in blocks]
+        part1, part2 = backend.products(part, z1, blocks[0], scale, pair, state.kept, want, ids)
         dz1 = _add(dz1, part1)
+        if shares is not None:
+            shares.take(dz1, part2, where, rows)
         if part2 is not None:
             local2 = _add(local2, home.add(part2))
         if both and want[0]:
             lse = state.row_lse
             dz1 = _self_products(
-                backend, world, part, z1, blocks[1], scale, weights, lse, where, dz1
+                backend, world, part, z1, blocks[1], scale, weights, lse, where, dz1, ids
             )
         if both and want[1] and symmetric:
             lse = state.col_lse
             local2 = _self_products(
-                backend, world, part, z2, blocks[0], scale, weights, lse, where, local2
+                backend, world, part, z2, blocks[0], scale, weights, lse, where, local2, ids
             )
+            if shares is not None:
+                shares.take_own(local2, where, rows[0])
     return dz1, _add(home.sum(), local2)
 
 
-def _self_sums(backend, world, part, z, block, scale, top):
+def _self_sums(backend, world, part, z, block, scale, top, ids):
     """A view with itself, by row: the triangle where ``block`` is all of it, else the rectangle."""
     if world.processes == 1:
-        return backend.self_sums(part, z, scale, top)
+        return backend.self_sums(part, z, scale, top, ids)
     alone = part.replace(symmetric=False, differentiable=False)
     kept = backend.kept_buffer(alone, z)
     tops = None if top is None else Tops(top, None, None)
-    return backend.sums(alone, z, block, scale, kept, None, tops)[0]
+    return backend.sums(alone, z, block, scale, kept, None, tops, ids)[0]
 
 
-def _self_products(backend, world, part, z, block, scale, weights, lse, where, dz):
+def _self_products(backend, world, part, z, block, scale, weights, lse, where, dz, ids):
     """``dz`` plus (H + H^T) z of these rows by those of ``block``: rows of H^T are columns of
     everyone's H, whose log-sums are in ``lse``."""
     if world.processes == 1:
-        backend.add_self_products(part, z, scale, weights, lse, dz)
+        backend.add_self_products(part, z, scale, weights, lse, dz, ids)
         return dz
     alone = part.replace(symmetric=True, differentiable=False)
     w, own_lse = world.own_rows(part, weights), world.own_rows(part, lse)
     pair = Pair(w, own_lse, cut(weights, where), cut(lse, where), torch.zeros_like(w))
     kept = backend.kept_buffer(alone, z)
-    return _add(dz, backend.products(alone, z, block, scale, pair, kept, (True, False))[0])
+    return _add(dz, backend.products(alone, z, block, scale, pair, kept, (True, False), ids)[0])
 
 
 def _add(total: Tensor | None, part: Tensor | None) -> Tensor | None:

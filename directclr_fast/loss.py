@@ -33,7 +33,8 @@ class LossStats(NamedTuple):
     the same for view 2, None for one direction; ``positives`` (M,): the positive logits. For
     grouped columns each has a leading dimension G. The loss of row i is
     (row_lse_i + col_lse_i) / 2 - positives_i, or row_lse_i - positives_i for one direction. Over
-    several processes they are those of this process's rows, col_lse too.
+    several processes they are those of this process's rows, col_lse too. With labels "positive" is
+    still the pair (i, i) alone, here and in top-1.
 
     ``row_top1`` (M,) bool: whether no candidate of anchor i of view 1 has a larger logit than its
     positive, so ``row_top1.float().mean()`` is the contrastive top-1 accuracy; ``col_top1`` (M,):
@@ -56,7 +57,9 @@ def fast_directclr_loss(
     temperature: float | Tensor = 0.1,
     *,
     columns: Tensor | Sequence[int] | None = None,
+    labels: Tensor | None = None,
     negatives: str = "cross",
+    same_label: str = "positive",
     symmetric: bool = True,
     reduction: str = "mean",
     group=None,
@@ -90,8 +93,14 @@ def fast_directclr_loss(
             losses of G column groups. On the CPU the indices are checked (in range, none twice
             in a group), in a compiled call when it runs. On another device nothing waits for that:
             an index out of range reads NaN and is not written to, or PyTorch's indexing objects.
+        labels: integers (N,), one for each row of r2; row i of r1 has that of row i of r2. A
+            negative one equals no other. None: every pair has its own.
         negatives: "cross", "both" or "same", see the module's table. "same" (Eq. 2 of the paper)
             neither normalises nor divides by the temperature, and materialises N x N.
+        same_label: what the other candidates with the label of an anchor are to it. "positive": its
+            positives too; the mean of their logits takes the place of s_ii (supervised contrastive
+            learning, Khosla et al., arXiv 2004.11362, L_out). "ignore": no candidates, so that
+            copies of a positive are not pushed away.
         symmetric: average both directions; False takes the anchors of r1 only.
         reduction: "mean", "sum", or "none" for one loss per row, (M,).
         group: None, a ProcessGroup or "world": r1 and r2 are this process's rows, equally many of
@@ -128,8 +137,8 @@ def fast_directclr_loss(
     """
 
     given = (
-        r1, r2, columns, temperature, dim, negatives, symmetric, reduction, gather, even_batches,
-        precision, backend, workspace_bytes, eps, return_stats,
+        r1, r2, columns, temperature, labels, dim, negatives, same_label, symmetric, reduction,
+        gather, even_batches, precision, backend, workspace_bytes, eps, return_stats,
     )  # fmt: skip
     if group is not None and distributed.size(group) > 1:
         loss, statistics = distributed.loss(group, even_batches, partial(checked, *given))
@@ -162,7 +171,7 @@ def info_nce(
 _KEYWORDS = {
     parameter.name: parameter.default
     for parameter in inspect.signature(fast_directclr_loss).parameters.values()
-    if parameter.kind is parameter.KEYWORD_ONLY and parameter.name != "columns"
+    if parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in ("columns", "labels")
 }
 
 
@@ -268,10 +277,12 @@ class DirectCLRLoss(nn.Module):
         super().__setstate__(state)
         self.options["group"] = distributed.restored(self.options["group"])
 
-    def forward(self, r1: Tensor, r2: Tensor) -> Tensor | tuple[Tensor, LossStats]:
-        """Loss of the two views (M, R) and (N, R)."""
+    def forward(
+        self, r1: Tensor, r2: Tensor, labels: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, LossStats]:
+        """Loss of the two views (M, R) and (N, R), with labels (N,) where given."""
         return fast_directclr_loss(
-            r1, r2, self.dim, self.temperature, columns=self.columns, **self.options
+            r1, r2, self.dim, self.temperature, columns=self.columns, labels=labels, **self.options
         )
 
     def extra_repr(self) -> str:

@@ -24,7 +24,7 @@ from .world import ALONE, World
 
 # Version of what `loss_forward` saves and of the code that is traced around it. Add one when either
 # changes: compiled graphs are cached on disk.
-_VERSION = 6
+_VERSION = 7
 _SCHEMA = f"{SCHEMA}, int version"
 _SAVED = ", ".join(f"Tensor {name}" for name in Saved._fields)
 
@@ -35,12 +35,17 @@ def arguments(options: Options) -> tuple:
 
 
 def problem_of(
-    options: Options, r1: Tensor, r2: Tensor, columns: Tensor | None, differentiable: bool = True
+    options: Options,
+    r1: Tensor,
+    r2: Tensor,
+    columns: Tensor | None,
+    labels: Tensor | None = None,
+    differentiable: bool = True,
 ) -> Problem:
     """The record of a forward call on these tensors."""
     (rows, width), n = r1.shape, r2.shape[0]
-    taken = None if columns is None else columns.shape
-    return Problem.of(options, rows, n, width, r1.dtype, r1.device, taken, differentiable)
+    taken, labelled = None if columns is None else columns.shape, labels is not None
+    return Problem.of(options, rows, n, width, r1.dtype, r1.device, taken, labelled, differentiable)
 
 
 # Most eager calls ask what an earlier one asked.
@@ -94,12 +99,14 @@ def forward_body(
     r2: Tensor,
     columns: Tensor | None,
     temperature: Tensor | None,
+    labels: Tensor | None = None,
 ) -> tuple[Tensor, list[Saved], Statistics | None]:
     """Loss (scalar or (M,)), what the backward pass needs of each group, and the statistics where
     the problem, which names its backend, asks for them."""
-    readable("r1 r2 columns temperature", r1, r2, columns, temperature)
+    readable("r1 r2 columns temperature labels", r1, r2, columns, temperature, labels)
     scale, backend = scale_of(problem, temperature), dispatch.load(problem.backend)
-    result = _alone(problem, driver.forward, backend, problem, world, r1, r2, columns, scale)
+    given = r1, r2, columns, scale, labels
+    result = _alone(problem, driver.forward, backend, problem, world, *given)
     dispatch.note(problem.backend)
     return result
 
@@ -112,12 +119,14 @@ def backward_body(
     columns: Tensor | None,
     temperature: Tensor | None,
     need: tuple[bool, bool, bool],
+    labels: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dr1, dr2, dtemperature), None where not needed."""
     scale, backend = scale_of(problem, temperature), dispatch.load(problem.backend)
     dr1, dr2, dtemperature = _alone(
-        problem, driver.backward, backend, problem, world, dloss, states, columns, scale, need
-    )
+        problem, driver.backward, backend, problem, world, dloss, states, columns, scale, need,
+        labels,
+    )  # fmt: skip
     if dtemperature is not None:
         dtemperature = torch.as_tensor(
             dtemperature, dtype=temperature.dtype, device=temperature.device
@@ -126,17 +135,22 @@ def backward_body(
 
 
 def _as_made(
-    made: list[tuple], dloss: Tensor, columns: Tensor | None, temperature: Tensor | None, saved
+    made: list[tuple],
+    dloss: Tensor,
+    columns: Tensor | None,
+    temperature: Tensor | None,
+    labels: Tensor | None,
+    saved,
 ) -> list[Tensor]:
     """``saved``, contiguous: a hook may have unpacked others than those that were ``made``, a list
     of (dtype, shape)."""
     names = Saved._fields * (len(made) // len(Saved._fields))
-    read = " ".join(("upstream", "columns", "temperature", *names))
-    readable(read, dloss, columns, temperature, *saved)
+    read = " ".join(("upstream", "columns", "temperature", "labels", *names))
+    readable(read, dloss, columns, temperature, labels, *saved)
     if (
         [(value.dtype, value.shape) for value in saved] != made
         or any(value.device != dloss.device for value in saved)
-        or (columns is not None and columns.device != dloss.device)
+        or any(v is not None and v.device != dloss.device for v in (columns, labels))
     ):
         got = (f"{k} {tuple(v.shape)} {v.dtype} {v.device}" for k, v in zip(names, saved))
         expected = (f"{k} {tuple(shape)} {dtype}" for k, (dtype, shape) in zip(names, made))
@@ -172,8 +186,10 @@ class Loss(torch.autograd.Function):
     temperature. ``anchor`` is None or a tensor that wants a gradient where other processes do."""
 
     @staticmethod
-    def forward(ctx, r1, r2, columns, temperature, anchor, problem, world):
-        loss, states, statistics = forward_body(problem, world, r1, r2, columns, temperature)
+    def forward(ctx, r1, r2, columns, temperature, labels, anchor, problem, world):
+        loss, states, statistics = forward_body(
+            problem, world, r1, r2, columns, temperature, labels
+        )
         if problem.differentiable:
             saved, alone = list(chain(*states)), world is ALONE
             # The views are for a backward pass with create_graph=True only, and what wants no
@@ -181,12 +197,12 @@ class Loss(torch.autograd.Function):
             need1, need2, *_ = ctx.needs_input_grad
             ctx.save_for_backward(
                 r1 if need1 and alone else None, r2 if need2 and alone else None,
-                columns, temperature, *saved,
+                columns, temperature, labels, *saved,
             )  # fmt: skip
             if alone:
                 ctx.constants = None if need1 else _version(r1), None if need2 else _version(r2)
             ctx.problem, ctx.world = problem, world
-            ctx.places = _places([columns, *saved])
+            ctx.places = _places([columns, labels, *saved])
         ctx.set_materialize_grads(False)
         if statistics is None:
             return (loss,)
@@ -195,28 +211,30 @@ class Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dloss, *_):
-        nothing, world = (None,) * 3, ctx.world
+        nothing, world = (None,) * 4, ctx.world
         if dloss is None and world is ALONE:
             return None, None, None, None, *nothing
-        r1, r2, columns, temperature, *saved = ctx.saved_tensors
+        r1, r2, columns, temperature, labels, *saved = ctx.saved_tensors
         need = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
         if not torch.is_grad_enabled():
             if type(dloss) is not Tensor or dloss.is_neg():
                 dloss = unwrapped("upstream", dloss)
-            places = _places([columns, *saved])
+            places = _places([columns, labels, *saved])
             if places != ctx.places:
                 made = [(dtype, shape) for _, dtype, shape, *_ in ctx.places[-len(saved) :]]
-                saved = _as_made(made, dloss, columns, temperature, saved)
+                saved = _as_made(made, dloss, columns, temperature, labels, saved)
             else:
-                readable("upstream columns temperature", dloss, columns, temperature)
+                readable("upstream columns temperature labels", dloss, columns, temperature, labels)
             fields = len(Saved._fields)
             states = [Saved(*saved[i : i + fields]) for i in range(0, len(saved), fields)]
-            grads = backward_body(ctx.problem, world, dloss, states, columns, temperature, need)
+            grads = backward_body(
+                ctx.problem, world, dloss, states, columns, temperature, need, labels
+            )
         elif world is ALONE:
             r1 = _unchanged("r1", ctx.constants[0]) if r1 is None else r1
             r2 = _unchanged("r2", ctx.constants[1]) if r2 is None else r2
             grads = _differentiable_gradients(
-                ctx.problem, dloss, r1, r2, columns, temperature, need
+                ctx.problem, dloss, r1, r2, columns, temperature, labels, need
             )
         else:
             raise NotImplementedError(
@@ -250,14 +268,14 @@ def _unchanged(name: str, kept: tuple[Tensor, int | None]) -> Tensor:
     return r
 
 
-def _differentiable_gradients(problem, dloss, r1, r2, columns, temperature, need):
+def _differentiable_gradients(problem, dloss, r1, r2, columns, temperature, labels, need):
     """Gradients that carry a graph (create_graph=True): through the reference formula, in N^2."""
     with torch.enable_grad():
         # New nodes, so that loss(r, r) gets two gradients and not their sum twice.
         inputs = [value.view_as(value) if n else value for value, n in zip((r1, r2), need[:2])]
         inputs.append(temperature.view_as(temperature) if need[2] else temperature)
         with without_autocast(problem):
-            loss = reference.loss(problem, inputs[0], inputs[1], columns, inputs[2])[0]
+            loss = reference.loss(problem, inputs[0], inputs[1], columns, inputs[2], labels)[0]
             wanted = [value for value, n in zip(inputs, need) if n]
             grads = iter(torch.autograd.grad(loss, wanted, dloss, create_graph=True))
     return [next(grads) if n else None for n in need]
@@ -265,10 +283,10 @@ def _differentiable_gradients(problem, dloss, r1, r2, columns, temperature, need
 
 def run(call: Call) -> tuple[Tensor, Statistics | None]:
     """Loss and, where asked for, statistics: by the registered op, eagerly, or by the formula."""
-    r1, r2, index, temperature, options = call
+    r1, r2, index, temperature, labels, options = call
     # Asked here as well: a function of its own may be compiled where this one is not.
     compiling, inside_transform = torch.compiler.is_compiling(), transformed()
-    if compiling or (not inside_transform and dispatched(r1, r2, index, temperature)):
+    if compiling or (not inside_transform and dispatched(r1, r2, index, temperature, labels)):
         if options.backend != "reference" and options.negatives != "same":
             if inside_transform:  # without fullgraph=True the call then runs outside the graph
                 raise NotImplementedError(
@@ -276,28 +294,35 @@ def run(call: Call) -> tuple[Tensor, Statistics | None]:
                     "backend='reference', got another; or leave the transform out of the graph"
                 )
             return _of_outputs(
-                options, loss_forward(r1, r2, index, temperature, True, *arguments(options))
+                options, loss_forward(r1, r2, index, temperature, labels, True, *arguments(options))
             )
         if index is not None:
             index = checked_columns(index, r1.shape[1])
-        return _of_formula(problem_of(options, r1, r2, index), r1, r2, index, temperature)
+        return _of_formula(
+            problem_of(options, r1, r2, index, labels), r1, r2, index, temperature, labels
+        )
     wanted = r1.requires_grad or r2.requires_grad
     wanted = wanted or (temperature is not None and temperature.requires_grad)
     differentiable = inside_transform or (wanted and torch.is_grad_enabled())
     (rows, width), taken = r1.shape, None if index is None else index.shape
+    labelled = labels is not None
     problem = dispatch.choose(
-        _known(options, rows, r2.shape[0], width, r1.dtype, r1.device, taken, differentiable)
+        _known(
+            options, rows, r2.shape[0], width, r1.dtype, r1.device, taken, labelled, differentiable
+        )
     )
     if problem.backend == "reference":
-        readable("r1 r2 columns temperature", r1, r2, index, temperature)
+        readable("r1 r2 columns temperature labels", r1, r2, index, temperature, labels)
         with without_autocast(problem):
-            result = _of_formula(problem, r1, r2, index, temperature)
+            result = _of_formula(problem, r1, r2, index, temperature, labels)
         dispatch.note(problem.backend)
         return result
     if inside_transform:
         values = options.replace(backend=problem.backend).values()  # dynamo takes no record here
-        return _of_outputs(options, TransformedLoss.apply(r1, r2, index, temperature, values))
-    loss, *statistics = Loss.apply(r1, r2, index, temperature, None, problem, ALONE)
+        return _of_outputs(
+            options, TransformedLoss.apply(r1, r2, index, temperature, labels, values)
+        )
+    loss, *statistics = Loss.apply(r1, r2, index, temperature, labels, None, problem, ALONE)
     return loss, Statistics(*statistics) if statistics else None
 
 
@@ -328,9 +353,9 @@ class TransformedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(r1, r2, columns, temperature, options):
-        problem = problem_of(Options(*options), r1, r2, columns)
-        return _outputs(problem, forward_body(problem, ALONE, r1, r2, columns, temperature))
+    def forward(r1, r2, columns, temperature, labels, options):
+        problem = problem_of(Options(*options), r1, r2, columns, labels)
+        return _outputs(problem, forward_body(problem, ALONE, r1, r2, columns, temperature, labels))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -343,12 +368,12 @@ class TransformedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dloss, *_):
         if dloss is None:
-            return (None,) * 5
+            return (None,) * 6
         need = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
-        tensors, saved = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+        tensors, saved = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
         grads = iter(TransformedGradient.apply(dloss, *tensors, need, ctx.options, *saved))
         dr1, dr2, dtemperature = (next(grads) if n else None for n in need)
-        return dr1, dr2, None, dtemperature, None
+        return dr1, dr2, None, dtemperature, None, None
 
     @staticmethod
     def jvp(ctx, dr1, dr2, _, dtemperature, *__):
@@ -359,7 +384,7 @@ class TransformedLoss(torch.autograd.Function):
             )
         tangents = [dr1, dr2, dtemperature]
         need = tuple(tangent is not None for tangent in tangents)
-        tensors, saved = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+        tensors, saved = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
         like = saved[Saved._fields.index("rnorm1")]
         one = torch.ones((), dtype=like.dtype, device=like.device)
         grads = TransformedGradient.apply(one, *tensors, need, ctx.options, *saved)
@@ -376,14 +401,14 @@ class TransformedGradient(torch.autograd.Function):
     """Those of (r1, r2, temperature) that ``need`` says, a tuple."""
 
     @staticmethod
-    def forward(dloss, r1, r2, columns, temperature, need, options, *saved):
-        problem = problem_of(Options(*options), r1, r2, columns)
-        grads = _of_stacked(problem, dloss, saved, columns, temperature, need)
+    def forward(dloss, r1, r2, columns, temperature, labels, need, options, *saved):
+        problem = problem_of(Options(*options), r1, r2, columns, labels)
+        grads = _of_stacked(problem, dloss, saved, columns, temperature, labels, need)
         return tuple(grad for grad in grads if grad is not None)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.need, ctx.options = inputs[:7]
+        *tensors, ctx.need, ctx.options = inputs[:8]
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
@@ -393,7 +418,7 @@ class TransformedGradient(torch.autograd.Function):
         with without_autocast(problem):
             gradients = iter(torch.func.vjp(function, *primals)[1](upstream))
         ddloss, ddr1, ddr2 = next(gradients), next(gradients), next(gradients)
-        return ddloss, ddr1, ddr2, None, next(gradients, None), *(None,) * (2 + len(Saved._fields))
+        return ddloss, ddr1, ddr2, None, next(gradients, None), *(None,) * (3 + len(Saved._fields))
 
     @staticmethod
     def jvp(ctx, dloss, dr1, dr2, _, dtemperature, *__):
@@ -412,8 +437,8 @@ class TransformedGradient(torch.autograd.Function):
 
 def _formula_of(ctx):
     """(problem, function, its arguments): the formula's gradients by dloss, r1, r2, temperature."""
-    dloss, r1, r2, columns, temperature = ctx.saved_tensors
-    problem, need = problem_of(Options(*ctx.options), r1, r2, columns), ctx.need
+    dloss, r1, r2, columns, temperature, labels = ctx.saved_tensors
+    problem, need = problem_of(Options(*ctx.options), r1, r2, columns, labels), ctx.need
 
     def gradients(dloss, r1, r2, temperature=None):
         inputs = (r1, r2, temperature)
@@ -421,7 +446,7 @@ def _formula_of(ctx):
         def loss(*wanted):
             wanted = iter(wanted)
             a, b, t = (next(wanted) if n else value for value, n in zip(inputs, need))
-            return reference.loss(problem, a, b, columns, t)[0]
+            return reference.loss(problem, a, b, columns, t, labels)[0]
 
         return torch.func.vjp(loss, *(v for v, n in zip(inputs, need) if n))[1](dloss)
 
@@ -457,7 +482,7 @@ def _outputs(problem: Problem, result: tuple) -> tuple[Tensor, ...]:
     return loss, *saved, statistics.logits, statistics.top1
 
 
-def _of_stacked(problem: Problem, dloss: Tensor, saved, columns, temperature, need):
+def _of_stacked(problem: Problem, dloss: Tensor, saved, columns, temperature, labels, need):
     """``backward_body`` of one process, whose ``Saved`` are stacked over groups and may be
     anything: a graph's are what its hooks have unpacked."""
     dloss = unwrapped("upstream", dloss)
@@ -465,25 +490,26 @@ def _of_stacked(problem: Problem, dloss: Tensor, saved, columns, temperature, ne
     if dloss.shape != upstream:
         raise ValueError(f"upstream: expected shape {upstream}, got {tuple(dloss.shape)}")
     made = _made(dispatch.load(problem.backend), problem, saved[0])
-    saved = _as_made(made, dloss, columns, temperature, saved)
+    saved = _as_made(made, dloss, columns, temperature, labels, saved)
     states = [Saved(*(value[group] for value in saved)) for group in range(problem.groups)]
-    return backward_body(problem, ALONE, dloss, states, columns, temperature, need)
+    return backward_body(problem, ALONE, dloss, states, columns, temperature, need, labels)
 
 
 @torch.library.custom_op(
     "directclr_fast::loss_forward",
     mutates_args=(),
     schema=(
-        "(Tensor r1, Tensor r2, Tensor? columns, Tensor? learned, bool differentiable, "
+        "(Tensor r1, Tensor r2, Tensor? columns, Tensor? learned, Tensor? labels, "
+        "bool differentiable, "
         f"{_SCHEMA}) -> ({', '.join(['Tensor'] * (3 + len(Saved._fields)))})"
     ),
 )
-def loss_forward(r1, r2, columns, temperature, differentiable, *rest):
+def loss_forward(r1, r2, columns, temperature, labels, differentiable, *rest):
     options = Options(*rest[:-1])
-    _check_inputs(r1, r2, columns, options)
+    _check_inputs(r1, r2, columns, labels, options)
     r1, r2 = r1.resolve_neg(), r2.resolve_neg()
-    problem = dispatch.choose(problem_of(options, r1, r2, columns, differentiable))
-    return _outputs(problem, forward_body(problem, ALONE, r1, r2, columns, temperature))
+    problem = dispatch.choose(problem_of(options, r1, r2, columns, labels, differentiable))
+    return _outputs(problem, forward_body(problem, ALONE, r1, r2, columns, temperature, labels))
 
 
 # Negated views come as they are: PyTorch's own fallback would resolve them while tracing, by a copy
@@ -492,7 +518,9 @@ _library = torch.library.Library("directclr_fast", "FRAGMENT")
 _library.impl("loss_forward", torch.library.fallthrough_kernel, "Negative")
 
 
-def _check_inputs(r1: Tensor, r2: Tensor, columns: Tensor | None, options: Options) -> None:
+def _check_inputs(
+    r1: Tensor, r2: Tensor, columns: Tensor | None, labels: Tensor | None, options: Options
+) -> None:
     """What a graph that holds the op has not checked, or its guards no longer hold."""
     alike = r1.dtype == r2.dtype and r1.device == r2.device and r1.dim() == r2.dim() == 2
     if not alike or r1.shape[1] != r2.shape[1] or len(r1) > len(r2):
@@ -504,6 +532,11 @@ def _check_inputs(r1: Tensor, r2: Tensor, columns: Tensor | None, options: Optio
         check_columns(columns, r1.shape[1])
     elif columns is None and not 0 < options.dim <= r1.shape[1]:
         raise ValueError(f"dim: expected 1 to {r1.shape[1]}, got {options.dim}")
+    if labels is not None and (labels.shape != r2.shape[:1] or labels.device != r2.device):
+        raise ValueError(
+            f"labels: expected shape ({len(r2)},) on {r2.device}, got {tuple(labels.shape)} on "
+            f"{labels.device}"
+        )
 
 
 @torch.library.custom_op("directclr_fast::checked_columns", mutates_args=())
@@ -520,8 +553,9 @@ def _(columns, width):
 
 
 @loss_forward.register_fake
-def _(r1, r2, columns, temperature, differentiable, *rest):
-    problem = dispatch.choose(problem_of(Options(*rest[:-1]), r1, r2, columns, differentiable))
+def _(r1, r2, columns, temperature, labels, differentiable, *rest):
+    problem = problem_of(Options(*rest[:-1]), r1, r2, columns, labels, differentiable)
+    problem = dispatch.choose(problem)
     backend, rows = dispatch.load(problem.backend), problem.rows
     saved = [r1.new_empty(shape, dtype=dtype) for dtype, shape in _made(backend, problem)]
     loss = r1.new_empty((rows,) if problem.reduction == "none" else (), dtype=problem.compute_dtype)
@@ -540,7 +574,7 @@ def _(r1, r2, columns, temperature, differentiable, *rest):
     "directclr_fast::loss_backward",
     mutates_args=(),
     schema=(
-        f"(Tensor dloss, {_SAVED}, Tensor? columns, Tensor? learned, SymInt width, "
+        f"(Tensor dloss, {_SAVED}, Tensor? columns, Tensor? learned, Tensor? labels, SymInt width, "
         f"ScalarType dtype, bool need1, bool need2, bool need_temperature, {_SCHEMA}) "
         "-> (Tensor, Tensor, Tensor)"
     ),
@@ -549,20 +583,20 @@ def loss_backward(dloss, *args):
     if _makes_a_graph():  # which AOTAutograd would leave this op out of, without a word
         _no_second_derivative()
     saved, rest = Saved(*args[: len(Saved._fields)]), args[len(Saved._fields) :]
-    columns, temperature, width, dtype, *need = rest[:7]
+    columns, temperature, labels, width, dtype, *need = rest[:8]
     rows, candidates = saved.z1.shape[1], saved.z2.shape[1]
-    options, device = Options(*rest[7:-1]), dloss.device
-    taken = None if columns is None else columns.shape
-    problem = Problem.of(options, rows, candidates, width, dtype, device, taken)
+    options, device = Options(*rest[8:-1]), dloss.device
+    taken, labelled = None if columns is None else columns.shape, labels is not None
+    problem = Problem.of(options, rows, candidates, width, dtype, device, taken, labelled)
     problem = dispatch.choose(problem)
-    grads = _of_stacked(problem, dloss, saved, columns, temperature, tuple(need))
+    grads = _of_stacked(problem, dloss, saved, columns, temperature, labels, tuple(need))
     return tuple(dloss.new_empty(0) if grad is None else grad for grad in grads)
 
 
 @loss_backward.register_fake
 def _(dloss, *args):
     saved, rest = Saved(*args[: len(Saved._fields)]), args[len(Saved._fields) :]
-    _, temperature, width, dtype, need1, need2, need_temperature = rest[:7]
+    _, temperature, _, width, dtype, need1, need2, need_temperature = rest[:8]
 
     def gradient(rows, need):
         return dloss.new_empty((rows, width), dtype=dtype) if need else dloss.new_empty(0)
@@ -575,20 +609,20 @@ def _(dloss, *args):
 
 
 def _setup_context(ctx, inputs, output):
-    r1, _, columns, temperature, _, *rest = inputs
-    ctx.save_for_backward(columns, temperature, *output[1:-2])
+    r1, _, columns, temperature, labels, _, *rest = inputs
+    ctx.save_for_backward(columns, temperature, labels, *output[1:-2])
     ctx.width, ctx.dtype, ctx.rest = r1.shape[1], r1.dtype, rest
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dloss, *_):
-    nothing = (None,) * (1 + len(ctx.rest))
+    nothing = (None,) * (2 + len(ctx.rest))
     if dloss is None:
         return None, None, None, None, *nothing
-    columns, temperature, *saved = ctx.saved_tensors
+    columns, temperature, labels, *saved = ctx.saved_tensors
     need = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
     grads = loss_backward(
-        dloss, *saved, columns, temperature, ctx.width, ctx.dtype, *need, *ctx.rest
+        dloss, *saved, columns, temperature, labels, ctx.width, ctx.dtype, *need, *ctx.rest
     )
     dr1, dr2, dtemperature = (grad if n else None for grad, n in zip(grads, need))
     return dr1, dr2, None, dtemperature, *nothing

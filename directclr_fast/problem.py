@@ -23,6 +23,7 @@ from .address import dispatched, readable, unwrapped
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NEGATIVES = ("cross", "both", "same")
+SAME_LABEL = ("positive", "ignore")
 PRECISIONS = ("auto", "fp16", "bf16", "tf32", "fp8", "highest")
 LARGEST = sys.float_info.max  # an int may be larger
 PRIORITY = ("cpu", "cuda", "triton", "torch", "reference")  # backends, fastest first
@@ -73,6 +74,7 @@ class Options:
     dim: int | None = _option(360)  # not read where columns are given
     temperature: float | None = _option(0.1)  # None: a tensor, whose value the host must not need
     negatives: str = _option("cross", _one_of(*NEGATIVES))
+    same_label: str = _option("positive", _one_of(*SAME_LABEL))  # not read without labels
     symmetric: bool = _option(True, _boolean)
     reduction: str = _option("mean", _one_of("mean", "sum", "none"))
     gather: str = _option("auto", _one_of("auto", "all", "ring"))
@@ -120,6 +122,7 @@ class Problem(Options):
     dtype: torch.dtype
     device_type: str
     gathered: bool = False  # columns come from an index tensor, not from the slice [:, :dim]
+    labelled: bool = False  # each candidate has a label, and row i of r1 that of its positive
     groups: int = 1
     row_offset: int = 0
     differentiable: bool = False  # a backward pass may follow, so keeping E tiles can pay
@@ -135,6 +138,7 @@ class Problem(Options):
         dtype: torch.dtype,
         device: torch.device,
         columns: tuple[int, int] | None,
+        labelled: bool,
         differentiable: bool = True,
     ) -> Problem:
         """The record of a call on views of that kind. ``columns`` is their shape (G, d) or None."""
@@ -150,9 +154,15 @@ class Problem(Options):
             device_type=device.type,
             device_index=device.index,
             gathered=columns is not None,
+            labelled=labelled,
             groups=1 if columns is None else columns[0],
             differentiable=differentiable,
         )
+
+    @property
+    def ignores(self) -> bool:
+        """Whether candidates with the label of an anchor are left out of its sums."""
+        return self.labelled and self.same_label == "ignore"
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -181,16 +191,17 @@ class Problem(Options):
 
 class Call(NamedTuple):
     """A checked call: r1 (M, R), r2 (N, R), columns (G, d) int64 or None, a 0-dim temperature or
-    None where it is a number, and the options."""
+    None where it is a number, labels (N,) int64 or None, and the options."""
 
     r1: Tensor
     r2: Tensor
     columns: Tensor | None
     temperature: Tensor | None
+    labels: Tensor | None
     options: Options
 
 
-def checked(r1, r2, columns, temperature, *values) -> Call:
+def checked(r1, r2, columns, temperature, labels, *values) -> Call:
     """The call as the ops take it; raises ``TypeError`` or ``ValueError``, one sentence each.
 
     ``temperature`` is a number or a tensor. ``values`` are those of :class:`Options` in its order,
@@ -219,7 +230,9 @@ def checked(r1, r2, columns, temperature, *values) -> Call:
             f"r2: expected {r1.shape[0]} rows like r1 with negatives={options.negatives!r}, "
             f"got {r2.shape[0]}"
         )
-    return Call(r1, r2, index, tensor, options)
+    if labels is not None:
+        labels = _check_labels(unwrapped("labels", labels), r2, options)
+    return Call(r1, r2, index, tensor, labels, options)
 
 
 def _options(
@@ -319,6 +332,22 @@ def _check_temperature(temperature: Tensor, r1: Tensor) -> Tensor:
         )
     # Its gradient comes back through the reshape, in its own shape.
     return temperature if temperature.dim() == 0 else temperature.reshape(())
+
+
+def _check_labels(labels, r2: Tensor, options: Options) -> Tensor:
+    """(N,) int64 on the device of r2."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels: expected a tensor of integers, got {type(labels).__name__}")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"labels: expected a tensor of integers, got {_name(labels.dtype)}")
+    if labels.shape != r2.shape[:1]:
+        raise ValueError(
+            f"labels: expected shape ({r2.shape[0]},), one for each row of r2, "
+            f"got {tuple(labels.shape)}"
+        )
+    if options.negatives == "same":
+        raise ValueError("labels: expected None with negatives='same', got a tensor")
+    return labels.to(r2.device, torch.int64)
 
 
 def index_tensor(columns) -> Tensor:

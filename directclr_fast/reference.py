@@ -14,8 +14,13 @@ other rows of both views as well (NT-Xent, SimCLR); "same" is the paper's Eq. 2,
 normalisation and temperature: logits -|z_i - z'_i|^2 / 2 for the positive and -|z_i - z_j|^2 / 2
 for the other rows j != i of the anchor's own view.
 
-Gradients for "cross" (upstream g_i per row; w_i = g_i / 2 symmetric, else g_i, and v_j the same
-for columns, zero where column j is nobody's positive or the loss has one direction):
+Labels (N,), row i of view 1 having that of its positive: with ``same_label`` "positive" all
+candidates of an anchor's label are its positives, and their mean stands for a s_ip(i) in l_i
+(Khosla et al., arXiv 2004.11362, L_out); with "ignore" those but p(i) are no candidates.
+
+Without labels the gradients for "cross" are (upstream g_i per row; w_i = g_i / 2 symmetric, else
+g_i, and v_j the same for columns, zero where column j is nobody's positive or the loss has one
+direction):
 
 .. code-block:: text
 
@@ -60,19 +65,48 @@ def _negative_infinity_diagonal(s: Tensor) -> Tensor:
     return s.masked_fill(eye, float("-inf"))
 
 
-def _cosine_logits(problem: Problem, x1: Tensor, x2: Tensor, a: Tensor | float):
-    """Logits of both directions: (G, M, candidates of view 1), (G, N, candidates of view 2)."""
+def _cosine_logits(
+    problem: Problem, x1: Tensor, x2: Tensor, a: Tensor | float, labels: Tensor | None
+):
+    """Logits of both directions: (G, M, candidates of view 1), (G, N, candidates of view 2); the
+    positives' (G, M), and of either direction the mean over an anchor's positives."""
     z1, z2 = _unit_rows(x1, problem.eps), _unit_rows(x2, problem.eps)
     s = a * (z1 @ z2.mT)
+    logits1, logits2 = s, s.mT
     # Not torch.diagonal: Inductor of PyTorch 2.11 compiles its gradient beside logsumexp's wrongly.
     row = torch.arange(s.shape[-2], device=s.device)[:, None] + problem.row_offset
     other = row != torch.arange(s.shape[-1], device=s.device)
     positives = s.masked_fill(other, 0.0).sum(-1)
-    if problem.negatives == "cross":
-        return s, s.mT, positives
-    own1 = _negative_infinity_diagonal(a * (z1 @ z1.mT))
-    own2 = _negative_infinity_diagonal(a * (z2 @ z2.mT))
-    return torch.cat([s, own1], -1), torch.cat([s.mT, own2], -1), positives
+    if problem.negatives == "both":
+        logits1 = torch.cat([s, _negative_infinity_diagonal(a * (z1 @ z1.mT))], -1)
+        logits2 = torch.cat([s.mT, _negative_infinity_diagonal(a * (z2 @ z2.mT))], -1)
+    if labels is None:
+        return logits1, logits2, positives, positives, positives
+    labels = distinct(labels)
+    own = slice(problem.row_offset, problem.row_offset + problem.rows)
+    same = labels[own, None] == labels
+    logits1, mean1 = _by_label(problem, logits1, same, ~other)
+    logits2, mean2 = _by_label(problem, logits2, same.mT, ~other.mT)
+    if problem.ignores:
+        return logits1, logits2, positives, positives, positives
+    return logits1, logits2, positives, mean1, mean2[:, own]
+
+
+def distinct(labels: Tensor) -> Tensor:
+    """The same labels, of which the negative ones equal no other."""
+    return torch.where(labels < 0, -1 - torch.arange(len(labels), device=labels.device), labels)
+
+
+def _by_label(problem: Problem, logits: Tensor, same: Tensor, positive: Tensor):
+    """The logits (G, anchors, candidates) without what is ignored, and each anchor's mean over the
+    candidates of its label (``same``), which is none of its own row."""
+    if problem.negatives == "both":
+        same = torch.cat([same, same], -1)
+        positive = torch.cat([positive, torch.zeros_like(positive)], -1)
+    same = same & (logits != float("-inf"))
+    if problem.ignores:
+        logits = logits.masked_fill(same & ~positive, float("-inf"))
+    return logits, logits.masked_fill(~same, 0.0).sum(-1) / same.sum(-1).clamp_min(1)
 
 
 def _distance_logits(x1: Tensor, x2: Tensor):
@@ -95,6 +129,7 @@ def loss(
     r2: Tensor,
     columns: Tensor | None = None,
     temperature: Tensor | None = None,
+    labels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Loss and statistics by the formula above, differentiable in r1, r2 and temperature.
 
@@ -106,17 +141,18 @@ def loss(
     x1, x2 = take_columns(r1, problem, columns), take_columns(r2, problem, columns)
     if problem.negatives == "same":
         logits1, logits2, positives = _distance_logits(x1, x2)
+        mean1 = mean2 = positives
     else:
         a = _scale(problem, temperature, x1)
-        logits1, logits2, positives = _cosine_logits(problem, x1, x2, a)
+        logits1, logits2, positives, mean1, mean2 = _cosine_logits(problem, x1, x2, a, labels)
     row_lse = torch.logsumexp(logits1, -1)
-    per_row = row_lse - positives
+    per_row = row_lse - mean1
     col_lse = row_lse.new_empty((problem.groups, 0))
     directions = [logits1]
     if problem.symmetric:
         own = slice(problem.row_offset, problem.row_offset + problem.rows)
         col_lse = torch.logsumexp(logits2, -1)
-        per_row = 0.5 * (per_row + (col_lse[:, own] - positives))
+        per_row = 0.5 * (per_row + (col_lse[:, own] - mean2))
         directions.append(logits2[:, own])
     top1 = None
     if problem.return_stats:

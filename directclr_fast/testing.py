@@ -76,7 +76,9 @@ def eager_loss(
     temperature: float | Tensor = 0.1,
     *,
     columns: Tensor | None = None,
+    labels: Tensor | None = None,
     negatives: str = "cross",
+    same_label: str = "positive",
     symmetric: bool = True,
     reduction: str = "mean",
     eps: float = 1e-12,
@@ -84,13 +86,14 @@ def eager_loss(
     """What people write in plain PyTorch, in the inputs' own dtype: the yardstick for errors.
 
     ``normalize``, a product, ``cross_entropy`` against the index, both directions; NT-Xent for
-    negatives "both". Written apart from ``directclr_fast.reference``.
+    negatives "both"; masks of equal labels. Written apart from ``directclr_fast.reference``.
     """
     if columns is not None and columns.dim() == 2:
         return sum(
             eager_loss(
-                r1, r2, None, temperature, columns=group, negatives=negatives,
-                symmetric=symmetric, reduction=reduction, eps=eps,
+                r1, r2, None, temperature, columns=group, labels=labels,
+                negatives=negatives, same_label=same_label, symmetric=symmetric,
+                reduction=reduction, eps=eps,
             )
             for group in columns
         )  # fmt: skip
@@ -100,6 +103,19 @@ def eager_loss(
 
     z1, z2 = unit(r1), unit(r2)
     target = torch.arange(len(z1), device=z1.device)
+
+    def losses(logits: Tensor, target: Tensor, repeats: int = 1) -> Tensor:
+        if labels is None:
+            return F.cross_entropy(logits, target, reduction="none")
+        anchors, candidates = labels[target % len(z1), None], labels.repeat(repeats)
+        same = (anchors == candidates[: logits.shape[1]]) & (anchors >= 0) & (logits != -torch.inf)
+        positive = torch.zeros_like(same).scatter_(1, target[:, None], True)
+        if same_label == "ignore":
+            logits = logits.masked_fill(same & ~positive, -torch.inf)
+            return F.cross_entropy(logits, target, reduction="none")
+        same |= positive
+        return -torch.where(same, logits.log_softmax(1), 0.0).sum(1) / same.sum(1)
+
     if negatives == "both":
         n = len(z1)
         z = torch.cat([z1, z2])
@@ -107,13 +123,13 @@ def eager_loss(
         logits = logits.masked_fill(
             torch.eye(2 * n, dtype=torch.bool, device=z.device), float("-inf")
         )
-        both = F.cross_entropy(logits, torch.cat([target + n, target]), reduction="none")
+        both = losses(logits, torch.cat([target + n, target]), 2)
         per_row = (both[:n] + both[n:]) / 2 if symmetric else both[:n]
     else:
         logits = (z1 @ z2.T) / temperature
-        per_row = F.cross_entropy(logits, target, reduction="none")
+        per_row = losses(logits, target)
         if symmetric:
-            other = F.cross_entropy(logits.T[: len(z1)], target, reduction="none")
+            other = losses(logits.T[: len(z1)], target)
             per_row = (per_row + other) / 2
     if reduction == "none":
         return per_row

@@ -85,6 +85,10 @@ class Alone:
         is here."""
         return x
 
+    def everyone(self, x: Tensor) -> Tensor:
+        """(N, ...) from what each process has for its rows of r2."""
+        return x
+
     def hold(self, problem: Problem, views: list[Tensor]) -> list[Tensor]:
         """What this process keeps of all candidates, from its own unit rows."""
         return views
@@ -202,7 +206,7 @@ class Shared:
         values = [per_row, row_lse, col_lse]
         leaving = [value for value, wanted in zip(values, asked) if wanted]
         if leaving:
-            arrived = iter(self._gather(torch.stack(leaving, 1)).unbind(1))
+            arrived = iter(self.everyone(torch.stack(leaving, 1)).unbind(1))
             values = [
                 next(arrived).contiguous() if wanted else value
                 for value, wanted in zip(values, asked)
@@ -211,7 +215,7 @@ class Shared:
 
     def weights(self, problem: Problem, dloss: Tensor) -> Tensor:
         if problem.reduction == "none":
-            return self._gather(dloss.contiguous())
+            return self.everyone(dloss.contiguous())
         total = sum(self.counts)
         weights = self._sum(dloss).expand(total)
         return weights / total if problem.reduction == "mean" else weights
@@ -225,8 +229,7 @@ class Shared:
         all_gather(everyone, value.reshape(1), group=self.group)
         return everyone.sum()
 
-    def _gather(self, x: Tensor) -> Tensor:
-        """(n, ...) of every process to (N, ...) in all."""
+    def everyone(self, x: Tensor) -> Tensor:
         most = max(self.counts)
         padded = x
         if x.shape[0] < most:
@@ -242,7 +245,7 @@ class Gathered(Shared):
     """Every process holds z2 of all."""
 
     def hold(self, problem: Problem, views: list[Tensor]) -> list[Tensor]:
-        return [self._gather(z) for z in views]
+        return [self.everyone(z) for z in views]
 
     def blocks(self, problem: Problem, held: list[Tensor]) -> Iterator[tuple]:
         yield slice(0, sum(self.counts)), self.own(problem).start, *held

@@ -13,9 +13,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .layout import LO_SCALE as _LO_SCALE
 from .layout import Layout as Layout
 
-LO_SCALE = tl.constexpr(2048.0)  # keeps the remainders of small entries out of fp16's denormals
+LO_SCALE = tl.constexpr(_LO_SCALE)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -61,6 +62,12 @@ def load_unit_rows(z, offs_r, offs_c, mask, stride, PITCH: tl.constexpr, SPLIT: 
         lo = tl.load(where + PITCH, mask=mask, other=0.0).to(tl.float32)
         hi += lo * (1.0 / LO_SCALE)
     return hi
+
+
+@triton.jit
+def may_be_equal(a, b):
+    """Whether two vectors of ids overlap: ids are where a label stands first, so most do not."""
+    return (tl.min(a, 0) <= tl.max(b, 0)) & (tl.max(a, 0) >= tl.min(b, 0))
 
 
 @triton.jit

@@ -21,6 +21,8 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
+LO_SCALE = 2048.0  # keeps the remainders of small entries out of fp16's denormals
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -71,6 +73,13 @@ class Layout:
         if self.precision == "fp8":
             return z.view(torch.float8_e4m3fn)[:, 4 * self.pitch : 5 * self.pitch]
         return z[:, : self.pitch]
+
+    def unit_rows(self, z: Tensor) -> Tensor:
+        """(rows, dim) fp32: hi + lo."""
+        rows = z[:, : self.dim].float()
+        if self.split:
+            rows = rows + z[:, self.pitch : self.pitch + self.dim].float() / LO_SCALE
+        return rows
 
     def half_operand(self, z: Tensor) -> Tensor:
         """(rows, pitch): what the gradient products are computed from."""

@@ -14,8 +14,10 @@ class Factors:
     """What a tile of weights is made with: per-row and per-column fp32, and the positives' terms.
 
     ``diagonal`` (M,) is STORE-scaled like P. Without ``bounded`` the shifts are the log-sums in
-    base 2.
+    base 2. ``ids``: int32 of the rows and of the columns, or None; where they are equal P is 0.
     """
+
+    ids: tuple[Tensor, Tensor] | None = None
 
     def __init__(self, m: int, n: int, symmetric: bool, bounded: bool, device) -> None:
         def vector(length: int) -> Tensor:

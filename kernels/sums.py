@@ -36,6 +36,7 @@ from .common import (
     launch,
     load_scale,
     load_tile,
+    may_be_equal,
     softplus,
     tile_dot,
     tile_source,
@@ -63,6 +64,8 @@ def _sums_kernel(
     moving_sum,
     moving_max,
     own,
+    fixed_ids,
+    moving_ids,
     scale,
     first_fixed,
     n_fixed,
@@ -81,6 +84,7 @@ def _sums_kernel(
     UPPER: tl.constexpr,
     TOP1: tl.constexpr,
     OWN: tl.constexpr,
+    IDS: tl.constexpr,
     SCALE_TENSOR: tl.constexpr,
     TMA: tl.constexpr,
     FLATTEN: tl.constexpr,
@@ -93,6 +97,9 @@ def _sums_kernel(
     offs_f = start_f + tl.arange(0, BLOCK_F)
     a2 = load_scale(scale, SCALE_TENSOR) * LOG2E * operand_scale
 
+    id_f = offs_f
+    if IDS:
+        id_f = tl.load(fixed_ids + offs_f, mask=offs_f < n_fixed, other=-1)
     first = share * tiles_per_share
     last = tl.minimum(first + tiles_per_share, tl.cdiv(n_moving, BLOCK_T))
     if UPPER:
@@ -118,12 +125,17 @@ def _sums_kernel(
         else:
             meets = (start_t < start_f + offset + BLOCK_F) & (start_t + BLOCK_T > start_f + offset)
             masked = ragged | meets
+        id_t = offs_t
+        if IDS:
+            id_t = tl.load(moving_ids + offs_t, mask=offs_t < n_moving, other=-1)
+            masked = masked | may_be_equal(id_t, id_f)
         if BOUNDED and not TOP1:
             e = tl.exp2(acc * a2)
             if masked:
                 if OWN:
                     _store_own(own, acc * a2, start_t, offs_t, offs_f, n_moving, n_fixed, offset)
-                e = tl.where(_kept(offs_t, offs_f, n_moving, n_fixed, offset, UPPER), e, 0.0)
+                keep = _kept(offs_t, offs_f, id_t, id_f, n_moving, n_fixed, offset, UPPER, IDS)
+                e = tl.where(keep, e, 0.0)
             total += e
             if MOVING:
                 tl.store(moving_sum + offs_t, tl.sum(e, 1), mask=offs_t < n_moving)
@@ -132,7 +144,7 @@ def _sums_kernel(
             if masked:
                 if OWN:
                     _store_own(own, x, start_t, offs_t, offs_f, n_moving, n_fixed, offset)
-                keep = _kept(offs_t, offs_f, n_moving, n_fixed, offset, UPPER)
+                keep = _kept(offs_t, offs_f, id_t, id_f, n_moving, n_fixed, offset, UPPER, IDS)
                 x = tl.where(keep, x, float("-inf"))
             new_peak = tl.maximum(peak, tl.max(x, 0))
             if BOUNDED:
@@ -170,9 +182,13 @@ def _store_own(own, x, start_t, offs_t, offs_f, n_moving, n_fixed, offset):
 
 
 @triton.jit
-def _kept(offs_t, offs_f, n_moving, n_fixed, offset, UPPER: tl.constexpr):
-    """(T, F): inside both sides, and not the positive (UPPER: above the diagonal)."""
+def _kept(
+    offs_t, offs_f, id_t, id_f, n_moving, n_fixed, offset, UPPER: tl.constexpr, IDS: tl.constexpr
+):
+    """(T, F): inside both sides, not the positive (UPPER: above the diagonal), ids not equal."""
     inside = (offs_t < n_moving)[:, None] & (offs_f < n_fixed)[None, :]
+    if IDS:
+        inside = inside & (id_t[:, None] != id_f[None, :])
     if UPPER:
         return inside & (offs_t[:, None] > offs_f[None, :])
     else:
@@ -350,10 +366,12 @@ def sums(
     bounded: bool,
     upper: bool,
     tops: bool,
+    ids: tuple[Tensor, Tensor] | None,
 ) -> None:
     """One launch: ``parts`` (``packed.Partials``) of the anchors in ``strip`` (z1) against all
     candidates (z2). ``tops``: with maxima in either form; ``own`` (M,) gets the positives' logits
-    as the tiles have them, in base 2."""
+    as the tiles have them, in base 2. ``ids``: int32 of all rows of z1 and of z2; where they are
+    equal nothing is added."""
     n, blocks = len(z2), cdiv(strip.stop - strip.start, tile.rows)
     moving = parts.col_sum is not None
     if upper:  # tiles below the diagonal are not visited
@@ -373,6 +391,7 @@ def sums(
         parts.col_sum if moving else nothing,
         parts.col_peak if moving and parts.col_peak is not None else nothing,
         nothing if own is None else own,
+        *(ids or (nothing, nothing)),
         scale,
         strip.start,
         len(z1),
@@ -391,6 +410,7 @@ def sums(
         UPPER=upper,
         TOP1=tops,
         OWN=own is not None,
+        IDS=ids is not None,
         SCALE_TENSOR=isinstance(scale, Tensor),
         TMA=tile.tma,
         FLATTEN=tile.flatten,

@@ -21,7 +21,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LOG2E, Layout, cdiv, expm1, launch, load_scale, load_tile, tile_dot, tile_source
+from .common import (
+    LOG2E,
+    Layout,
+    cdiv,
+    expm1,
+    launch,
+    load_scale,
+    load_tile,
+    may_be_equal,
+    tile_dot,
+    tile_source,
+)
 from .configs import Tile
 from .records import STORE, Factors
 
@@ -106,6 +117,8 @@ def _weights_kernel(
     row_shift,
     col_shift,
     out,
+    row_ids,
+    col_ids,
     scale,
     first_m,
     first_n,
@@ -124,6 +137,7 @@ def _weights_kernel(
     GROUP: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     BOUNDED: tl.constexpr,
+    IDS: tl.constexpr,
     SCALE_TENSOR: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -163,6 +177,11 @@ def _weights_kernel(
     if ragged | meets:
         keep = mask_m[:, None] & mask_n[None, :] & (offs_n[None, :] != offs_m[:, None] + offset)
         g = tl.where(keep, g, 0.0)
+    if IDS:
+        id_m = tl.load(row_ids + offs_m, mask=mask_m, other=-1)
+        id_n = tl.load(col_ids + offs_n, mask=mask_n, other=-1)
+        if may_be_equal(id_m, id_n):
+            g = tl.where(id_m[:, None] != id_n[None, :], g, 0.0)
     row = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None] * stride_out
     column = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     tl.store(out + row + column, g.to(out.dtype.element_ty))
@@ -235,6 +254,7 @@ def weights(
         factors.row_shift,
         factors.col_shift,
         block,
+        *(factors.ids or (factors.row, factors.row)),
         scale,
         rows.start,
         columns.start,
@@ -253,6 +273,7 @@ def weights(
         GROUP=tile.group,
         SYMMETRIC=factors.symmetric,
         BOUNDED=factors.bounded,
+        IDS=factors.ids is not None,
         SCALE_TENSOR=isinstance(scale, Tensor),
         TMA=tile.tma,
         PRECISION=layout.dot_precision,

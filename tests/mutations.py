@@ -399,8 +399,33 @@ MUTATIONS = [
         "test_tensor_kinds.py -k single_saved",
     ),
     Mutation(
+        "cpu: equal ids stay in the sums", "csrc/cpu/similarity.h",
+        "== id ? left_out : s", "== id ? s : s",
+        "test_labels.py -k 'every_backend and cpu and ignore'",
+    ),
+    Mutation(
+        "labels: a positive alone is one of several", "directclr_fast/labels.py",
+        "torch.where(count > 1, weights, 0.0)", "weights * 1.0",
+        "test_labels.py -k keeps_its_digits",
+    ),
+    Mutation(
+        "labels: an anchor is its own positive", "directclr_fast/labels.py",
+        "2.0 * w[own, None] * z", "0.0 * z",
+        "test_labels.py -k 'every_backend and torch and positive and both'",
+    ),
+    Mutation(
+        "labels: a negative one equals others", "directclr_fast/reference.py",
+        "labels < 0, -1 - ", "labels < 0, 0 * ",
+        "test_labels.py -k 'every_backend and torch'",
+    ),
+    Mutation(
+        "driver: a column with nothing left", "directclr_fast/driver.py",
+        "if problem.ignores:  # a column", "if False:  # a column",
+        "test_labels.py -k 'every_backend and torch and ignore'",
+    ),
+    Mutation(
         "ops: an index is unpacked elsewhere", "directclr_fast/ops.py",
-        "or (columns is not None and columns.device != dloss.device)", "",
+        "or any(v is not None and v.device != dloss.device for v in (columns, labels))", "",
         "test_tensor_kinds.py -k triton",
     ),
     Mutation(

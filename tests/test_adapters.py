@@ -192,6 +192,40 @@ def test_open_clip_errors():
 
 @peers
 @dtypes
+@pytest.mark.parametrize("references", [0, 21, 30])
+def test_supervised_pytorch_metric_learning(dtype, references, peer):  # N20
+    views = make_views(21, 16, candidates=references or 21, dtype=dtype)
+    labels = torch.arange(references or 21) % 6 - 2
+    ours = pytorch_metric_learning.SupConLoss(0.2)
+
+    def theirs(a, b):
+        if references:
+            candidates, own = b, torch.zeros(21, references).bool()
+            same = labels[:21, None] == labels
+        else:
+            a = candidates = torch.cat([a, b])
+            own, same = torch.eye(42).bool(), labels.repeat(2)[:, None] == labels.repeat(2)
+        logits = F.normalize(a, dim=1) @ F.normalize(candidates, dim=1).T / 0.2
+        shares = logits.masked_fill(own, -torch.inf).log_softmax(1)
+        same = same & ~own
+        return -(torch.where(same, shares, 0.0).sum(1) / same.sum(1)).mean()
+
+    def call(loss):
+        if references:
+            return lambda a, b: loss(a, labels[:21], ref_emb=b, ref_labels=labels)
+        return lambda a, b: loss(torch.cat([a, b]), labels.repeat(2))
+
+    if peer == "original":
+        theirs = call(original("pytorch_metric_learning.losses").SupConLoss(0.2))
+    assert_same(call(ours), theirs, *views)
+    for given in (labels.repeat(2).sort().values, labels[:7]):
+        if not references:
+            with pytest.raises(NotImplementedError, match="labels: expected row i of the second"):
+                ours(torch.randn(len(given), 16), given)
+
+
+@peers
+@dtypes
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_pytorch_metric_learning(dtype, symmetric, peer):
     views, ours = make_views(21, 16, dtype=dtype), pytorch_metric_learning.NTXentLoss(0.2)

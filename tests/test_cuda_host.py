@@ -507,6 +507,8 @@ def test_reasons():
     assert "'highest' from 'auto'" in backend.BACKEND.why_not(problem(dtype=torch.float32))[0]
     assert "float64" in backend.BACKEND.why_not(problem(dtype=torch.float64))[0]
     assert "negatives 'same'" in backend.BACKEND.why_not(problem(negatives="same"))[0]
+    ignored = problem(labelled=True, same_label="ignore")
+    assert "positives only" in backend.BACKEND.why_not(ignored)[0]
 
 
 def test_it_is_chosen_only_where_a_measurement_says_so(monkeypatch):

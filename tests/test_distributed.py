@@ -45,6 +45,9 @@ GATHERS = ("all", "ring")
 PATIENCE = timedelta(minutes=40)
 UNEVEN = (37, 1, 20, 64)  # one process with a single row; no total that W divides
 EVEN = (16, 16, 16, 16)
+# Of twelve, in all processes; every fifth row has none.
+LABELS = torch.randint(12, (sum(UNEVEN),), generator=torch.Generator().manual_seed(3))
+LABELS[::5] = -1
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Case:
     width: int = 48
     kind: str = "views"
     groups: int = 0
+    labelled: bool = False
 
     def views(self, size: int):
         """Both views, all rows."""
@@ -69,9 +73,11 @@ class Case:
         start = sum(self.counts[:rank])
         return slice(start, start + self.counts[:size][rank])
 
-    def arguments(self) -> dict:
-        """Keyword arguments of the call, without upstream gradient and group."""
+    def arguments(self, rows: slice = slice(None)) -> dict:
+        """Keyword arguments of the call with ``rows``, without upstream gradient and group."""
         options = {"dim": 40, "temperature": 0.1} | self.options
+        if self.labelled:
+            options["labels"] = LABELS[rows]
         if self.groups:
             generator = torch.Generator().manual_seed(1)
             options["columns"] = torch.stack(
@@ -107,6 +113,12 @@ def exact_cases() -> list[Case]:
                 Case(f"{name}-sum", options | {"reduction": "sum"}, counts=EVEN),
                 Case(f"{name}-none", options | {"reduction": "none", "temperature": _t(0.2)}),
                 Case(f"{name}-groups", options | {"temperature": _t(0.2)}, groups=3),
+                Case(f"{name}-labels", options | {"temperature": _t(0.2)}, labelled=True),
+                Case(
+                    f"{name}-ignored",
+                    options | {"same_label": "ignore", "reduction": "none"},
+                    labelled=True,
+                ),
             ]
     return [Case(**(vars(case) | {"dtype": torch.float64})) for case in cases]
 
@@ -131,6 +143,8 @@ FLOAT = [
         ("fp16-input", {"negatives": "both"}, {"dtype": torch.float16}),
         ("one-column", {"dim": 1}, {}),
         ("no-workspace", {"workspace_bytes": 0}, {}),
+        ("labels", {"negatives": "both"}, {"labelled": True}),
+        ("ignored", {"same_label": "ignore"}, {"labelled": True}),
     )
 ]
 # Equal rows in different processes; a library may round its product with one row otherwise.
@@ -162,7 +176,7 @@ CASES = {f"{kind}-{case.name}": case for kind, case in CASES if runnable(case)}
 def expected(case: Case, size: int, dtype=None, **changes):
     """(loss, dr1, dr2, dtemperature, stats) of one process, in the convention of ``size``."""
     r1, r2 = (r if dtype is None else r.to(dtype) for r in case.views(size))
-    arguments = case.arguments() | changes
+    arguments = case.arguments(slice(0, sum(case.counts[:size]))) | changes
     one = evaluate(fast_directclr_loss, r1, r2, upstream=case.upstream(size), **arguments)
     _, stats = fast_directclr_loss(r1, r2, return_stats=True, **arguments)
     none = case.options.get("reduction") == "none"
@@ -294,6 +308,10 @@ REFUSED = {
     "temperature": lambda r1, r2, rank: ((r1, r2), {"temperature": 0.1 + 0.01 * rank}),
     "tensor": lambda r1, r2, rank: ((r1, r2), {"temperature": _t(0.1) if rank == 1 else 0.1}),
     "columns": lambda r1, r2, rank: ((r1, r2), {"columns": [0, 1 + rank]}),
+    "labels": lambda r1, r2, rank: (
+        (r1, r2),
+        {"labels": torch.arange(len(r1)) if rank != 1 else None},
+    ),
     "symmetric": lambda r1, r2, rank: ((r1, r2), {"symmetric": rank != 1}),
     "gather": lambda r1, r2, rank: ((r1, r2), {"gather": "ring" if rank == 3 else "all"}),
     "backend": lambda r1, r2, rank: (
@@ -317,6 +335,7 @@ SAID = {
     "temperature": (ValueError, "temperature: .* got 0.1 on rank 0, 0.11 on rank 1"),
     "tensor": (ValueError, "temperature: .* got 0.1 on rank 0, .*tensor.* on rank 1"),
     "columns": (ValueError, "columns: expected the same in every process"),
+    "labels": (ValueError, "labels: .* got 'given' on rank 0, None on rank 1"),
     "symmetric": (ValueError, "symmetric: .* got True on rank 0, False on rank 1"),
     "gather": (ValueError, "gather: .* got 'all' on rank 0, 'ring' on rank 3"),
     "backend": (ValueError, "backend: .* got 'torch' on rank 0, 'cpu' on rank 1"),
@@ -748,7 +767,7 @@ def main(rank: int, folder: Path) -> None:
             r1, r2 = (r[own] for r in case.views(size))
             upstream = case.upstream(size)
             upstream = upstream[own] if upstream.dim() else upstream
-            arguments = case.arguments() | {"group": groups[size]}
+            arguments = case.arguments(own) | {"group": groups[size]}
             for gather in GATHERS:
                 runs = [
                     evaluate(

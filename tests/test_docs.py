@@ -43,6 +43,7 @@ def test_python_blocks_run(code, world):
     r1, r2 = (torch.randn(8, 400, requires_grad=True) for _ in range(2))
     names = {
         "torch": torch, "F": torch.nn.functional, "r1": r1, "r2": r2, "z1": r1, "z2": r2,
+        "labels": torch.arange(8) % 3, "more": torch.randn(5, 400),
         "groups": torch.arange(400).reshape(2, 200), "features": torch.randn(300, 16),
     }  # fmt: skip
     if "fast_directclr_loss(" in code and "import" not in code:

@@ -41,14 +41,16 @@ def test_opcheck(backend, tensor_temperature, columns, changes):
     if backend == "cpu":
         # The tail of its kept tiles is never written, and opcheck compares all of an output.
         options = options.replace(workspace_bytes=0)
-    torch.library.opcheck(ops.loss_forward, (r1, r2, columns, t, True, *ops.arguments(options)))
+    torch.library.opcheck(
+        ops.loss_forward, (r1, r2, columns, t, None, True, *ops.arguments(options))
+    )
 
 
 def test_opcheck_of_the_backward_op():
     r1, r2 = make_views(19, 32, dtype=torch.float32)
     options = DEFAULTS.replace(workspace_bytes=0)
-    _, *saved, _, _ = ops.loss_forward(r1, r2, None, None, True, *ops.arguments(options))
-    arguments = (torch.ones(()), *saved, None, None, 32, torch.float32, True, True, False)
+    _, *saved, _, _ = ops.loss_forward(r1, r2, None, None, None, True, *ops.arguments(options))
+    arguments = (torch.ones(()), *saved, None, None, None, 32, torch.float32, True, True, False)
     torch.library.opcheck(ops.loss_backward, (*arguments, *ops.arguments(options)))
 
 
@@ -60,10 +62,16 @@ def test_fake_outputs_have_the_real_shapes(candidates, reduction, stats):
     options = DEFAULTS.replace(
         reduction=reduction, symmetric=reduction == "mean", return_stats=stats
     )
-    real = ops.loss_forward(r1, r2, None, None, True, *ops.arguments(options))
+    real = ops.loss_forward(r1, r2, None, None, None, True, *ops.arguments(options))
     with torch._subclasses.FakeTensorMode() as mode:
         fake = ops.loss_forward(
-            mode.from_tensor(r1), mode.from_tensor(r2), None, None, True, *ops.arguments(options)
+            mode.from_tensor(r1),
+            mode.from_tensor(r2),
+            None,
+            None,
+            None,
+            True,
+            *ops.arguments(options),
         )
     for a, b in zip(real, fake):
         assert a.shape == b.shape and a.dtype == b.dtype
@@ -169,9 +177,9 @@ def test_columns_changed_after_the_forward_pass_write_nothing_outside(backend):
     r1, r2 = make_views(9, 32, dtype=torch.float32)
     index = torch.tensor([[0, 3, 5]])
     options = DEFAULTS.replace(backend=backend)
-    _, *saved, _, _ = ops.loss_forward(r1, r2, index, None, True, *ops.arguments(options))
+    _, *saved, _, _ = ops.loss_forward(r1, r2, index, None, None, True, *ops.arguments(options))
     index[0, 1] = 2**30
-    arguments = (torch.ones(()), *saved, index, None, 32, torch.float32, True, True, False)
+    arguments = (torch.ones(()), *saved, index, None, None, 32, torch.float32, True, True, False)
     with pytest.raises((ValueError, IndexError, RuntimeError), match="columns|index"):
         ops.loss_backward(*arguments, *ops.arguments(options))
 
@@ -212,9 +220,9 @@ def test_the_op_itself_refuses_views_that_do_not_match():
     r1, short, narrow = torch.randn(9, 32), torch.randn(8, 32), torch.randn(9, 31)
     for r2 in (short, narrow, r1.double()):
         with pytest.raises(ValueError, match="r2: expected dtype, device and width of r1"):
-            ops.loss_forward(r1, r2, None, None, True, *ops.arguments(DEFAULTS))
+            ops.loss_forward(r1, r2, None, None, None, True, *ops.arguments(DEFAULTS))
     with pytest.raises(ValueError, match="dim: expected 1 to 32, got 33"):
-        ops.loss_forward(r1, r1, None, None, True, *ops.arguments(DEFAULTS.replace(dim=33)))
+        ops.loss_forward(r1, r1, None, None, None, True, *ops.arguments(DEFAULTS.replace(dim=33)))
 
 
 @pytest.mark.parametrize(

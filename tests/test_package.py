@@ -86,11 +86,11 @@ def test_links_resolve(name):
 
 
 def test_no_module_imports_upwards():
-    """cli > paper > train > adapters > loss > distributed > ops > driver > world > backends."""
+    """cli > paper > train > adapters > loss > distributed > ops > driver > labels > backends."""
     floors = ["__main__", "cli", "doctor", "bench", "paper", "train", "testing", "adapters"]
-    floors += ["loss", "distributed", "ops", "driver", "world", "dispatch", "backends", "kernels"]
-    floors += ["reference", "plots", "problem", "address", "products", "machine", "progress"]
-    floors += ["flops", "__init__"]
+    floors += ["loss", "distributed", "ops", "driver", "labels", "world", "dispatch", "backends"]
+    floors += ["kernels", "reference", "plots", "problem", "address", "products", "machine"]
+    floors += ["progress", "flops", "__init__"]
     package = ROOT / "directclr_fast"
     rooms = {p.stem for p in package.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
     assert rooms <= set(floors)

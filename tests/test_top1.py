@@ -163,5 +163,5 @@ def test_without_statistics_no_maximum_is_looked_for(backend):
     assert ops.forward_body(problem, ALONE, r1, r2, None, None)[2] is None
     asked = problem.replace(return_stats=True)
     assert ops.forward_body(asked, ALONE, r1, r2, None, None)[2].top1.shape == (1, 2, 30)
-    outputs = ops.loss_forward(r1, r2, None, None, True, *ops.arguments(options))
+    outputs = ops.loss_forward(r1, r2, None, None, None, True, *ops.arguments(options))
     assert outputs[-1].shape == (0,)

@@ -11,6 +11,7 @@ import os
 
 import numpy as np
 import pytest
+import test_labels as labels
 import test_loss_exact as exact
 import test_top1 as top1
 import torch
@@ -109,6 +110,40 @@ def test_top1_over_strips(coarse, monkeypatch):
     monkeypatch.setattr(packed, "PARTIAL_BYTES", 1)
     for name in ("ties", "cold", "both"):
         top1.check_against_the_reference(name, backend="triton", precision="highest")
+
+
+@pytest.mark.parametrize("same_label", ["positive", "ignore"])
+@pytest.mark.parametrize("negatives,symmetric", labels.FORMS)
+def test_labels(negatives, symmetric, same_label):
+    how = {"negatives": negatives, "symmetric": symmetric, "same_label": same_label}
+    how |= {"backend": "triton", "precision": "highest"}
+    more = 0 if negatives == "both" else 13
+    labels.check(37, 37 + more, "few", "clustered", **how)
+    labels.check(70, 70 + more, "copies", "views", temperature=0.01, reduction="none", **how)
+    labels.check(33, 33 + more, "one", "views", **how)
+
+
+@pytest.mark.parametrize("same_label", ["positive", "ignore"])
+def test_labels_of_rounded_rows(coarse, same_label):
+    r1, r2 = make_views(256, 400, kind="clustered", dtype=torch.float32)
+    how = {"labels": labels.make_labels("few", 256), "same_label": same_label}
+    truth = evaluate(eager_loss, r1.double(), r2.double(), 360, **how)
+    people = evaluate(autocast_loss, r1, r2, 360, **how)
+    for precision in ("fp16", "bf16"):
+        ours = evaluate(
+            fast_directclr_loss, r1, r2, 360, backend="triton", precision=precision, **how
+        )
+        for got, want, theirs in zip(ours[1:3], truth[1:3], people[1:3]):
+            assert relative_error(got, want) <= 2 * relative_error(theirs, want)
+
+
+def test_unit_rows_are_what_was_packed():
+    r = make_views(9, 40, dtype=torch.float32)[0]
+    for precision in ("fp16", "bf16", "highest", "fp8"):
+        asked = problem(rows=9, candidates=9, dim=33, width=40, precision=precision)
+        z, _ = backend.BACKEND.normalize(asked, r, None)
+        error = backend.BACKEND.unit_rows(asked, z) - torch.nn.functional.normalize(r[:, :33])
+        assert z.shape[1] > 33 and error.abs().max() < (1e-5 if precision == "bf16" else 2e-7)
 
 
 # Of the gradient against fp64, N = 160, d = 200; eager under bf16 autocast makes 2e-3 to 5e-2.
@@ -295,7 +330,7 @@ def test_opcheck(columns, changes):
     arguments = ops.arguments(Options(dim=20, backend="triton").replace(**changes))
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(
-        ops.loss_forward, (r1, r2, columns, None, True, *arguments), test_utils=tests
+        ops.loss_forward, (r1, r2, columns, None, None, True, *arguments), test_utils=tests
     )
 
 

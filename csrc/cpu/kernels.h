@@ -38,7 +38,7 @@ struct Positives {
 };
 
 // One block of similarities S = z1 z2' and what is left out of it. Entry (i, row_offset + i) is
-// always left out. `upper` (z1 == z2, row_offset == 0) also leaves out everything below it, so that
+// always left out, and what has equal ids, where there are any. `upper` (z1 == z2, row_offset == 0) also leaves out everything below it, so that
 // a symmetric S is visited once.
 struct Pair {
   const float* z1;
@@ -50,6 +50,7 @@ struct Pair {
   float scale_hi, scale_lo;
   // Of the digits of each row (m, n), where the products are made of those; else null.
   const float *scale1, *scale2;
+  const int32_t *ids1, *ids2;  // (m), (n), or null
   // a s_i of the entries (i, row_offset + i), as the tile has them, goes here (m) where not null.
   double scale;
   double* logits;

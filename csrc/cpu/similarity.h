@@ -56,6 +56,19 @@ DCLR_INLINE void mark_left_out(const Pair& pair, int64_t i0, int64_t rows, int64
   }
 }
 
+// The entries of a tile whose ids are equal.
+DCLR_INLINE void mark_equal(const Pair& pair, int64_t i0, int64_t rows, int64_t j0, int64_t cols,
+                            int width, float* tile) {
+  const float left_out = kLeftOut / pair.scale_hi;
+  for (int64_t i = 0; i < smaller(MR, rows); ++i) {
+    const int32_t id = pair.ids1[i0 + i];
+    for (int64_t j = 0; j < smaller(width, cols); ++j) {
+      float& s = tile[i * width + j];
+      s = pair.ids2[j0 + j] == id ? left_out : s;
+    }
+  }
+}
+
 // Brings in part `t` of `parts` of the next panel's rows while this one computes: a panel comes
 // from beyond L2 once per block of columns.
 DCLR_INLINE void prefetch_panel(const Pair& pair, int64_t row, int64_t k0, int64_t k1, int64_t t,
@@ -110,6 +123,7 @@ DCLR_INLINE void for_each_tile(const Pair& pair, const Block& b, const float* co
             micro<T>(vectors, from, columns + j * ld + k * width, steps, tile, width, k > 0);
           }
           if (last) mark_left_out(pair, row, rows, b.j0 + j, b.nc - j, width, tile);
+          if (last && pair.ids1) mark_equal(pair, row, rows, b.j0 + j, b.nc - j, width, tile);
         }
         if (last) tile_done(i, j, vectors, tile);
       }

@@ -142,6 +142,8 @@ Pair make_pair(const SimilarityArgs& s) {
   p.scale_lo = float(scale - double(p.scale_hi));
   p.scale = s.scale;
   p.scale1 = p.scale2 = nullptr;
+  p.ids1 = s.ids1;
+  p.ids2 = s.ids2;
   p.logits = nullptr;
   p.own = nullptr;
   p.keep = static_cast<float*>(s.workspace);
@@ -172,7 +174,7 @@ class Arithmetic {
   bool choose(const SimilarityArgs& s, int threads, Pair& pair) {
     const Digits* const digits = kernels().digits;
     last_arithmetic = pair.bf16 ? "bf16" : "fp32";
-    if (!digits || pair.bf16 || std::min(s.m, s.n) < digits->least_rows ||
+    if (!digits || pair.bf16 || pair.ids1 || std::min(s.m, s.n) < digits->least_rows ||
         s.d < digits->least_columns || s.d > kMostDigitColumns) {
       return true;
     }

@@ -38,6 +38,8 @@ struct SimilarityArgs {
   bool upper, bf16;
   void* workspace;  // tiles of S kept for the backward pass, or null
   int64_t workspace_bytes;
+  // (m), (n): entries of equal ids are left out; null for none
+  const int32_t *ids1 = nullptr, *ids2 = nullptr;
 };
 
 std::string normalize(const Normalize& args, int64_t rows, int threads);

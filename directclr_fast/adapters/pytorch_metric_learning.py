@@ -1,4 +1,5 @@
-"""``NTXentLoss`` of pytorch_metric_learning for two views, and its ``SelfSupervisedLoss``.
+"""``NTXentLoss`` and ``SupConLoss`` of pytorch_metric_learning for two views, and its
+``SelfSupervisedLoss``.
 
 ``NTXentLoss`` also works inside the library's own ``SelfSupervisedLoss``.
 """
@@ -16,7 +17,8 @@ class NTXentLoss(nn.Module):
 
     Labels have to say that rows are two views: each label once in the first half and in the same
     place of the second, or once in ``embeddings`` and in the same place of ``ref_emb``. Labels that
-    more rows share, miners, and other distances, reducers and regularizers need the original.
+    more rows share (there each of their pairs has a denominator of its own), miners, and other
+    distances, reducers and regularizers need the original.
     """
 
     def __init__(self, temperature: float = 0.07, **kwargs) -> None:
@@ -51,6 +53,50 @@ class NTXentLoss(nn.Module):
         if ref_emb is None:
             return _loss(embeddings[:half], embeddings[half:], self.temperature, True)
         return _loss(embeddings, ref_emb, self.temperature, False)
+
+
+class SupConLoss(NTXentLoss):
+    """Supervised contrastive loss: ``SupConLoss(temperature)(embeddings, labels)``.
+
+    Any rows may share a label, but every anchor has its positive in a place of its own: row i of
+    the second half, or of ``ref_emb``, has the label of row i.
+    """
+
+    def __init__(self, temperature: float = 0.1, **kwargs) -> None:
+        super().__init__(temperature, **kwargs)
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None = None,
+        indices_tuple=None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+    ) -> Tensor:
+        """0-dim loss of embeddings (2N, d) and labels (2N,), over all their anchors; or of
+        embeddings (M, d) and ref_emb (N, d), M <= N, for the anchors of the first."""
+        if indices_tuple is not None:
+            raise NotImplementedError("indices_tuple: expected None, got the pairs of a miner")
+        alone, options = ref_emb is None, {"symmetric": ref_emb is None}
+        if alone and labels is not None:
+            half = len(labels) // 2
+            labels, ref_labels = labels[:half], labels[half:]
+            embeddings, ref_emb = embeddings[:half], embeddings[half:]
+            options["negatives"] = "both"
+        if (
+            labels is None
+            or ref_labels is None
+            or (alone and len(ref_labels) != len(labels))
+            or not torch.equal(labels, ref_labels[: len(labels)])
+        ):
+            raise NotImplementedError(
+                "labels: expected row i of the second half or of ref_emb to have the label of "
+                "row i, got others"
+            )
+        labels = ref_labels - ref_labels.min()  # there a negative one is as good as another
+        return fast_directclr_loss(
+            embeddings, ref_emb, None, self.temperature, labels=labels, **options
+        )
 
 
 class SelfSupervisedLoss(nn.Module):

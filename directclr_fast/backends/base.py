@@ -95,6 +95,11 @@ class Pair(NamedTuple):
     diagonal: Tensor
 
 
+# int32 of the rows and of the columns of a tile product, (M,) and (N,): entries whose two are equal
+# are left out; positives, which are equal too, are what they are.
+Ids = tuple[Tensor, Tensor]
+
+
 class Backend:
     """One implementation of the stages; a new one joins ``dispatch``'s table.
 
@@ -133,6 +138,10 @@ class Backend:
         """(rows, width) in the input dtype, as ``finish`` wants it (zero-filled or not)."""
         raise NotImplementedError
 
+    def unit_rows(self, problem: Problem, z: Tensor) -> Tensor:
+        """(rows, d) in the compute dtype of rows as ``normalize`` made them."""
+        return z[:, : problem.dim]
+
     # ------------------------------------------------------------------------------- forward
 
     def normalize(self, problem: Problem, r: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -149,18 +158,25 @@ class Backend:
         kept: Tensor,
         logits: Tensor | None = None,
         tops: Tops | None = None,
+        ids: Ids | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """log sum of exp(a s) over all but the positives: (M,) by rows and (N,) by columns.
 
         ``logits`` (M,), in the statistics dtype, receives the positives' a s_ip(i) where these are
         among the candidates: with the rounding of their neighbours in the tile, or from an exact
         product where the tile's operands are rounded. None: nobody asks. ``tops`` is raised to the
-        largest logits met here, and its ``own`` written where ``logits`` would be.
+        largest logits met here, and its ``own`` written where ``logits`` would be. What has equal
+        ``ids`` is left out as the positives are.
         """
         raise NotImplementedError
 
     def self_sums(
-        self, problem: Problem, z: Tensor, scale: float | Tensor, top: Tensor | None = None
+        self,
+        problem: Problem,
+        z: Tensor,
+        scale: float | Tensor,
+        top: Tensor | None = None,
+        ids: Ids | None = None,
     ) -> Tensor:
         """log sum_j exp(a z_i . z_j) over j != i: (rows,). ``top`` (rows,): as ``tops``."""
         raise NotImplementedError
@@ -176,13 +192,21 @@ class Backend:
         pair: Pair,
         kept: Tensor,
         need: tuple[bool, bool],
+        ids: Ids | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """``weights`` and ``products``: dz1 = G z2 (M, d), dz2 = G^T z1 (N, d); None where not
         needed."""
         raise NotImplementedError
 
     def add_self_products(
-        self, problem: Problem, z: Tensor, scale: float | Tensor, w: Tensor, lse: Tensor, dz: Tensor
+        self,
+        problem: Problem,
+        z: Tensor,
+        scale: float | Tensor,
+        w: Tensor,
+        lse: Tensor,
+        dz: Tensor,
+        ids: Ids | None = None,
     ) -> None:
         """dz += (H + H^T) z with H_ij = w_i exp(a z_i . z_j - lse_i), i != j."""
         raise NotImplementedError

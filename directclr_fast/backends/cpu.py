@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..address import CPU, address, start
 from ..problem import Problem
-from .base import Backend, Pair, Saved, Tops
+from .base import Backend, Ids, Pair, Saved, Tops
 
 try:
     from .. import _cpu
@@ -135,6 +135,7 @@ class Cpu(Backend):
         kept: Tensor,
         logits: Tensor | None = None,
         tops: Tops | None = None,
+        ids: Ids | None = None,
     ):
         _check_scale(scale)
         row = _new((2, problem.rows), _F64, torch.zeros)
@@ -142,16 +143,25 @@ class Cpu(Backend):
         if problem.symmetric:
             column = _new((2, problem.candidates), _F64, torch.zeros)
         offset = problem.row_offset
-        self._sums(problem, z1, z2, scale, kept, row, column, logits, offset, False, tops)
+        self._sums(problem, z1, z2, scale, kept, row, column, logits, offset, False, tops, ids)
         return _log(row), None if column is None else _log(column)
 
-    def self_sums(self, problem: Problem, z: Tensor, scale, top: Tensor | None = None) -> Tensor:
+    def self_sums(
+        self,
+        problem: Problem,
+        z: Tensor,
+        scale,
+        top: Tensor | None = None,
+        ids: Ids | None = None,
+    ) -> Tensor:
         total = _new((2, z.shape[0]), _F64, torch.zeros)
         tops = None if top is None else Tops(top, top, None)
-        self._sums(problem, z, z, scale, None, total, total, None, 0, True, tops)
+        self._sums(problem, z, z, scale, None, total, total, None, 0, True, tops, ids)
         return _log(total)
 
-    def _sums(self, problem, z1, z2, scale, kept, row, column, logits, offset, upper, tops) -> None:
+    def _sums(
+        self, problem, z1, z2, scale, kept, row, column, logits, offset, upper, tops, ids
+    ) -> None:
         m, n = z1.shape[0], z2.shape[0]
         row_sum, column_sum = address(row, _F64, 2 * m), address(column, _F64, 2 * n)
         tops = tops or Tops(None, None, None)
@@ -164,6 +174,7 @@ class Cpu(Backend):
             scale,
             upper,
             problem.precision == "bf16",
+            *_ids(ids, m, n),
             *_workspace(kept),
             row_sum,
             row_sum + 8 * m,
@@ -177,22 +188,38 @@ class Cpu(Backend):
         )
 
     def products(
-        self, problem: Problem, z1: Tensor, z2: Tensor, scale, pair: Pair, kept: Tensor, need
+        self,
+        problem: Problem,
+        z1: Tensor,
+        z2: Tensor,
+        scale,
+        pair: Pair,
+        kept: Tensor,
+        need,
+        ids: Ids | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         dz1 = torch.zeros_like(z1) if need[0] else None
         dz2 = torch.zeros_like(z2) if need[1] else None
         if dz1 is None and dz2 is None:
             return dz1, dz2
-        self._products(problem, z1, z2, scale, pair, kept, dz1, dz2, problem.row_offset, False)
+        offset = problem.row_offset
+        self._products(problem, z1, z2, scale, pair, kept, dz1, dz2, offset, False, ids)
         return dz1, dz2
 
     def add_self_products(
-        self, problem: Problem, z: Tensor, scale, w: Tensor, lse: Tensor, dz: Tensor
+        self,
+        problem: Problem,
+        z: Tensor,
+        scale,
+        w: Tensor,
+        lse: Tensor,
+        dz: Tensor,
+        ids: Ids | None = None,
     ) -> None:
         pair = Pair(w, lse, w, lse, None)
-        self._products(problem, z, z, scale, pair, None, dz, dz, 0, True)
+        self._products(problem, z, z, scale, pair, None, dz, dz, 0, True, ids)
 
-    def _products(self, problem, z1, z2, scale, pair, kept, dz1, dz2, offset, upper) -> None:
+    def _products(self, problem, z1, z2, scale, pair, kept, dz1, dz2, offset, upper, ids) -> None:
         m, n, pitch = z1.shape[0], z2.shape[0], z1.shape[1]
         _cpu.products(
             *_unit_rows(problem, z1, z2),
@@ -203,6 +230,7 @@ class Cpu(Backend):
             scale,
             upper,
             problem.precision == "bf16",
+            *_ids(ids, m, n),
             *_workspace(kept),
             address(pair.w, _F64, m),
             address(pair.v, _F64, n),
@@ -330,6 +358,11 @@ def _new(shape: tuple[int, ...], dtype: torch.dtype, make=torch.empty) -> Tensor
 def _unit_rows(problem: Problem, z1: Tensor, z2: Tensor) -> tuple[int, int]:
     pitch = _cpu.pitch(problem.dim)
     return address(z1, _F32, len(z1) * pitch), address(z2, _F32, len(z2) * pitch)
+
+
+def _ids(ids: Ids | None, m: int, n: int) -> tuple[int, int]:
+    rows, columns = ids or (None, None)
+    return address(rows, torch.int32, m), address(columns, torch.int32, n)
 
 
 def _workspace(kept: Tensor | None) -> tuple[int, int]:

@@ -41,6 +41,8 @@ class Cuda(Packed):
             reasons.append("it computes in fp32 and less, got float64")
         if problem.negatives == "same":
             reasons.append("negatives 'same' is in the reference backend only")
+        if problem.ignores:
+            reasons.append("its kernels leave out the positives only, got same_label 'ignore'")
         chosen = precision(problem)
         if chosen not in ("fp16", "bf16", "fp8"):
             how = "" if chosen == problem.precision else f" from {problem.precision!r}"

@@ -174,11 +174,11 @@ def _parts(on: _On, parts) -> dict[str, int]:
 
 def sums(
     layout: Layout, z1: Tensor, z2: Tensor, strip: slice, scale, offset: int, tile: Tile,
-    programs: int, parts, own: Tensor | None, *, bounded: bool, upper: bool, tops: bool,
+    programs: int, parts, own: Tensor | None, *, bounded: bool, upper: bool, tops: bool, ids: None,
 ) -> None:  # fmt: skip
     """One launch: ``parts`` of the anchors in ``strip`` (z1) against all candidates (z2), or, for
     ``upper``, against those from the strip's first row on. ``tops``, without ``bounded`` only:
-    ``own`` (M,) gets the positives' logits, in base 2."""
+    ``own`` (M,) gets the positives' logits, in base 2. There are no ``ids`` here."""
     on, own = _On(z1), None if own is None else own[strip]
     if upper:  # tiles below the diagonal are left out
         for name, buffer in parts._asdict().items():

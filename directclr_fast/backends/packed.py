@@ -22,7 +22,7 @@ from torch import Tensor
 from ..kernels.records import STORE, Factors, View
 from ..problem import Problem
 from ..products import may_round
-from .base import Backend, Pair, Saved, Statistics, Tops
+from .base import Backend, Ids, Pair, Saved, Statistics, Tops
 
 LN2 = math.log(2.0)
 
@@ -279,7 +279,7 @@ class Packed(Backend):
 
     def _partials(
         self, layout, z1, z2, strip, scale, offset, tile, *,
-        columns, bounded, tops, own=None, upper=False,
+        columns, bounded, tops, own=None, upper=False, ids=None,
     ) -> tuple[Partials, int]:  # fmt: skip
         """One launch over a strip, and the first column that its column sums are of. ``tops`` is
         raised to the largest logits met, in base 2."""
@@ -298,7 +298,7 @@ class Packed(Backend):
         )
         self.kernels.sums(
             layout, z1, z2, strip, scale, offset, tile, programs, parts, own,
-            bounded=bounded, upper=upper, tops=tops is not None,
+            bounded=bounded, upper=upper, tops=tops is not None, ids=ids,
         )  # fmt: skip
         if tops is not None:
             row = tops.row[strip]
@@ -310,7 +310,7 @@ class Packed(Backend):
 
     def _fold_strips(
         self, layout, z1, z2, scale, offset, tile, strips, *,
-        columns, bounded, tops, own=None, upper=False,
+        columns, bounded, tops, own=None, upper=False, ids=None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """(rest_row (M,), rest_col (N,) or None) in fp64, strip after strip."""
         row = z1.new_empty(z1.shape[0], dtype=torch.float64)
@@ -318,7 +318,7 @@ class Packed(Backend):
         for strip in strips:
             parts, first = self._partials(
                 layout, z1, z2, strip, scale, offset, tile,
-                columns=columns, bounded=bounded, tops=tops, own=own, upper=upper,
+                columns=columns, bounded=bounded, tops=tops, own=own, upper=upper, ids=ids,
             )  # fmt: skip
             self.kernels.fold(parts.row_sum, parts.row_peak, row[strip], True, bounded)
             if columns:
@@ -358,6 +358,9 @@ class Packed(Backend):
         layout = self._layout(problem, z)
         return layout.row, layout.dtype
 
+    def unit_rows(self, problem: Problem, z: Tensor) -> Tensor:
+        return self._layout(problem, z).unit_rows(z)
+
     def normalize(self, problem: Problem, r: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
         with self.kernels.device(r):
             return self.kernels.normalize(self._layout(problem), r, index, problem.eps)
@@ -371,6 +374,7 @@ class Packed(Backend):
         kept: Tensor,
         logits: Tensor | None = None,
         tops: Tops | None = None,
+        ids: Ids | None = None,
     ):
         layout, offset, met = self._layout(problem, z1), problem.row_offset, logits is not None
         met = met and offset < problem.candidates
@@ -379,21 +383,28 @@ class Packed(Backend):
         if met and not exact:
             with self.kernels.device(z1):
                 torch.mul(self.kernels.positives(layout, z1, z2, offset), scale, out=logits)
-        sums = self._log_sums(problem, z1, z2, scale, offset, problem.symmetric, tops, own)
+        sums = self._log_sums(problem, z1, z2, scale, offset, problem.symmetric, tops, own, ids)
         if exact:
             torch.mul(own.double(), LN2, out=logits)
         return sums
 
-    def self_sums(self, problem: Problem, z: Tensor, scale, top: Tensor | None = None) -> Tensor:
+    def self_sums(
+        self,
+        problem: Problem,
+        z: Tensor,
+        scale,
+        top: Tensor | None = None,
+        ids: Ids | None = None,
+    ) -> Tensor:
         tops = None if top is None else Tops(top, top, None)
-        row, column = self._log_sums(problem, z, z, scale, 0, True, tops, None, upper=True)
+        row, column = self._log_sums(problem, z, z, scale, 0, True, tops, None, ids, upper=True)
         return torch.logaddexp(row, column)
 
     def _bounded_sums(self, problem: Problem, scale) -> bool:
         """Which form of the sums is taken: kernels may have maxima in one of them only."""
         return problem.bounded(scale)
 
-    def _log_sums(self, problem, z1, z2, scale, offset, columns, tops, own, upper=False):
+    def _log_sums(self, problem, z1, z2, scale, offset, columns, tops, own, ids, upper=False):
         layout, bounded = self._layout(problem, z1), self._bounded_sums(problem, scale)
         kernel, plain = "tops" if problem.return_stats else "sums", bounded and not upper
         tile = self._tile(kernel, layout, z1.device, plain)
@@ -401,14 +412,23 @@ class Packed(Backend):
             strips = self._strips(z1, z2, tile, columns, tops is not None or not bounded)
             return self._fold_strips(
                 layout, z1, z2, scale, offset, tile, strips,
-                columns=columns, bounded=bounded, tops=tops, own=own, upper=upper,
+                columns=columns, bounded=bounded, tops=tops, own=own, upper=upper, ids=ids,
             )  # fmt: skip
 
     def products(
-        self, problem: Problem, z1: Tensor, z2: Tensor, scale, pair: Pair, kept: Tensor, need
+        self,
+        problem: Problem,
+        z1: Tensor,
+        z2: Tensor,
+        scale,
+        pair: Pair,
+        kept: Tensor,
+        need,
+        ids: Ids | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         layout, offset = self._layout(problem, z1), problem.row_offset
         factors, unit = _factors(pair, problem.bounded(scale))
+        factors.ids = ids
         with self.kernels.device(z1):
             dz1, dz2 = self._tile_products(problem, layout, z1, z2, scale, factors, offset, need)
             if dz1 is not None:
@@ -420,10 +440,18 @@ class Packed(Backend):
         return dz1, dz2
 
     def add_self_products(
-        self, problem: Problem, z: Tensor, scale, w: Tensor, lse: Tensor, dz: Tensor
+        self,
+        problem: Problem,
+        z: Tensor,
+        scale,
+        w: Tensor,
+        lse: Tensor,
+        dz: Tensor,
+        ids: Ids | None = None,
     ) -> None:
         layout = self._layout(problem, z)
         factors, unit = _factors(Pair(w, lse, w, lse, w), problem.bounded(scale))
+        factors.ids = ids
         tile = self._tile("weights", layout, z.device, factors.bounded)
         inner = self._tile("products", layout, z.device)
         side = min(self._superblock(problem, layout, tile))

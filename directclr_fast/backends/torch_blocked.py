@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..problem import Problem
-from .base import Backend, Pair, Tops
+from .base import Backend, Ids, Pair, Tops
 
 # Two buffers of BLOCK_M x BLOCK_N fp32, 2 MiB each: the GEMM runs at its full rate and a block
 # stays in cache between the passes over it. From 256 x 512 to 2048 x 2048 the step at N = 4096,
@@ -80,11 +80,13 @@ class Torch(Backend):
         kept: Tensor,
         logits: Tensor | None = None,
         tops: Tops | None = None,
+        ids: Ids | None = None,
     ):
         bounded = problem.bounded(scale)
         row = _Accumulator(problem, z1, bounded)
         col = _Accumulator(problem, z2, bounded) if problem.symmetric else None
-        for rows, columns, s in _blocks(problem, z1, z2, scale, problem.row_offset, kept, logits):
+        blocks = _blocks(problem, z1, z2, scale, problem.row_offset, ids, kept, logits)
+        for rows, columns, s in blocks:
             if tops is not None:
                 _raise(tops.row, rows, s, 1)
                 _raise(tops.col, columns, s, 0)
@@ -97,10 +99,17 @@ class Torch(Backend):
             tops.own.copy_(logits)
         return row.log_sum(), None if col is None else col.log_sum()
 
-    def self_sums(self, problem: Problem, z: Tensor, scale, top: Tensor | None = None) -> Tensor:
+    def self_sums(
+        self,
+        problem: Problem,
+        z: Tensor,
+        scale,
+        top: Tensor | None = None,
+        ids: Ids | None = None,
+    ) -> Tensor:
         bounded = problem.bounded(scale)
         row = _Accumulator(problem, z, bounded)
-        for rows, columns, s in _blocks(problem, z, z, scale, 0, triangle=True):
+        for rows, columns, s in _blocks(problem, z, z, scale, 0, ids, triangle=True):
             _raise(top, rows, s, 1)
             if columns.start >= rows.stop:
                 _raise(top, columns, s, 0)
@@ -112,7 +121,15 @@ class Torch(Backend):
         return row.log_sum()
 
     def products(
-        self, problem: Problem, z1: Tensor, z2: Tensor, scale, pair: Pair, kept: Tensor, need
+        self,
+        problem: Problem,
+        z1: Tensor,
+        z2: Tensor,
+        scale,
+        pair: Pair,
+        kept: Tensor,
+        need,
+        ids: Ids | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         dz1 = torch.zeros_like(z1) if need[0] else None
         dz2 = torch.zeros_like(z2) if need[1] else None
@@ -123,7 +140,7 @@ class Torch(Backend):
         blocks = (
             _kept_blocks(problem, kept)
             if kept.numel()
-            else _blocks(problem, z1, z2, scale, problem.row_offset)
+            else _blocks(problem, z1, z2, scale, problem.row_offset, ids)
         )
         for rows, columns, s in blocks:
             g = weigh(rows, columns, s, exponentiated=bool(kept.numel()))
@@ -136,11 +153,18 @@ class Torch(Backend):
         return dz1, dz2
 
     def add_self_products(
-        self, problem: Problem, z: Tensor, scale, w: Tensor, lse: Tensor, dz: Tensor
+        self,
+        problem: Problem,
+        z: Tensor,
+        scale,
+        w: Tensor,
+        lse: Tensor,
+        dz: Tensor,
+        ids: Ids | None = None,
     ) -> None:
         # H + H^T is symmetric, so the blocks above the diagonal serve both of their halves.
         weigh = _Weigher(problem, scale, Pair(w, lse, w, lse, w))
-        for rows, columns, s in _blocks(problem, z, z, scale, 0, triangle=True):
+        for rows, columns, s in _blocks(problem, z, z, scale, 0, ids, triangle=True):
             g = weigh(rows, columns, s)
             dz[rows].addmm_(g, z[columns])
             if columns.start >= rows.stop:
@@ -267,13 +291,14 @@ def _blocks(
     z2: Tensor,
     scale,
     offset: int,
+    ids: Ids | None,
     kept: Tensor | None = None,
     logits: Tensor | None = None,
     triangle: bool = False,
 ):
-    """Yields (rows, columns, a S) in a fixed order, -inf where column = row + offset.
+    """Yields (rows, columns, a S) in a fixed order, -inf where column = row + offset or ids equal.
 
-    What stood there is written to ``logits`` (rows of z1,) if given.
+    What stood at the former is written to ``logits`` (rows of z1,) if given.
 
     The block is a view of one reused buffer, or of ``kept`` where that is given and not empty.
     ``triangle`` (z1 is z2) leaves out the blocks below the diagonal.
@@ -296,6 +321,8 @@ def _blocks(
             if logits is not None:
                 logits[start:stop] = diagonal
             diagonal.fill_(float("-inf"))
+            if ids is not None:
+                s.masked_fill_(ids[0][rows, None] == ids[1][columns], float("-inf"))
             yield rows, columns, s
 
 

@@ -210,6 +210,8 @@ def cases(arch: str) -> list[dict]:
         {"gathered": True, "groups": 2},
         {"negatives": "both"},
         {"negatives": "both", "return_stats": True},
+        {"labelled": True, "same_label": "ignore"},
+        {"labelled": True, "same_label": "ignore", "negatives": "both", "temperature": None},
         {"symmetric": False, "return_stats": True},
         {"rows": 70_001, "candidates": 70_001, "temperature": None},
     ]
@@ -280,9 +282,10 @@ def _call(backend: Triton, **changes) -> None:
         columns = torch.arange(problem.dim).repeat(problem.groups, 1)
     scale = torch.tensor(10.0) if problem.temperature is None else 1 / problem.temperature
     need = (True, True, problem.temperature is None)
-    loss, states, _ = driver.forward(backend, problem, ALONE, r1, r2, columns, scale)
+    labels = torch.arange(problem.candidates) // 2 if problem.labelled else None
+    loss, states, _ = driver.forward(backend, problem, ALONE, r1, r2, columns, scale, labels)
     upstream = torch.ones_like(loss)
-    driver.backward(backend, problem, ALONE, upstream, states, columns, scale, need)
+    driver.backward(backend, problem, ALONE, upstream, states, columns, scale, need, labels)
 
 
 def compiled(work: tuple[Launch, str]) -> dict:
