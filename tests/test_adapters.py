@@ -95,6 +95,55 @@ def test_lightly_directclr(dtype, loss_dim, peer):
     assert_same(lightly.DirectCLRLoss(loss_dim=loss_dim, temperature=0.2), theirs, *views)
 
 
+class Bank(nn.Module):
+    """MoCo's loss with a queue as plain as can be: ``NTXentLoss`` with a memory bank."""
+
+    def __init__(self, temperature, memory_bank_size):
+        super().__init__()
+        self.temperature, self.memory_bank = temperature, nn.Module()
+        self.memory_bank.bank = F.normalize(torch.randn(memory_bank_size), dim=1)
+        self.at = 0
+
+    def forward(self, out0, out1):
+        out0, out1 = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
+        logits = torch.cat([(out0 * out1).sum(1, True), out0 @ self.memory_bank.bank.clone().T], 1)
+        if out0.requires_grad:
+            for row in out1.detach():
+                self.memory_bank.bank[self.at] = row
+                self.at += 1
+                if self.at == len(self.memory_bank.bank):
+                    self.at = 0
+                    break
+        return F.cross_entropy(logits / self.temperature, torch.zeros(len(logits)).long())
+
+
+@peers
+@pytest.mark.parametrize("loss_dim", [None, 20])
+def test_lightly_memory_bank(loss_dim, peer):
+    """Three batches of 9 in a queue of 20 rows: the third is cut at its end."""
+    kind, width = lightly.NTXentLoss, 24
+    theirs = Bank
+    if peer == "original":
+        theirs = original("lightly.loss").NTXentLoss
+    ours = kind(0.2, (20, loss_dim or width))
+    if loss_dim is not None:
+        ours = lightly.DirectCLRLoss(loss_dim, 0.2, (20, loss_dim))
+    theirs = theirs(temperature=0.2, memory_bank_size=(20, loss_dim or width))
+    ours.memory_bank.bank.copy_(theirs.memory_bank.bank)
+    for seed in range(4):
+        views = [v.float().requires_grad_() for v in make_views(9, width, seed=seed)]
+        values = []
+        for loss, dim in ((ours, None), (theirs, loss_dim)):
+            value = loss(*(view[:, :dim] for view in views))
+            values.append([value, *torch.autograd.grad(value, views)])
+        for mine, other in zip(*values):
+            assert relative_error(mine, other) < 2e-5
+        assert relative_error(ours.memory_bank.bank, theirs.memory_bank.bank) < 1e-6
+    before = ours.memory_bank.bank.clone()
+    ours(*(view.detach() for view in views))  # an evaluation puts nothing in
+    assert torch.equal(before, ours.memory_bank.bank) and not ours.state_dict()
+
+
 def test_lightly_defaults_and_errors(monkeypatch):
     assert lightly.NTXentLoss().temperature == lightly.DirectCLRLoss().temperature == 0.5
     assert lightly.DirectCLRLoss().loss_dim == 64
@@ -103,8 +152,8 @@ def test_lightly_defaults_and_errors(monkeypatch):
             expected = f"temperature: expected at least 1e-8, got {temperature}"
             with pytest.raises(ValueError, match=expected):
                 kind(temperature=temperature)
-        for size in (64, (64, 8)):
-            with pytest.raises(NotImplementedError, match="memory_bank_size: expected 0, got"):
+        for size in (64, (64, 0), (64, 8, 1)):
+            with pytest.raises(ValueError, match="memory_bank_size: expected 0 or"):
                 kind(memory_bank_size=size)
     # Outside torch.distributed there is nobody to gather from.
     views = make_views(8, 6)

@@ -1,14 +1,41 @@
-"""``lightly.loss.NTXentLoss`` and ``DirectCLRLoss`` without a memory bank."""
+"""``lightly.loss.NTXentLoss`` and ``DirectCLRLoss``."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..loss import fast_directclr_loss
+from ..world import all_gather
 from . import initialised
+
+
+class MemoryBank(nn.Module):
+    """The last rows it was given, in a ring: ``bank`` (K, d), unit rows in fp32, not saved.
+
+    It starts as random unit rows. A batch that reaches the end is cut there, and the next one
+    begins at row 0.
+
+    Raises:
+        ValueError: ``size`` that is no (K, d) of positive ints.
+    """
+
+    def __init__(self, size: Sequence[int]) -> None:
+        super().__init__()
+        if len(size) != 2 or not min(size) > 0:
+            raise ValueError(f"memory_bank_size: expected 0 or (rows, dim), got {tuple(size)}")
+        self.register_buffer("bank", F.normalize(torch.randn(*size), dim=1), persistent=False)
+        self.start = 0
+
+    def put(self, rows: Tensor) -> None:
+        """Takes rows (n, d) in the place of the oldest."""
+        end = min(self.start + len(rows), len(self.bank))
+        self.bank[self.start : end] = rows[: end - self.start].detach()
+        self.start = end % len(self.bank)
 
 
 class NTXentLoss(nn.Module):
@@ -17,10 +44,11 @@ class NTXentLoss(nn.Module):
     Args:
         temperature: positive. The original also takes a negative one, which pulls negatives
             together and pushes positives apart; here it is refused.
-        memory_bank_size: 0, or (0, dim). Another one raises ``NotImplementedError``.
+        memory_bank_size: 0, or (K, dim): the candidates of a row of ``out0`` are then its positive
+            and K rows of ``out1`` of earlier calls (MoCo), and no others of the batch.
         gather_distributed: take candidates from all processes of torch.distributed. Each returns
             the loss of its own rows and gets the gradient of the sum over processes, as with the
-            original.
+            original. With a memory bank, it is the bank that takes the rows of all.
 
     Raises:
         ValueError: a temperature that is negative or, as in the original, below 1e-8;
@@ -36,12 +64,6 @@ class NTXentLoss(nn.Module):
         super().__init__()
         if not temperature >= 1e-8:
             raise ValueError(f"temperature: expected at least 1e-8, got {temperature}")
-        size = memory_bank_size if isinstance(memory_bank_size, int) else memory_bank_size[0]
-        if size:
-            raise NotImplementedError(
-                f"memory_bank_size: expected 0, got {memory_bank_size}; a memory bank (MoCo) "
-                "needs lightly's own loss"
-            )
         if gather_distributed and not dist.is_available():
             raise ValueError(
                 "gather_distributed: expected False in a PyTorch without torch.distributed, "
@@ -49,18 +71,41 @@ class NTXentLoss(nn.Module):
             )
         self.temperature = temperature
         self.gather_distributed = gather_distributed
+        one = isinstance(memory_bank_size, int)
+        size = (memory_bank_size,) if one else tuple(memory_bank_size)
+        self.memory_bank = MemoryBank(size) if size[0] else None
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         """0-dim loss of the views (N, d); errors are those of ``fast_directclr_loss``."""
         return self._loss(out0, out1, None)
 
     def _loss(self, out0: Tensor, out1: Tensor, dim: int | None) -> Tensor:
+        if self.memory_bank is not None:
+            return self._of_bank(out0[:, :dim], out1[:, :dim])
         if not (self.gather_distributed and initialised()):
             return fast_directclr_loss(out0, out1, dim, self.temperature, negatives="both")
         # The mean over this process's rows, which lightly returns, not over those of all.
         return fast_directclr_loss(
             out0, out1, dim, self.temperature, negatives="both", reduction="none", group="world"
         ).mean()
+
+    def _of_bank(self, out0: Tensor, out1: Tensor) -> Tensor:
+        bank = self.memory_bank.bank
+        # One label for the batch, whose other rows are no candidates, and none for those of the bank.
+        labels = torch.zeros(len(out1) + len(bank), dtype=torch.int64, device=out1.device)
+        labels[len(out1) :] = -1
+        loss = fast_directclr_loss(
+            out0, torch.cat([out1, bank.to(out1)]), None, self.temperature, labels=labels,
+            same_label="ignore", symmetric=False,
+        )  # fmt: skip
+        if out0.requires_grad:
+            rows = F.normalize(out1.detach(), dim=1)
+            if self.gather_distributed and initialised():
+                everyone = rows.new_empty(dist.get_world_size() * len(rows), rows.shape[1])
+                all_gather(everyone, rows)
+                rows = everyone
+            self.memory_bank.put(rows)
+        return loss
 
 
 class DirectCLRLoss(NTXentLoss):
