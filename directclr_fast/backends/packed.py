@@ -398,7 +398,9 @@ class Packed(Backend):
         return problem.bounded(scale)
 
     def _log_sums(self, problem, z1, z2, scale, offset, columns, tops, own, ids, upper=False):
+        # With ids the form with maxima: the other one spills with them on sm_80.
         layout, bounded = self._layout(problem, z1), self._bounded_sums(problem, scale)
+        bounded = bounded and ids is None
         kernel, plain = "tops" if problem.return_stats else "sums", bounded and not upper
         tile = self._tile(kernel, layout, z1.device, plain)
         with self.kernels.device(z1):
