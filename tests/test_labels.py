@@ -207,6 +207,17 @@ def test_compiled_and_transformed_calls_are_the_eager_one(backend, same_label, i
     assert relative_error(each[0], eager.loss) < 1e-6 and each[0] != each[1]
 
 
+@pytest.mark.parametrize("backend", backends())
+@roles
+def test_the_registered_op(backend, same_label):
+    r1, r2 = (r.requires_grad_() for r in make_views(19, 32, dtype=torch.float32))
+    options = Options(20, backend=backend, same_label=same_label, workspace_bytes=0)
+    given = (r1, r2, None, None, make_labels("few", 19), True, *ops.arguments(options))
+    torch.library.opcheck(ops.loss_forward, given)
+    with pytest.raises(ValueError, match=r"labels: expected shape \(19,\) on cpu, got \(18,\)"):
+        ops.loss_forward(*given[:4], torch.arange(18), *given[5:])
+
+
 @every
 @roles
 def test_second_derivatives(backend, same_label):
