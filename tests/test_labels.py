@@ -23,6 +23,7 @@ from directclr_fast import (
     last_backend,
     ops,
 )
+from directclr_fast.backends.cpu import _cpu
 from directclr_fast.problem import Options
 from directclr_fast.testing import (
     backends,
@@ -96,6 +97,19 @@ def test_every_backend_is_exact(backend, same_label, negatives, symmetric):  # N
         views = "converged" if kind in ("some", "one") else "clustered"
         reduction = "none" if rows % 2 else "mean"
         check(rows, candidates, kind, views, backend=backend, reduction=reduction, **how)
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the compiled extension is not here")
+@pytest.mark.parametrize("isa", _cpu.available_isas() if _cpu else [])
+def test_every_instruction_set_leaves_out_what_is_equal(isa):
+    _cpu.force_isa(isa)
+    try:
+        how = {"backend": "cpu", "same_label": "ignore"}
+        check(70, 83, "copies", "views", **how)
+        check(70, 70, "few", "views", negatives="both", **how)
+        assert _cpu.arithmetic() == "fp32"  # no digits
+    finally:
+        _cpu.force_isa("")
 
 
 @pytest.mark.parametrize("backend", backends())
@@ -320,6 +334,15 @@ def test_memory_is_linear(same_label):
         _, states, _ = driver.forward(*step, r1, r2, None, 10.0, given)
         driver.backward(*step, torch.ones(()), states, None, 10.0, (True, True, False), given)
     assert 0 < largest <= rows * labels.COLUMNS * 8
+
+
+@every
+@roles
+def test_repeat_runs_are_bitwise_equal(backend, same_label):
+    r1, r2 = make_views(700, 80, dtype=torch.float32)
+    how = {"labels": make_labels("some", 700), "same_label": same_label, "backend": backend}
+    once, again = (evaluate(fast_directclr_loss, r1, r2, None, **how) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(once[:3], again))
 
 
 def test_the_module_takes_labels():
