@@ -94,7 +94,8 @@ def fast_directclr_loss(
             in a group), in a compiled call when it runs. On another device nothing waits for that:
             an index out of range reads NaN and is not written to, or PyTorch's indexing objects.
         labels: integers (N,), one for each row of r2; row i of r1 has that of row i of r2. A
-            negative one equals no other. None: every pair has its own.
+            negative one equals no other. None: every pair has its own. Over several processes they
+            are those of this process's rows.
         negatives: "cross", "both" or "same", see the module's table. "same" (Eq. 2 of the paper)
             neither normalises nor divides by the temperature, and materialises N x N.
         same_label: what the other candidates with the label of an anchor are to it. "positive": its

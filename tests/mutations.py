@@ -404,6 +404,21 @@ MUTATIONS = [
         "test_labels.py -k 'every_backend and cpu and ignore'",
     ),
     Mutation(
+        "triton: equal ids stay in the sums", "kernels/sums.py",
+        "inside & (id_t[:, None] != id_f[None, :])", "inside",
+        "test_triton.py -k 'test_labels and ignore'",
+    ),
+    Mutation(
+        "triton: equal ids keep their weights", "kernels/weights.py",
+        "tl.where(id_m[:, None] != id_n[None, :], g, 0.0)", "g",
+        "test_triton.py -k 'test_labels and ignore'",
+    ),
+    Mutation(
+        "triton: ranges of ids that meet at one end", "kernels/common.py",
+        "(tl.min(a, 0) <= tl.max(b, 0))", "(tl.min(a, 0) < tl.max(b, 0))",
+        "test_triton.py -k 'test_labels and ignore'",
+    ),
+    Mutation(
         "labels: a positive alone is one of several", "directclr_fast/labels.py",
         "torch.where(count > 1, weights, 0.0)", "weights * 1.0",
         "test_labels.py -k keeps_its_digits",

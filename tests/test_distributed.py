@@ -698,9 +698,9 @@ class Counting:
         self.held, self.pitch = max(self.held, len(z2)), z2.shape[1]
         return self.backend.sums(problem, z1, z2, *rest)
 
-    def products(self, problem, z1, z2, scale, pair, kept, need):
+    def products(self, problem, z1, z2, scale, pair, kept, need, *rest):
         self.operations += 2 * (1 + sum(need)) * len(z1) * len(z2) * problem.dim
-        return self.backend.products(problem, z1, z2, scale, pair, kept, need)
+        return self.backend.products(problem, z1, z2, scale, pair, kept, need, *rest)
 
 
 def operations(rank, size, group, gather, negatives):

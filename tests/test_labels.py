@@ -23,6 +23,7 @@ from directclr_fast import (
     last_backend,
     ops,
 )
+from directclr_fast.backends.cpu import _cpu
 from directclr_fast.problem import Options
 from directclr_fast.testing import (
     backends,
@@ -82,7 +83,7 @@ def check(rows: int, candidates: int, kind: str, views: str, *, dtype=torch.floa
         )  # fmt: skip
 
 
-@every
+@pytest.mark.parametrize("backend", backends())
 @roles
 @forms
 def test_every_backend_is_exact(backend, same_label, negatives, symmetric):  # N20
@@ -98,7 +99,20 @@ def test_every_backend_is_exact(backend, same_label, negatives, symmetric):  # N
         check(rows, candidates, kind, views, backend=backend, reduction=reduction, **how)
 
 
-@every
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the compiled extension is not here")
+@pytest.mark.parametrize("isa", _cpu.available_isas() if _cpu else [])
+def test_every_instruction_set_leaves_out_what_is_equal(isa):
+    _cpu.force_isa(isa)
+    try:
+        how = {"backend": "cpu", "same_label": "ignore"}
+        check(70, 83, "copies", "views", **how)
+        check(70, 70, "few", "views", negatives="both", **how)
+        assert _cpu.arithmetic() == "fp32"  # no digits
+    finally:
+        _cpu.force_isa("")
+
+
+@pytest.mark.parametrize("backend", backends())
 @roles
 @pytest.mark.parametrize("temperature", [0.001, 0.02, 1.0])
 def test_other_temperatures_are_exact(backend, same_label, temperature):
@@ -111,9 +125,9 @@ def test_other_temperatures_are_exact(backend, same_label, temperature):
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "cpu"])
 def test_fp64_is_exact(backend, same_label):
     how = {"backend": backend, "same_label": same_label, "dtype": torch.float64}
-    for negatives in ("cross", "both"):
-        for kind in ("few", "one"):
-            check(60, 60, kind, "clustered", negatives=negatives, **how)
+    for kind in ("few", "one", "some"):
+        check(60, 60, kind, "clustered", negatives="both", **how)
+        check(60, 75, kind, "clustered", symmetric=kind != "some", **how)
 
 
 @pytest.mark.parametrize("backend", backends())
@@ -205,6 +219,17 @@ def test_compiled_and_transformed_calls_are_the_eager_one(backend, same_label, i
     assert relative_error(gradient, eager.dr1) < 1e-6
     each = func.vmap(lambda y: call(*views, labels=y))(torch.stack([given, given.flip(0)]))
     assert relative_error(each[0], eager.loss) < 1e-6 and each[0] != each[1]
+
+
+@pytest.mark.parametrize("backend", backends())
+@roles
+def test_the_registered_op(backend, same_label):
+    r1, r2 = (r.requires_grad_() for r in make_views(19, 32, dtype=torch.float32))
+    options = Options(20, backend=backend, same_label=same_label, workspace_bytes=0)
+    given = (r1, r2, None, None, make_labels("few", 19), True, *ops.arguments(options))
+    torch.library.opcheck(ops.loss_forward, given)
+    with pytest.raises(ValueError, match=r"labels: expected shape \(19,\) on cpu, got \(18,\)"):
+        ops.loss_forward(*given[:4], torch.arange(18), *given[5:])
 
 
 @every
@@ -309,6 +334,15 @@ def test_memory_is_linear(same_label):
         _, states, _ = driver.forward(*step, r1, r2, None, 10.0, given)
         driver.backward(*step, torch.ones(()), states, None, 10.0, (True, True, False), given)
     assert 0 < largest <= rows * labels.COLUMNS * 8
+
+
+@every
+@roles
+def test_repeat_runs_are_bitwise_equal(backend, same_label):
+    r1, r2 = make_views(700, 80, dtype=torch.float32)
+    how = {"labels": make_labels("some", 700), "same_label": same_label, "backend": backend}
+    once, again = (evaluate(fast_directclr_loss, r1, r2, None, **how) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(once[:3], again))
 
 
 def test_the_module_takes_labels():

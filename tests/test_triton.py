@@ -125,13 +125,13 @@ def test_labels(negatives, symmetric, same_label):
 
 @pytest.mark.parametrize("same_label", ["positive", "ignore"])
 def test_labels_of_rounded_rows(coarse, same_label):
-    r1, r2 = make_views(256, 400, kind="clustered", dtype=torch.float32)
-    how = {"labels": labels.make_labels("few", 256), "same_label": same_label}
-    truth = evaluate(eager_loss, r1.double(), r2.double(), 360, **how)
-    people = evaluate(autocast_loss, r1, r2, 360, **how)
+    r1, r2 = make_views(160, 200, kind="clustered", dtype=torch.float32)
+    how = {"labels": labels.make_labels("few", 160), "same_label": same_label}
+    truth = evaluate(eager_loss, r1.double(), r2.double(), None, **how)
+    people = evaluate(autocast_loss, r1, r2, None, **how)
     for precision in ("fp16", "bf16"):
         ours = evaluate(
-            fast_directclr_loss, r1, r2, 360, backend="triton", precision=precision, **how
+            fast_directclr_loss, r1, r2, None, backend="triton", precision=precision, **how
         )
         for got, want, theirs in zip(ours[1:3], truth[1:3], people[1:3]):
             assert relative_error(got, want) <= 2 * relative_error(theirs, want)

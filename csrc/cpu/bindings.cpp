@@ -120,8 +120,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "sums",
       [](P z1, P z2, I rows, I n, I d, I row_offset, double scale, bool upper, bool bf16,
-         P ids1, P ids2, P workspace, I bytes, P row_sum, P row_ref, P col_sum, P col_ref, P logits,
-         P row_top, P col_top, P own, int threads) {
+         P ids1, P ids2, P workspace, I bytes, P row_sum, P row_ref, P col_sum, P col_ref,
+         P logits, P row_top, P col_top, P own, int threads) {
         const SimilarityArgs s{at<float>(z1), at<float>(z2), rows, n, d, row_offset, scale, upper,
                                bf16, at<void>(workspace), bytes, at<int32_t>(ids1),
                                at<int32_t>(ids2)};
@@ -131,13 +131,14 @@ PYBIND11_MODULE(_cpu, m) {
                    {at<float>(row_top), at<float>(col_top), at<float>(own)}, threads));
       },
       "z1"_a, "z2"_a, "m"_a, "n"_a, "d"_a, "row_offset"_a, "scale"_a, "upper"_a, "bf16"_a,
-      "ids1"_a = 0, "ids2"_a = 0, "workspace"_a, "workspace_bytes"_a, "row_sum"_a, "row_ref"_a, "col_sum"_a, "col_ref"_a,
+      "ids1"_a = 0, "ids2"_a = 0, "workspace"_a, "workspace_bytes"_a, "row_sum"_a, "row_ref"_a,
+      "col_sum"_a, "col_ref"_a,
       "logits"_a, "row_top"_a = 0, "col_top"_a = 0, "own"_a = 0, "threads"_a);
   m.def(
       "products",
       [](P z1, P z2, I rows, I n, I d, I row_offset, double scale, bool upper, bool bf16,
-         P ids1, P ids2, P workspace, I bytes, P row_weight, P col_weight, P row_lse, P col_lse, P diagonal,
-         P dz1, P dz2, int threads) {
+         P ids1, P ids2, P workspace, I bytes, P row_weight, P col_weight, P row_lse,
+         P col_lse, P diagonal, P dz1, P dz2, int threads) {
         const SimilarityArgs s{at<float>(z1), at<float>(z2), rows, n, d, row_offset, scale, upper,
                                bf16, at<void>(workspace), bytes, at<int32_t>(ids1),
                                at<int32_t>(ids2)};
@@ -147,7 +148,8 @@ PYBIND11_MODULE(_cpu, m) {
         check(products(s, w, at<float>(dz1), at<float>(dz2), threads));
       },
       "z1"_a, "z2"_a, "m"_a, "n"_a, "d"_a, "row_offset"_a, "scale"_a, "upper"_a, "bf16"_a,
-      "ids1"_a = 0, "ids2"_a = 0, "workspace"_a, "workspace_bytes"_a, "row_weight"_a, "col_weight"_a, "row_lse"_a, "col_lse"_a,
+      "ids1"_a = 0, "ids2"_a = 0, "workspace"_a, "workspace_bytes"_a, "row_weight"_a,
+      "col_weight"_a, "row_lse"_a, "col_lse"_a,
       "diagonal"_a, "dz1"_a, "dz2"_a, "threads"_a);
   m.def(
       "finish",

@@ -38,8 +38,8 @@ struct Positives {
 };
 
 // One block of similarities S = z1 z2' and what is left out of it. Entry (i, row_offset + i) is
-// always left out, and what has equal ids, where there are any. `upper` (z1 == z2, row_offset == 0) also leaves out everything below it, so that
-// a symmetric S is visited once.
+// always left out, and what has equal ids, where there are any. `upper` (z1 == z2, row_offset == 0)
+// also leaves out everything below it, so that a symmetric S is visited once.
 struct Pair {
   const float* z1;
   const float* z2;

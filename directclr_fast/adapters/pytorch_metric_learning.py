@@ -43,60 +43,43 @@ class NTXentLoss(nn.Module):
         embeddings and ref_emb (N, d), labels and ref_labels (N,), for the anchors of the first."""
         if indices_tuple is not None:
             raise NotImplementedError("indices_tuple: expected None, got the pairs of a miner")
-        if ref_emb is None and labels is not None:
+        alone = ref_emb is None
+        if alone and labels is not None:
             half = len(labels) // 2
             labels, ref_labels = labels[:half], labels[half:]
-        if labels is None or ref_labels is None or not _two_views(labels, ref_labels):
-            raise NotImplementedError(
-                "labels: expected each twice, in the same place of either view, got others"
-            )
-        if ref_emb is None:
-            return _loss(embeddings[:half], embeddings[half:], self.temperature, True)
-        return _loss(embeddings, ref_emb, self.temperature, False)
+            embeddings, ref_emb = embeddings[:half], embeddings[half:]
+        if labels is None or ref_labels is None or not self._has_pairs(labels, ref_labels, alone):
+            raise NotImplementedError(f"labels: expected {self._pairs}, got others")
+        return self._of_pairs(embeddings, ref_emb, ref_labels, alone)
+
+    _pairs = "each twice, in the same place of either view"
+
+    def _has_pairs(self, labels: Tensor, ref_labels: Tensor, alone: bool) -> bool:
+        return torch.equal(labels, ref_labels) and len(labels.unique()) == len(labels)
+
+    def _of_pairs(self, z1: Tensor, z2: Tensor, labels: Tensor, symmetric: bool) -> Tensor:
+        return _loss(z1, z2, self.temperature, symmetric)
 
 
 class SupConLoss(NTXentLoss):
     """Supervised contrastive loss: ``SupConLoss(temperature)(embeddings, labels)``.
 
-    Any rows may share a label, but every anchor has its positive in a place of its own: row i of
-    the second half, or of ``ref_emb``, has the label of row i.
+    Called as :class:`NTXentLoss`, and ``ref_emb`` may have more rows. Any rows may share a label,
+    but every anchor has a positive in a place of its own: row i of the second half, or of
+    ``ref_emb``, has the label of row i.
     """
 
     def __init__(self, temperature: float = 0.1, **kwargs) -> None:
         super().__init__(temperature, **kwargs)
 
-    def forward(
-        self,
-        embeddings: Tensor,
-        labels: Tensor | None = None,
-        indices_tuple=None,
-        ref_emb: Tensor | None = None,
-        ref_labels: Tensor | None = None,
-    ) -> Tensor:
-        """0-dim loss of embeddings (2N, d) and labels (2N,), over all their anchors; or of
-        embeddings (M, d) and ref_emb (N, d), M <= N, for the anchors of the first."""
-        if indices_tuple is not None:
-            raise NotImplementedError("indices_tuple: expected None, got the pairs of a miner")
-        alone, options = ref_emb is None, {"symmetric": ref_emb is None}
-        if alone and labels is not None:
-            half = len(labels) // 2
-            labels, ref_labels = labels[:half], labels[half:]
-            embeddings, ref_emb = embeddings[:half], embeddings[half:]
-            options["negatives"] = "both"
-        if (
-            labels is None
-            or ref_labels is None
-            or (alone and len(ref_labels) != len(labels))
-            or not torch.equal(labels, ref_labels[: len(labels)])
-        ):
-            raise NotImplementedError(
-                "labels: expected row i of the second half or of ref_emb to have the label of "
-                "row i, got others"
-            )
-        labels = ref_labels - ref_labels.min()  # there a negative one is as good as another
-        return fast_directclr_loss(
-            embeddings, ref_emb, None, self.temperature, labels=labels, **options
-        )
+    _pairs = "row i of the second half, or of ref_emb, to have the label of row i"
+
+    def _has_pairs(self, labels: Tensor, ref_labels: Tensor, alone: bool) -> bool:
+        return torch.equal(labels, ref_labels if alone else ref_labels[: len(labels)])
+
+    def _of_pairs(self, z1: Tensor, z2: Tensor, labels: Tensor, symmetric: bool) -> Tensor:
+        # There a negative label is as good as another.
+        return _loss(z1, z2, self.temperature, symmetric, labels=labels - labels.min())
 
 
 class SelfSupervisedLoss(nn.Module):
@@ -121,11 +104,7 @@ class SelfSupervisedLoss(nn.Module):
         return _loss(embeddings, ref_emb, self.loss.temperature, self.symmetric)
 
 
-def _loss(z1: Tensor, z2: Tensor, temperature: float, symmetric: bool) -> Tensor:
+def _loss(z1: Tensor, z2: Tensor, temperature: float, symmetric: bool, **options) -> Tensor:
     if symmetric:
-        return fast_directclr_loss(z1, z2, None, temperature, negatives="both")
-    return info_nce(z1, z2, temperature)
-
-
-def _two_views(labels: Tensor, ref_labels: Tensor) -> bool:
-    return torch.equal(labels, ref_labels) and len(labels.unique()) == len(labels)
+        return fast_directclr_loss(z1, z2, None, temperature, negatives="both", **options)
+    return info_nce(z1, z2, temperature, **options)

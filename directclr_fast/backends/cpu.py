@@ -146,14 +146,7 @@ class Cpu(Backend):
         self._sums(problem, z1, z2, scale, kept, row, column, logits, offset, False, tops, ids)
         return _log(row), None if column is None else _log(column)
 
-    def self_sums(
-        self,
-        problem: Problem,
-        z: Tensor,
-        scale,
-        top: Tensor | None = None,
-        ids: Ids | None = None,
-    ) -> Tensor:
+    def self_sums(self, problem: Problem, z: Tensor, scale, top=None, ids=None) -> Tensor:
         total = _new((2, z.shape[0]), _F64, torch.zeros)
         tops = None if top is None else Tops(top, top, None)
         self._sums(problem, z, z, scale, None, total, total, None, 0, True, tops, ids)
@@ -188,15 +181,7 @@ class Cpu(Backend):
         )
 
     def products(
-        self,
-        problem: Problem,
-        z1: Tensor,
-        z2: Tensor,
-        scale,
-        pair: Pair,
-        kept: Tensor,
-        need,
-        ids: Ids | None = None,
+        self, problem: Problem, z1: Tensor, z2: Tensor, scale, pair: Pair, kept, need, ids=None
     ) -> tuple[Tensor | None, Tensor | None]:
         dz1 = torch.zeros_like(z1) if need[0] else None
         dz2 = torch.zeros_like(z2) if need[1] else None
@@ -207,14 +192,7 @@ class Cpu(Backend):
         return dz1, dz2
 
     def add_self_products(
-        self,
-        problem: Problem,
-        z: Tensor,
-        scale,
-        w: Tensor,
-        lse: Tensor,
-        dz: Tensor,
-        ids: Ids | None = None,
+        self, problem: Problem, z: Tensor, scale, w: Tensor, lse: Tensor, dz: Tensor, ids=None
     ) -> None:
         pair = Pair(w, lse, w, lse, None)
         self._products(problem, z, z, scale, pair, None, dz, dz, 0, True, ids)

@@ -388,14 +388,7 @@ class Packed(Backend):
             torch.mul(own.double(), LN2, out=logits)
         return sums
 
-    def self_sums(
-        self,
-        problem: Problem,
-        z: Tensor,
-        scale,
-        top: Tensor | None = None,
-        ids: Ids | None = None,
-    ) -> Tensor:
+    def self_sums(self, problem: Problem, z: Tensor, scale, top=None, ids=None) -> Tensor:
         tops = None if top is None else Tops(top, top, None)
         row, column = self._log_sums(problem, z, z, scale, 0, True, tops, None, ids, upper=True)
         return torch.logaddexp(row, column)
@@ -405,7 +398,9 @@ class Packed(Backend):
         return problem.bounded(scale)
 
     def _log_sums(self, problem, z1, z2, scale, offset, columns, tops, own, ids, upper=False):
+        # With ids the form with maxima: the other one spills with them on sm_80.
         layout, bounded = self._layout(problem, z1), self._bounded_sums(problem, scale)
+        bounded = bounded and ids is None
         kernel, plain = "tops" if problem.return_stats else "sums", bounded and not upper
         tile = self._tile(kernel, layout, z1.device, plain)
         with self.kernels.device(z1):
@@ -416,15 +411,7 @@ class Packed(Backend):
             )  # fmt: skip
 
     def products(
-        self,
-        problem: Problem,
-        z1: Tensor,
-        z2: Tensor,
-        scale,
-        pair: Pair,
-        kept: Tensor,
-        need,
-        ids: Ids | None = None,
+        self, problem: Problem, z1: Tensor, z2: Tensor, scale, pair: Pair, kept, need, ids=None
     ) -> tuple[Tensor | None, Tensor | None]:
         layout, offset = self._layout(problem, z1), problem.row_offset
         factors, unit = _factors(pair, problem.bounded(scale))
@@ -440,14 +427,7 @@ class Packed(Backend):
         return dz1, dz2
 
     def add_self_products(
-        self,
-        problem: Problem,
-        z: Tensor,
-        scale,
-        w: Tensor,
-        lse: Tensor,
-        dz: Tensor,
-        ids: Ids | None = None,
+        self, problem: Problem, z: Tensor, scale, w: Tensor, lse: Tensor, dz: Tensor, ids=None
     ) -> None:
         layout = self._layout(problem, z)
         factors, unit = _factors(Pair(w, lse, w, lse, w), problem.bounded(scale))

@@ -99,14 +99,7 @@ class Torch(Backend):
             tops.own.copy_(logits)
         return row.log_sum(), None if col is None else col.log_sum()
 
-    def self_sums(
-        self,
-        problem: Problem,
-        z: Tensor,
-        scale,
-        top: Tensor | None = None,
-        ids: Ids | None = None,
-    ) -> Tensor:
+    def self_sums(self, problem: Problem, z: Tensor, scale, top=None, ids=None) -> Tensor:
         bounded = problem.bounded(scale)
         row = _Accumulator(problem, z, bounded)
         for rows, columns, s in _blocks(problem, z, z, scale, 0, ids, triangle=True):
@@ -121,15 +114,7 @@ class Torch(Backend):
         return row.log_sum()
 
     def products(
-        self,
-        problem: Problem,
-        z1: Tensor,
-        z2: Tensor,
-        scale,
-        pair: Pair,
-        kept: Tensor,
-        need,
-        ids: Ids | None = None,
+        self, problem: Problem, z1: Tensor, z2: Tensor, scale, pair: Pair, kept, need, ids=None
     ) -> tuple[Tensor | None, Tensor | None]:
         dz1 = torch.zeros_like(z1) if need[0] else None
         dz2 = torch.zeros_like(z2) if need[1] else None
@@ -153,14 +138,7 @@ class Torch(Backend):
         return dz1, dz2
 
     def add_self_products(
-        self,
-        problem: Problem,
-        z: Tensor,
-        scale,
-        w: Tensor,
-        lse: Tensor,
-        dz: Tensor,
-        ids: Ids | None = None,
+        self, problem: Problem, z: Tensor, scale, w: Tensor, lse: Tensor, dz: Tensor, ids=None
     ) -> None:
         # H + H^T is symmetric, so the blocks above the diagonal serve both of their halves.
         weigh = _Weigher(problem, scale, Pair(w, lse, w, lse, w))
