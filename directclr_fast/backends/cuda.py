@@ -62,7 +62,7 @@ class Cuda(Packed):
     def _layout(self, problem: Problem, z: Tensor | None = None):
         chosen = precision(problem)
         if z is not None and problem.precision == "auto":  # as the rows were packed
-            chosen = "fp16"
+            chosen = "highest" if z.dtype == torch.float32 else "fp16"
         return layout_of(chosen, problem.dim)
 
     def _tile(self, kernel: str, layout, device: torch.device, plain: bool = True):

@@ -84,19 +84,20 @@ class Triton(Packed):
 
     def _layout(self, problem: Problem, z: Tensor | None = None):
         """That of packed rows to be made, or of ``z``: the process's setting may have changed."""
-        ieee = self.arch == "gfx942" if self.arch else bool(torch.version.hip)
         chosen = precision(problem)
         if z is not None and problem.precision == "auto":
             chosen = "highest" if z.dtype == torch.float32 else "fp16"
-        return layout_of(chosen, problem.dim, ieee)
+        return layout_of(chosen, problem.dim)
 
     def _tile(self, kernel: str, layout, device: torch.device, plain: bool = True):
         from ..kernels import configs
 
         arch = self.arch or configs.architecture(device)[0]
-        itemsize = layout.dtype.itemsize
+        itemsize = layout.element.itemsize
         if layout.precision == "fp8" and kernel != "products":
             itemsize = 1
+        if layout.parts == 2 and kernel == "products":  # wider ones would leave the row of z
+            itemsize = 4
         return configs.tile(kernel, arch, itemsize, plain)
 
     def _programs(self, device: torch.device) -> int:
