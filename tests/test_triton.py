@@ -414,7 +414,7 @@ def test_superblocks_fit_the_workspace(size, workspace):
 @pytest.mark.parametrize("arch", configs.SHARED_BYTES)
 def test_product_tiles_divide_the_padding_of_weight_tiles(arch):
     """``products`` reads P in its own tiles without a mask along the padding."""
-    for itemsize in (2, 4):
+    for itemsize in (2, 4, configs.HI_LO):
         for plain in (True, False):
             outer = configs.tile("weights", arch, itemsize, plain)
             inner = configs.tile("products", arch, itemsize)

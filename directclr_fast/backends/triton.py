@@ -93,11 +93,9 @@ class Triton(Packed):
         from ..kernels import configs
 
         arch = self.arch or configs.architecture(device)[0]
-        itemsize = layout.element.itemsize
+        itemsize = configs.HI_LO if layout.precision == "highest" else layout.dtype.itemsize
         if layout.precision == "fp8" and kernel != "products":
             itemsize = 1
-        if layout.parts == 2 and kernel == "products":  # wider ones would leave the row of z
-            itemsize = 4
         return configs.tile(kernel, arch, itemsize, plain)
 
     def _programs(self, device: torch.device) -> int:
