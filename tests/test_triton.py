@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import types
 
 import numpy as np
 import pytest
@@ -131,6 +132,17 @@ def test_each_precision_keeps_its_error(coarse, precision, kind):
         fp32 = bound(relative_error(eager, want), torch.float32)
         assert error < (ALLOWED[precision] or fp32)
         assert error <= 2 * relative_error(theirs, want)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.02])
+def test_highest_on_rows_near_one_hot(coarse, temperature):
+    r1, r2 = exact.near_one_hot(256, 360)
+    options = {"dim": None, "temperature": temperature}
+    truth = evaluate(eager_loss, r1.double(), r2.double(), **options)
+    eager = evaluate(eager_loss, r1, r2, **options)
+    ours = evaluate(fast_directclr_loss, r1, r2, backend="triton", **options)
+    for got, want, plain in zip(ours[:3], truth, eager):
+        assert relative_error(got, want) <= bound(relative_error(plain, want), torch.float32)
 
 
 @pytest.mark.parametrize("precision,allowed", [("fp16", 1e-3), ("bf16", 8e-3), ("fp8", None)])
@@ -364,6 +376,16 @@ def test_gpu_tensors_take_triton():
     assert dispatch.choose(problem()).backend == "triton"
     assert dispatch.choose(problem(dtype=torch.float64)).backend == "torch"
     assert "negatives 'same'" in backend.BACKEND.why_not(problem(negatives="same"))[0]
+
+
+def test_tf32_on_an_amd_chip_without_it_is_a_reason(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for chip, fits in (("gfx942:sramecc+", True), ("gfx950", False)):
+        told = types.SimpleNamespace(gcnArchName=chip)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: told)  # noqa: B023
+        assert fits == (backend.BACKEND.why_not(problem(precision="tf32")) == [])
+        assert backend.BACKEND.why_not(problem(precision="highest")) == []
 
 
 def test_automatic_precision_rounds_only_where_eager_would():

@@ -63,6 +63,10 @@ class Triton(Packed):
                 reasons.append(f"it needs compute capability 8.0, got {major}.{minor}")
             if problem.precision == "fp8" and (major, minor) < (8, 9):
                 reasons.append(f"precision 'fp8' needs compute capability 8.9, got {major}.{minor}")
+        if problem.precision == "tf32" and torch.version.hip and torch.cuda.is_available():
+            chip = torch.cuda.get_device_properties(problem.device_index or 0).gcnArchName
+            if not chip.startswith("gfx94"):
+                reasons.append(f"precision 'tf32' needs a chip of CDNA 3 (gfx94x), got {chip}")
         if problem.precision == "fp8" and torch.version.hip:
             reasons.append("precision 'fp8' is there for CUDA devices only")
         return reasons
