@@ -24,7 +24,8 @@ using Values = Lanes<float>[4 * kBlocksOfTile];
 
 float value_of(Operand type, const void* data, int64_t at) {
   switch (type) {
-    case Operand::kFp16: return __half2float(static_cast<const __half*>(data)[at]);
+    case Operand::kFp16:
+    case Operand::kSplit: return __half2float(static_cast<const __half*>(data)[at]);
     case Operand::kBf16: return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[at]);
     default: {
       const auto byte = static_cast<const __nv_fp8_storage_t*>(data)[at];
