@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .configs import Tile
 from .layout import Layout
 from .records import LO_SCALE
 
@@ -15,24 +16,20 @@ CHAIN = 1024
 
 def product(
     layout: Layout, p: Tensor, z: Tensor, dz: Tensor, rows: slice, inner: slice, *,
-    transposed: bool, add: bool,
+    transposed: bool, add: bool, tile: Tile | None = None,
 ) -> None:  # fmt: skip
     """dz[rows] = (or +=) op(P) z[inner]: half operands, fp32 result and sums. ``p`` is as
-    ``weights`` leaves it, dz (., pitch)."""
-    n, k = rows.stop - rows.start, inner.stop - inner.start
-    width, pitch, dz = p.shape[1] // layout.parts, layout.pitch, dz[rows]
-
-    def part(of: int) -> Tensor:
-        block = p[:, of * width : (of + 1) * width]
-        return block[:k, :n].T if transposed else block[:n, :k]
-
-    hi, z = part(0), layout.half_operand(z)[inner]
-    if layout.parts == 1:
+    ``weights`` leaves it, dz (., pitch); ``tile`` is for kernels."""
+    n, k, pitch, dz = rows.stop - rows.start, inner.stop - inner.start, layout.pitch, dz[rows]
+    z = layout.half_operand(z)[inner]
+    parts = p.chunk(layout.parts, 1)
+    hi, *lo = [part[:k, :n].T if transposed else part[:n, :k] for part in parts]
+    if not lo:
         multiply(dz, hi, z, add)
         return
     multiply(dz, hi, z[:, pitch:], add)
     for columns in (slice(pitch, None), slice(pitch)):
-        multiply(dz, part(1), z[:, columns], True, 1 / LO_SCALE)
+        multiply(dz, lo[0], z[:, columns], True, 1 / LO_SCALE)
     for start in range(0, k, CHAIN):
         these = slice(start, start + CHAIN)
         multiply(dz, hi[:, these], z[these, :pitch], True)

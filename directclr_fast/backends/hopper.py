@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..address import address, start
-from ..kernels import library
 from ..kernels.configs import Tile
 from ..kernels.layout import Layout
+from ..kernels.library import product as product
 from ..kernels.records import STORE, Factors, View
 
 try:
@@ -299,11 +299,6 @@ def weights(
     )  # fmt: skip
     _cuda.weights(on.operands(layout, z1[rows], z2[columns]), arguments, _stream(z1))
     return block
-
-
-def product(*given, tile: Tile, **options) -> None:
-    """As ``library.product``; there is no tile to choose."""
-    library.product(*given, **options)
 
 
 # ------------------------------------------------------------------------------- finish

@@ -51,7 +51,7 @@ RECHECKED = "rows.o"  # the quickest object with kernels
 # values of a lane take an exponential each (two without the bound), and as many shuffles as said.
 WAY = {
     "sums bounded": 900, "sums unbounded": 2350, "weights bounded": 1100, "weights unbounded": 2100,
-    "split weights bounded": 2200, "split weights unbounded": 3200,
+    "split weights bounded": 1950, "split weights unbounded": 2900,
 }  # fmt: skip
 SHUFFLES = {
     "sums bounded": 4 + 56, "sums unbounded": 2 * (4 + 56), "weights bounded": 64,
@@ -60,8 +60,8 @@ SHUFFLES = {
 # Branches on the way: masks, edges, options, all of them the same for a whole warp. Of the whole
 # kernel: what must reconverge, and CUTLASS's own two divergent calls in its loading warps.
 BRANCHES = {
-    "sums bounded": 12, "sums unbounded": 12, "weights bounded": 12, "weights unbounded": 20,
-    "split weights bounded": 28, "split weights unbounded": 28,
+    "sums bounded": 9, "sums unbounded": 9, "weights bounded": 8, "weights unbounded": 16,
+    "split weights bounded": 24, "split weights unbounded": 24,
 }  # fmt: skip
 RECONVERGE, COLLECTIVES = 20, 4
 
