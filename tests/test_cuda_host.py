@@ -179,7 +179,9 @@ def test_each_precision_keeps_its_error(precision, dim, kind):
         assert error <= 2 * relative_error(theirs, want)
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "one-tensor", "near one-hot"])
+@pytest.mark.parametrize(
+    "kind", [k for k in KINDS if k != "duplicate"] + ["one-tensor", "near one-hot"]
+)
 @pytest.mark.parametrize("temperature", [0.1, 0.02])
 def test_highest_errs_at_most_twice_as_eager(monkeypatch, kind, temperature):
     """With sums cut off as tensor cores do, over parts of the rows in turn."""
