@@ -175,7 +175,8 @@ class Cuda(Recipe):
     flags = ["-std=c++17", "-DNDEBUG", target, "--expt-relaxed-constexpr", "-Xcompiler=-fPIC"]
     # Operand and schedule of the tile products that ship.
     instantiations = [("Fp16", "Cooperative"), ("Fp16", "Pingpong"), ("Bf16", "Cooperative"),
-                      ("Bf16", "Pingpong"), ("E4m3", "Cooperative")]  # fmt: skip
+                      ("Bf16", "Pingpong"), ("E4m3", "Cooperative"),
+                      ("Split", "Cooperative")]  # fmt: skip
 
     def wanted(self) -> bool:
         """Whether an installation builds the kernels."""

@@ -113,7 +113,8 @@ def fast_directclr_loss(
             included. Without it a small message between the hosts per call says so, or raises in
             all of them; a promise that does not hold ends in a hang or in wrong numbers.
         precision: "auto", "fp16", "bf16", "tf32", "fp8" or "highest": that of the products; a
-            backend without it says so. "highest" keeps fp32 inputs free of TF32 and bf16. "auto"
+            backend without it says so. "highest" keeps fp32 inputs free of TF32 and bf16; GPU
+            kernels multiply two fp16 parts of each row, which have 23 bits. "auto"
             on a GPU rounds operands to fp16 for half-precision inputs, under autocast and where
             ``torch.set_float32_matmul_precision`` allows rounding, and is "highest" elsewhere.
         backend: "auto" or a name from :mod:`directclr_fast.dispatch`.

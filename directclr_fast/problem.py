@@ -372,7 +372,25 @@ def _check_index(columns, r1: Tensor) -> Tensor:
     if index.is_cpu and not torch.compiler.is_compiling() and not dispatched(index):
         readable("columns", index)
         check_columns(index, r1.shape[1])
+        if not r1.is_cpu:
+            return _placed(index.reshape(-1, index.shape[-1]), r1.device)
     return index.reshape(-1, index.shape[-1]).contiguous().to(r1.device)
+
+
+_places: dict[tuple, Tensor] = {}
+
+
+def _placed(index: Tensor, device: torch.device) -> Tensor:
+    """A copy of an index on the CPU; the same one for the same values, since the host waits for a
+    copy and a training run asks for one at every step."""
+    key = index.numpy().tobytes(), index.shape, device
+    found = _places.get(key)
+    if found is None:
+        if len(_places) >= 64:
+            _places.clear()
+        with torch.inference_mode(False):  # the next call may want gradients
+            found = _places[key] = index.contiguous().to(device)
+    return found
 
 
 def check_columns(index: Tensor, width: int | None) -> None:

@@ -13,10 +13,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .layout import LO_SCALE as _LO_SCALE
 from .layout import Layout as Layout
+from .records import UNIT
 
-LO_SCALE = tl.constexpr(_LO_SCALE)
+PER_UNIT = tl.constexpr(1.0 / UNIT)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -47,10 +47,32 @@ def load_tile(
 @triton.jit
 def tile_dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b with fp32 accumulation; PRECISION is read for fp32 operands."""
+    how: tl.constexpr = "ieee" if PRECISION == "highest" else PRECISION
     if INTERPRETED and a.dtype == tl.bfloat16:  # the interpreter would multiply the bit patterns
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=how)
     else:
-        return tl.dot(a, b, acc, input_precision=PRECISION)
+        return tl.dot(a, b, acc, input_precision=how)
+
+
+@triton.jit
+def similarities(
+    a, b, row_a, row_b, rows_a, rows_b, stride,
+    ROWS_A: tl.constexpr, ROWS_B: tl.constexpr, D: tl.constexpr, BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(ROWS_A, ROWS_B) of a b^T. "highest" is of [hi | lo] rows, lo hi' + hi lo' first: tensor
+    cores drop what does not fit behind the sum, and then it is small."""
+    acc = tl.zeros((ROWS_A, ROWS_B), tl.float32)
+    if PRECISION == "highest":
+        for k in range(0, 2 * D, BLOCK_K):
+            x = load_tile(a, row_a, (k + D) % (2 * D), rows_a, stride, ROWS_A, BLOCK_K, TMA)
+            y = load_tile(b, row_b, k, rows_b, stride, ROWS_B, BLOCK_K, TMA)
+            acc = tile_dot(x, y.T, acc, PRECISION)
+    for k in range(0, D, BLOCK_K):
+        x = load_tile(a, row_a, k, rows_a, stride, ROWS_A, BLOCK_K, TMA)
+        y = load_tile(b, row_b, k, rows_b, stride, ROWS_B, BLOCK_K, TMA)
+        acc = tile_dot(x, y.T, acc, PRECISION)
+    return acc
 
 
 @triton.jit
@@ -59,8 +81,8 @@ def load_unit_rows(z, offs_r, offs_c, mask, stride, PITCH: tl.constexpr, SPLIT: 
     where = z + offs_r[:, None].to(tl.int64) * stride + offs_c[None, :]
     hi = tl.load(where, mask=mask, other=0.0).to(tl.float32)
     if SPLIT:
-        lo = tl.load(where + PITCH, mask=mask, other=0.0).to(tl.float32)
-        hi += lo * (1.0 / LO_SCALE)
+        hi += tl.load(where + PITCH, mask=mask, other=0.0).to(tl.float32)
+        hi *= PER_UNIT
     return hi
 
 

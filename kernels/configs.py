@@ -39,10 +39,12 @@ SHARED_BYTES = {
 }
 
 _INTERPRETER = Tile(32, 64, 32, 1, 1)
+HI_LO = "hi lo"
 
-# (kernel, architecture, bytes of an operand element). "sums": rows are the fixed side (anchors),
-# columns the moving one, and a second fp32 tile lives beside the accumulator, so rows x columns is
-# half of what "weights" can hold. By arithmetic (no result file yet):
+# (kernel, architecture, bytes of an operand element, or HI_LO for both parts of fp16 rows). "sums":
+# rows are the fixed side (anchors), columns the moving one, and a second fp32 tile lives beside the
+# accumulator, so rows x columns is half of what "weights" can hold; HI_LO writes the positives'
+# logits too. By arithmetic (no result file yet):
 # - a tile of 128 x 128 fp32 over 8 warps is 64 registers a thread, twice that for "sums";
 # - on sm_90 and sm_100 a 128 x 256 tile halves the reads of one operand from L2: at 500 TFLOP/s a
 #   128 x 128 tile of d = 384 wants 7.8 TB/s of them, a 128 x 256 one 5.8;
@@ -85,25 +87,30 @@ _TABLE = {
     ("products", "sm_100", 4): Tile(64, 64, 32, 8, 3),
     ("products", "gfx942", 2): Tile(128, 128, 32, 8, 2),
     ("products", "gfx942", 4): Tile(64, 64, 32, 4, 1),
+    ("products", "sm_80", HI_LO): Tile(64, 64, 32, 8, 3),
+    ("sums", "sm_80", HI_LO): Tile(64, 64, 32, 8, 3),
+    ("sums", "sm_90", HI_LO): Tile(64, 128, 64, 8, 4, tma=True),
+    ("sums", "sm_100", HI_LO): Tile(64, 64, 64, 8, 4, tma=True),
 }
 # Two exponentials an element, the triangle's mask, or maxima beside the sums want more registers:
 # there the tiles above spill. Every row here and above is free of spills with each Triton in the
 # record of tests/gates/triton_kernels.py; what decides is often the oldest (sm_80's tf32x3
 # products, the triangle on sm_100, whose unbounded sums in turn want fewer anchors with 3.7).
 _CROWDED = {
+    ("weights", "sm_80", HI_LO): Tile(128, 64, 32, 8, 3),
     ("weights", "sm_86", 4): Tile(64, 64, 16, 8, 2),
     **{("weights", "sm_90", size): Tile(128, 128, 64, 8, 4, tma=True) for size in (1, 2)},
     **{("sums", "sm_90", size): Tile(64, 128, 64, 8, 4, tma=True) for size in (1, 2)},
-    **{("sums", "sm_100", size): Tile(32, 64, 64, 4, 4, tma=True) for size in (1, 2)},
+    **{("sums", "sm_100", size): Tile(32, 64, 64, 4, 4, tma=True) for size in (1, 2, HI_LO)},
     **{("weights", "sm_100", size): Tile(128, 64, 64, 8, 4, tma=True) for size in (1, 2)},
     ("tops", "sm_80", 4): Tile(64, 64, 16, 8, 3),
     ("tops", "sm_86", 1): Tile(64, 128, 64, 8, 2),
-    **{("tops", "sm_100", size): Tile(64, 64, 64, 8, 4, tma=True) for size in (1, 2)},
+    **{("tops", "sm_100", size): Tile(64, 64, 64, 8, 4, tma=True) for size in (1, 2, HI_LO)},
 }
 
 
-def tile(kernel: str, arch: str, itemsize: int, plain: bool = True) -> Tile:
-    """The tile of "sums", "weights" or "products" for operands of ``itemsize`` bytes.
+def tile(kernel: str, arch: str, itemsize: int | str, plain: bool = True) -> Tile:
+    """The tile of "sums", "weights" or "products" for operands of ``itemsize`` bytes, or HI_LO.
 
     "tops" are sums with maxima. ``plain``: one exponential an element, no triangle to stay above.
     """
@@ -111,12 +118,12 @@ def tile(kernel: str, arch: str, itemsize: int, plain: bool = True) -> Tile:
         return _INTERPRETER
     # Ada and consumer Blackwell have the shared memory and the warp-level products of sm_86.
     arch = "sm_86" if arch in ("sm_89", "sm_120") else arch
-    if kernel == "tops":
-        plain = False
-        kernel = kernel if (kernel, arch, itemsize) in _CROWDED else "sums"
-    if not plain and (kernel, arch, itemsize) in _CROWDED:
-        return _CROWDED[kernel, arch, itemsize]
-    return _TABLE[kernel, arch, itemsize]
+    kernels = ("tops", "sums") if kernel == "tops" else (kernel,)
+    tables = (_TABLE,) if plain and kernel != "tops" else (_CROWDED, _TABLE)
+    # Without a row of its own HI_LO takes that of fp16; its products none that leaves the row of z.
+    sizes = (HI_LO, 4 if kernel == "products" else 2) if itemsize == HI_LO else (itemsize,)
+    places = ((t, (k, arch, s)) for s in sizes for t in tables for k in kernels)
+    return next(table[place] for table, place in places if place in table)
 
 
 @cache

@@ -142,6 +142,7 @@ def _finish_rows(
         "a_to_diagonal",
         "b_to_diagonal",
         "n_diagonal",
+        "d",
     ]
 )
 def _finish_kernel(
@@ -239,8 +240,8 @@ def finish(
     launch(
         _finish_kernel,
         (cdiv(max(len(v.z) for v, _ in views), ROWS), len(views)),
-        first.z,
-        other,
+        layout.elements(first.z),
+        layout.elements(other),
         first.rnorm,
         second.rnorm,
         first.acc,
@@ -264,7 +265,7 @@ def finish(
         1.0 / eps,
         layout.dim,
         width,
-        layout.row,
+        layout.stride,
         layout.pitch,
         some.stride(0) if first.dr is None else first.dr.stride(0),
         some.stride(0) if second.dr is None else second.dr.stride(0),
@@ -331,7 +332,7 @@ def add_positives(
         _add_positives_kernel,
         (cdiv(len(dz), ROWS),),
         dz,
-        other,
+        layout.elements(other),
         diagonal,
         factor,
         len(dz),
@@ -339,7 +340,7 @@ def add_positives(
         step,
         shift,
         len(diagonal),
-        layout.row,
+        layout.stride,
         layout.pitch,
         PITCH=layout.pitch,
         SPLIT=layout.split,

@@ -6,10 +6,15 @@ Unit rows are packed for the tensor cores (:class:`Layout`). With half-precision
 
     [ hi (PITCH) | lo (PITCH) | e4m3 (PITCH bytes, precision "fp8" only) ]
 
-hi = round(z), lo = round((z - hi) LO_SCALE): hi is the operand of the tile products, hi + lo the
+hi = round(UNIT z), lo = round(UNIT z - hi): hi is the operand of the tile products, hi + lo the
 fp32-grade row that the positives' terms and the normalisation's backward need. That is the memory
-of an fp32 row, and nothing has to be read again from the representation. PITCH is d rounded up to
-64 with zeros in between, so no tile needs a mask along d: 360 columns cost 384.
+of an fp32 row, and nothing has to be read again from the representation. UNIT takes unit rows to
+the top of fp16's range, so that lo is normal down to entries of 2^-17 and needs no scale of its
+own. PITCH is d rounded up to 64 with zeros in between, so no tile needs a mask along d: 360 columns
+cost 384.
+
+"highest" multiplies both parts of fp16 rows, hi lo' + lo hi' + hi hi'. Its rows are fp32 tensors,
+which hold the halves: so they are told from rows of "fp16".
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-LO_SCALE = 2048.0  # keeps the remainders of small entries out of fp16's denormals
+from .records import UNIT
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,6 @@ class Layout:
 
     precision: str  # "fp16", "bf16", "tf32", "highest" or "fp8"
     dim: int
-    ieee: bool = False  # "highest" by IEEE products: where there is no tf32x3 (ROCm)
 
     @cached_property
     def pitch(self) -> int:
@@ -45,16 +49,41 @@ class Layout:
         }.get(self.precision, torch.float32)
 
     @cached_property
+    def element(self) -> torch.dtype:
+        """What the memory of ``dtype`` holds."""
+        return torch.float16 if self.precision == "highest" else self.dtype
+
+    @cached_property
     def split(self) -> bool:
         """Whether a row is hi and lo."""
-        return self.dtype != torch.float32
+        return self.element != torch.float32
+
+    @cached_property
+    def parts(self) -> int:
+        """Parts that the products are of: hi and lo, or hi."""
+        return 2 if self.precision == "highest" else 1
 
     @cached_property
     def row(self) -> int:
         """Elements of ``dtype`` in a row."""
         if self.precision == "fp8":
             return 2 * self.pitch + self.pitch // 2
-        return 2 * self.pitch if self.split else self.pitch
+        return self.pitch if self.dtype == torch.float32 else 2 * self.pitch
+
+    @cached_property
+    def stride(self) -> int:
+        """Elements of ``element`` in a row."""
+        return self.row * self.parts
+
+    @cached_property
+    def unit(self) -> float:
+        """What rows are times z."""
+        return UNIT if self.split else 1.0
+
+    @cached_property
+    def cosine(self) -> float:
+        """What products of operands are to be multiplied by."""
+        return (self.fp8_scale if self.precision == "fp8" else self.unit) ** -2
 
     @cached_property
     def fp8_scale(self) -> float:
@@ -62,34 +91,38 @@ class Layout:
         return 2.0 ** round(0.5 * math.log2(4 * self.dim))
 
     @cached_property
-    def dot_precision(self) -> str:
-        """``input_precision`` of tl.dot: named always, read by Triton for fp32 operands only."""
-        if self.precision == "highest" and not self.ieee:
-            return "tf32x3"
-        return "tf32" if self.precision == "tf32" else "ieee"
+    def products(self) -> str:
+        """How tiles are multiplied: "highest", or ``input_precision`` of tl.dot, which Triton reads
+        for fp32 operands only."""
+        return self.precision if self.precision in ("highest", "tf32") else "ieee"
+
+    def elements(self, x: Tensor) -> Tensor:
+        """The same memory as ``element``."""
+        return x if self.dtype == self.element else x.view(self.element)
 
     def operand(self, z: Tensor) -> Tensor:
-        """(rows, pitch): what the similarity tiles are computed from."""
+        """(rows, pitch parts): what the similarity tiles are computed from."""
         if self.precision == "fp8":
             return z.view(torch.float8_e4m3fn)[:, 4 * self.pitch : 5 * self.pitch]
-        return z[:, : self.pitch]
+        return self.half_operand(z)
 
     def unit_rows(self, z: Tensor) -> Tensor:
         """(rows, dim) fp32: hi + lo."""
+        z = self.elements(z)
         rows = z[:, : self.dim].float()
         if self.split:
-            rows = rows + z[:, self.pitch : self.pitch + self.dim].float() / LO_SCALE
+            rows = (rows + z[:, self.pitch : self.pitch + self.dim].float()) / UNIT
         return rows
 
     def half_operand(self, z: Tensor) -> Tensor:
-        """(rows, pitch): what the gradient products are computed from."""
-        return z[:, : self.pitch]
+        """(rows, pitch parts): what the gradient products are computed from."""
+        return self.elements(z)[:, : self.parts * self.pitch]
 
 
 _made = lru_cache(256)(Layout)
 
 
-def layout_of(precision: str, dim: int, ieee: bool = False) -> Layout:
+def layout_of(precision: str, dim: int) -> Layout:
     """The layout, made once: what it derives is asked for some 90 times a step."""
     make = _made if type(dim) is int else Layout  # traced sizes have no hash
-    return make(precision, dim, ieee)
+    return make(precision, dim)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LO_SCALE, Layout, cdiv, launch, load_unit_rows
+from .common import PER_UNIT, Layout, cdiv, launch, load_unit_rows
 
 ROWS, COLUMNS = 4, 128
 
@@ -54,17 +54,20 @@ def _pack(
 ):
     mask = row_mask[:, None] & (offs_c < PITCH)[None, :]
     row = z + offs_r[:, None].to(tl.int64) * stride_z
-    hi = value.to(z.dtype.element_ty)
+    scaled = value
+    if SPLIT:
+        scaled = value * (1.0 / PER_UNIT)
+    hi = scaled.to(z.dtype.element_ty)
     tl.store(row + offs_c[None, :], hi, mask=mask)
     if SPLIT:
-        lo = (value - hi.to(tl.float32)) * LO_SCALE
-        tl.store(row + PITCH + offs_c[None, :], lo.to(z.dtype.element_ty), mask=mask)
+        lo = (scaled - hi.to(tl.float32)).to(z.dtype.element_ty)
+        tl.store(row + PITCH + offs_c[None, :], lo, mask=mask)
     if FP8:
         small = (row + 2 * PITCH).to(tl.pointer_type(tl.float8e4nv), bitcast=True)
         tl.store(small + offs_c[None, :], (value * fp8_scale).to(tl.float8e4nv), mask=mask)
 
 
-@triton.jit(do_not_specialize=["n1", "n2", "offset"])
+@triton.jit(do_not_specialize=["n1", "n2", "d", "offset"])
 def _normalize_kernel(
     r1,
     r2,
@@ -160,8 +163,8 @@ def _launch(layout, r1, r2, index, z1, z2, rnorm1, rnorm2, positives, offset, ep
         r1,
         r2,
         r1 if index is None else index,
-        z1,
-        z2,
+        layout.elements(z1),
+        layout.elements(z2),
         rnorm1,
         rnorm2,
         positives,
@@ -172,7 +175,7 @@ def _launch(layout, r1, r2, index, z1, z2, rnorm1, rnorm2, positives, offset, ep
         offset,
         *r1.stride(),
         *r2.stride(),
-        layout.row,
+        layout.stride,
         eps,
         layout.fp8_scale,
         PITCH=layout.pitch,
@@ -218,12 +221,12 @@ def positives(layout: Layout, z1: Tensor, z2: Tensor, offset: int) -> Tensor:
     launch(
         _positives_kernel,
         (cdiv(len(z1), ROWS),),
-        z1,
-        z2,
+        layout.elements(z1),
+        layout.elements(z2),
         cosines,
         len(z1),
         offset,
-        layout.row,
+        layout.stride,
         PITCH=layout.pitch,
         SPLIT=layout.split,
         ROWS=ROWS,

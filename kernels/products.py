@@ -6,7 +6,9 @@ element of dz has one owner in each, so a repeat run gives the same bits and not
 On a CUDA device half-precision operands go to the library's GEMM (fp32 output and accumulation),
 which is near the machine's peak at these shapes; everything else, and every device whose library
 cannot add into an fp32 matrix, takes the kernel here. Tile walk of the kernel: a program owns
-BLOCK_M x BLOCK_D of dz and walks along the super-block in steps of BLOCK_K.
+BLOCK_M x BLOCK_D of dz and walks along the super-block in steps of BLOCK_K; for "highest" four
+times, over the products of both parts of P with both of z. Where rows repeat, large terms of dz
+cancel, and without lo(P) lo(z), 2^-24 of them, what is left errs by more than eager PyTorch.
 """
 
 from __future__ import annotations
@@ -18,8 +20,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import library
 from .common import Layout, cdiv, launch, load_tile, tile_dot, tile_source
 from .configs import Tile
+from .records import LO_SCALE
+
+PER_REST = tl.constexpr(1.0 / LO_SCALE)
+
+
+@triton.jit
+def _walk(
+    acc, p, z, row, first_p, first_z, n, k_first, k_last, k_extent, stride_p, stride_z,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    TRANSPOSED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + op(P) z: P of ``row`` on, its columns and those of z counted from the first ones."""
+    for k in range(0, k_extent, BLOCK_K):
+        if TRANSPOSED:
+            b_p = load_tile(p, k, first_p + row, k_extent, stride_p, BLOCK_K, BLOCK_M, TMA).T
+        else:
+            # Rows of P beyond n are padding, finite, and their results are not stored.
+            b_p = load_tile(p, row, first_p + k, n, stride_p, BLOCK_M, BLOCK_K, TMA)
+        b_z = load_tile(z, k_first + k, first_z, k_last, stride_z, BLOCK_K, BLOCK_D, TMA)
+        acc = tile_dot(b_p, b_z, acc, PRECISION)
+    return acc
 
 
 @triton.jit(do_not_specialize=["first", "n", "k_first", "k_last", "k_extent"])
@@ -48,14 +72,21 @@ def _product_kernel(
     tile_m = tl.program_id(0) // blocks_d
     tile_d = tl.program_id(0) % blocks_d
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for k in range(0, k_extent, BLOCK_K):
-        if TRANSPOSED:
-            b_p = load_tile(p, k, tile_m * BLOCK_M, k_extent, stride_p, BLOCK_K, BLOCK_M, TMA).T
-        else:
-            # Rows of P beyond n are padding, finite, and their results are not stored.
-            b_p = load_tile(p, tile_m * BLOCK_M, k, n, stride_p, BLOCK_M, BLOCK_K, TMA)
-        b_z = load_tile(z, k_first + k, tile_d * BLOCK_D, k_last, stride_z, BLOCK_K, BLOCK_D, TMA)
-        acc = tile_dot(b_p, b_z, acc, PRECISION)
+    row, column = tile_m * BLOCK_M, tile_d * BLOCK_D
+    if PRECISION == "highest":
+        for lo in tl.static_range(1, -1, -1):
+            acc = _walk(
+                acc, p, z, row, stride_p // 2, lo * PITCH + column, n, k_first, k_last, k_extent,
+                stride_p, stride_z, BLOCK_M, BLOCK_D, BLOCK_K, TRANSPOSED, TMA, PRECISION,
+            )  # fmt: skip
+        acc = _walk(
+            acc * PER_REST, p, z, row, 0, PITCH + column, n, k_first, k_last, k_extent, stride_p,
+            stride_z, BLOCK_M, BLOCK_D, BLOCK_K, TRANSPOSED, TMA, PRECISION,
+        )  # fmt: skip
+    acc = _walk(
+        acc, p, z, row, 0, column, n, k_first, k_last, k_extent, stride_p, stride_z,
+        BLOCK_M, BLOCK_D, BLOCK_K, TRANSPOSED, TMA, PRECISION,
+    )  # fmt: skip
     offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = tile_d * BLOCK_D + tl.arange(0, BLOCK_D)
     where = dz + (first + offs_m).to(tl.int64)[:, None] * stride_dz + offs_d[None, :]
@@ -78,16 +109,11 @@ def product(
     tile: Tile,
 ) -> None:
     """dz[rows] = (or +=) op(P) z[inner]; ``p`` padded as ``weights`` leaves it, dz (., pitch)."""
-    operand = layout.half_operand(z)
-    n, k = rows.stop - rows.start, inner.stop - inner.start
     if layout.split and _library_adds(p.device, p.dtype):
-        a = p[:k, :n].T if transposed else p[:n, :k]
-        if add:
-            torch.ops.aten.addmm.dtype_out(dz[rows], a, operand[inner], torch.float32, out=dz[rows])
-        else:
-            torch.ops.aten.mm.dtype_out(a, operand[inner], torch.float32, out=dz[rows])
+        library.product(layout, p, z, dz, rows, inner, transposed=transposed, add=add)
         return
-    extent = p.shape[0] if transposed else p.shape[1]
+    operand, n = layout.half_operand(z), rows.stop - rows.start
+    extent = p.shape[0] if transposed else p.shape[1] // layout.parts
     shape = (tile.inner, tile.rows) if transposed else (tile.rows, tile.inner)
     # The tail of z along the product must read as zero: a descriptor ends where the rows end.
     bounded = operand[: inner.stop]
@@ -112,7 +138,7 @@ def product(
         TRANSPOSED=transposed,
         ADD=add,
         TMA=tile.tma,
-        PRECISION=layout.dot_precision,
+        PRECISION=layout.products,
         warps=tile.warps,
         stages=tile.stages,
     )
@@ -129,8 +155,8 @@ def _library_adds(device: torch.device, dtype: torch.dtype) -> bool:
     a = torch.zeros(16, 16, dtype=dtype, device=device)
     out = torch.zeros(16, 16, dtype=torch.float32, device=device)
     try:
-        torch.ops.aten.mm.dtype_out(a, a, torch.float32, out=out)
-        torch.ops.aten.addmm.dtype_out(out, a, a, torch.float32, out=out)
+        for add in (False, True):
+            library.multiply(out, a, a, add)
     except (AttributeError, RuntimeError, NotImplementedError):
         return False
     return True

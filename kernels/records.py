@@ -8,13 +8,16 @@ from torch import Tensor
 # The stored weights' power of two: |P| <= 2 STORE, so fp16 keeps entries normal down to 2^-28 of a
 # probability.
 STORE = 2.0**13
+UNIT = 2.0**15  # of unit rows (layout.py)
+LO_SCALE = 2.0**11  # of the remainders of stored weights, normal then where these are
 
 
 class Factors:
     """What a tile of weights is made with: per-row and per-column fp32, and the positives' terms.
 
-    ``diagonal`` (M,) is STORE-scaled like P. Without ``bounded`` the shifts are the log-sums in
-    base 2. ``ids``: int32 of the rows and of the columns, or None; where they are equal P is 0.
+    ``diagonal`` (M,) is times STORE and the layout's unit, like P z. Without ``bounded`` the shifts
+    are the log-sums in base 2. ``ids``: int32 of the rows and of the columns, or None; where they
+    are equal P is 0.
     """
 
     ids: tuple[Tensor, Tensor] | None = None

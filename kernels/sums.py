@@ -35,10 +35,9 @@ from .common import (
     cdiv,
     launch,
     load_scale,
-    load_tile,
     may_be_equal,
+    similarities,
     softplus,
-    tile_dot,
     tile_source,
 )
 from .configs import Tile
@@ -112,11 +111,10 @@ def _sums_kernel(
     moving_max += block.to(tl.int64) * n_moving
     for tile in tl.range(first, last, flatten=FLATTEN):
         start_t = tile * BLOCK_T
-        acc = tl.zeros((BLOCK_T, BLOCK_F), tl.float32)
-        for k in range(0, D, BLOCK_K):
-            b_moving = load_tile(moving, start_t, k, n_moving, stride_z, BLOCK_T, BLOCK_K, TMA)
-            b_fixed = load_tile(fixed, start_f, k, n_fixed, stride_z, BLOCK_F, BLOCK_K, TMA)
-            acc = tile_dot(b_moving, b_fixed.T, acc, PRECISION)
+        acc = similarities(
+            moving, fixed, start_t, start_f, n_moving, n_fixed, stride_z,
+            BLOCK_T, BLOCK_F, D, BLOCK_K, TMA, PRECISION,
+        )  # fmt: skip
         offs_t = start_t + tl.arange(0, BLOCK_T)
         # Only tiles at an edge or on the diagonal pay for a mask.
         ragged = (start_t + BLOCK_T > n_moving) | (start_f + BLOCK_F > n_fixed)
@@ -379,7 +377,6 @@ def sums(
         if parts.col_peak is not None:
             parts.col_peak.fill_(float("-inf"))
     fixed, walked = layout.operand(z1), layout.operand(z2)
-    fp8 = layout.precision == "fp8"
     nothing = parts.row_sum
     launch(
         _sums_kernel,
@@ -400,7 +397,7 @@ def sums(
         offset,
         blocks,
         _share(tile, blocks, n, programs),
-        layout.fp8_scale**-2 if fp8 else 1.0,
+        layout.cosine,
         D=layout.pitch,
         BLOCK_T=tile.columns,
         BLOCK_F=tile.rows,
@@ -414,7 +411,7 @@ def sums(
         SCALE_TENSOR=isinstance(scale, Tensor),
         TMA=tile.tma,
         FLATTEN=tile.flatten,
-        PRECISION=layout.dot_precision,
+        PRECISION=layout.products,
         warps=tile.warps,
         stages=tile.stages,
     )

@@ -7,6 +7,9 @@ a probability, so |P| <= 2 STORE = 2^14 however large N is, and fp16 keeps entri
 probabilities of 2^-27. The positives' own term is not in P: its p - 1 cancels, and rounded operands
 would lose it; ``finish`` adds it in fp32.
 
+"highest" stores rows [hi | lo], lo the remainder times LO_SCALE, and its weights are relative to
+the largest sum of one row's or column's probabilities, so that little is lost of small ones.
+
 BOUNDED folds both directions into one exponential, exp2(a' s) (f_i + g_j) with f_i = STORE w_i /
 exp(row_lse_i); otherwise each direction has its own, relative to its log-sum.
 
@@ -28,15 +31,15 @@ from .common import (
     expm1,
     launch,
     load_scale,
-    load_tile,
     may_be_equal,
-    tile_dot,
+    similarities,
     tile_source,
 )
 from .configs import Tile
-from .records import STORE, Factors
+from .records import LO_SCALE, STORE, Factors
 
 BLOCK = 128
+REST = tl.constexpr(LO_SCALE)
 
 
 @triton.jit(do_not_specialize=["m", "n", "offset"])
@@ -56,7 +59,9 @@ def _factors_kernel(
     n,
     offset,
     store,
+    unit,
     PER_ROW: tl.constexpr,
+    RELATIVE: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     BOUNDED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -67,9 +72,10 @@ def _factors_kernel(
     mask_r = (offs_r >= 0) & (offs_r < m)
     weight = tl.where(mask_r, 1.0, 0.0).to(tl.float64) * store
     if PER_ROW:
+        weight *= tl.load(upstream + offs_r, mask=mask_r, other=0.0).to(tl.float64)
+    if RELATIVE:
         top = tl.load(largest).to(tl.float64)
-        inverse = tl.where(top == 0.0, 0.0, 1.0 / tl.where(top == 0.0, 1.0, top))
-        weight *= tl.load(upstream + offs_r, mask=mask_r, other=0.0).to(tl.float64) * inverse
+        weight *= tl.where(top == 0.0, 0.0, 1.0 / tl.where(top == 0.0, 1.0, top))
     diag = weight * expm1(-tl.load(nll_row + offs_r, mask=mask_r, other=0.0))
     lse = tl.load(row_lse + offs_r, mask=mask_r, other=0.0)
     if BOUNDED:
@@ -84,7 +90,7 @@ def _factors_kernel(
             tl.store(col_factor + offs_c, factor.to(tl.float32), mask=mask_c)
         else:
             _store_shifted(col_factor, col_shift, offs_c, mask_c, weight, lse)
-    tl.store(diagonal + offs_r, diag.to(tl.float32), mask=mask_r)
+    tl.store(diagonal + offs_r, (diag * unit).to(tl.float32), mask=mask_r)
 
 
 @triton.jit
@@ -145,11 +151,10 @@ def _weights_kernel(
     tile_m, tile_n = _grouped(tl.program_id(0), blocks_m, blocks_n, GROUP)
     start_m = first_m + tile_m * BLOCK_M
     start_n = first_n + tile_n * BLOCK_N
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(0, D, BLOCK_K):
-        a = load_tile(z1, start_m, k, last_m, stride_z, BLOCK_M, BLOCK_K, TMA)
-        b = load_tile(z2, start_n, k, last_n, stride_z, BLOCK_N, BLOCK_K, TMA)
-        acc = tile_dot(a, b.T, acc, PRECISION)
+    acc = similarities(
+        z1, z2, start_m, start_n, last_m, last_n, stride_z,
+        BLOCK_M, BLOCK_N, D, BLOCK_K, TMA, PRECISION,
+    )  # fmt: skip
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_n = start_n + tl.arange(0, BLOCK_N)
     mask_m = offs_m < last_m
@@ -184,11 +189,18 @@ def _weights_kernel(
             g = tl.where(id_m[:, None] != id_n[None, :], g, 0.0)
     row = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None] * stride_out
     column = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
-    tl.store(out + row + column, g.to(out.dtype.element_ty))
+    hi = g.to(out.dtype.element_ty)
+    tl.store(out + row + column, hi)
+    if PRECISION == "highest":
+        lo = (g - hi.to(tl.float32)) * REST
+        tl.store(out + row + column + stride_out // 2, lo.to(out.dtype.element_ty))
 
 
-def factors(problem, saved, upstream: Tensor, largest: Tensor | None, bounded: bool) -> Factors:
-    """One launch. ``largest`` = max |upstream| for reduction "none", else None (weights 1)."""
+def factors(
+    layout: Layout, problem, saved, upstream: Tensor, largest: Tensor | None, bounded: bool
+) -> Factors:
+    """One launch. ``upstream`` counts for reduction "none" only, else weights are 1; ``largest``,
+    0-dim, is what they are divided by, None for 1."""
     record = Factors(problem.rows, problem.candidates, problem.symmetric, bounded, upstream.device)
     launch(
         _factors_kernel,
@@ -208,7 +220,9 @@ def factors(problem, saved, upstream: Tensor, largest: Tensor | None, bounded: b
         problem.candidates,
         problem.row_offset,
         STORE,
-        PER_ROW=largest is not None,
+        layout.unit,
+        PER_ROW=problem.reduction == "none",
+        RELATIVE=largest is not None,
         SYMMETRIC=problem.symmetric,
         BOUNDED=bounded,
         BLOCK=BLOCK,
@@ -242,7 +256,7 @@ def weights(
     """One launch: the super-block ``rows`` x ``columns`` of P into ``out``'s memory, padded.
     ``mirror`` says that it is symmetric, of which no use is made here."""
     height, width = padded(rows, columns, tile)
-    block = out[: height * width].view(height, width)
+    block = layout.elements(out)[: height * width * layout.parts].view(height, -1)
     a, b = layout.operand(z1), layout.operand(z2)
     launch(
         _weights_kernel,
@@ -261,11 +275,11 @@ def weights(
         rows.stop,
         columns.stop,
         a.stride(0),
-        width,
+        block.shape[1],
         offset,
         height // tile.rows,
         width // tile.columns,
-        layout.fp8_scale**-2 if layout.precision == "fp8" else 1.0,
+        layout.cosine,
         D=layout.pitch,
         BLOCK_M=tile.rows,
         BLOCK_N=tile.columns,
@@ -276,7 +290,7 @@ def weights(
         IDS=factors.ids is not None,
         SCALE_TENSOR=isinstance(scale, Tensor),
         TMA=tile.tma,
-        PRECISION=layout.dot_precision,
+        PRECISION=layout.products,
         warps=tile.warps,
         stages=tile.stages,
     )

@@ -200,8 +200,29 @@ MUTATIONS = [
     ),
     Mutation(
         "triton: the low part of a row", "kernels/common.py",
-        "hi += lo * (1.0 / LO_SCALE)", "hi += lo * 0.0",
+        "where + PITCH, mask=mask, other=0.0)", "where + PITCH, mask=mask & False, other=0.0)",
         "'test_triton.py::test_each_precision_keeps_its_error[fp16-converged]'",
+    ),
+    Mutation(
+        "triton: the small products of highest", "kernels/common.py",
+        "acc = tl.zeros((ROWS_A, ROWS_B), tl.float32)\n    if PRECISION == \"highest\":",
+        "acc = tl.zeros((ROWS_A, ROWS_B), tl.float32)\n    if False:",
+        "'test_triton.py::test_each_precision_keeps_its_error[highest-views]'",
+    ),
+    Mutation(
+        "triton: what stored weights of highest lack", "kernels/weights.py",
+        "(g - hi.to(tl.float32)) * REST", "(g - hi.to(tl.float32)) * 0.0",
+        "'test_triton.py::test_each_precision_keeps_its_error[highest-views]'",
+    ),
+    Mutation(
+        "triton: lo(P) lo(z)", "kernels/products.py",
+        "tl.static_range(1, -1, -1)", "tl.static_range(0, -1, -1)",
+        "test_triton.py -k 'equal_rows and one-tensor and 65'",
+    ),
+    Mutation(
+        "highest: weights relative to the largest mass", "directclr_fast/backends/packed.py",
+        ".clamp_(min=1e-19)", ".clamp_(min=1.0)",
+        "test_triton.py -k converged_pairs",
     ),
     Mutation(
         "triton: the columns that were not taken", "kernels/finish.py",
@@ -227,6 +248,21 @@ MUTATIONS = [
         "cuda: rows beyond the last count", "csrc/cuda/tile.h",
         "W::select(own.rows(h) < p.rows, columns, none)", "columns",
         "test_cuda_host.py -k 'every_option and ragged'",
+    ),
+    Mutation(
+        "cuda: what stored weights of highest lack", "csrc/cuda/tile.h",
+        "part ? rest : words[four]", "part ? words[four] : words[four]",
+        "test_cuda_host.py -k 'highest_errs and views'",
+    ),
+    Mutation(
+        "cuda: one barrier for all tiles", "csrc/cuda/turns.h",
+        "(leads ? kReady : kRead) + buffer()", "(leads ? kReady : kRead)",
+        "test_cuda_host.py -k 'wait_for_ever'",
+    ),
+    Mutation(
+        "columns of other values", "directclr_fast/problem.py",
+        "key = index.numpy().tobytes(), index.shape, device", "key = index.shape, device",
+        "test_loss_api.py -k copied_to_a_device",
     ),
     Mutation(
         "cuda: a column's sum is another's", "csrc/cuda/tile.h",

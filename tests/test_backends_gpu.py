@@ -13,7 +13,8 @@ if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
 # Against fp64, on rows as make_views draws them; DESIGN's table per precision with a margin of 2.
-ALLOWED = {"fp16": 1e-3, "bf16": 8e-3, "tf32": 2e-3, "highest": 4e-6, "fp8": 6e-2}
+# "highest": what tensor cores cut off behind a sum grows with d.
+ALLOWED = {"fp16": 1e-3, "bf16": 8e-3, "tf32": 2e-3, "highest": 2e-5, "fp8": 6e-2}
 SHAPES = [
     (1, 4, 3), (2, 17, 17), (3, 5, 5), (7, 64, 16), (63, 200, 127), (64, 200, 128), (65, 200, 129),
     (127, 64, 1), (129, 2048, 360), (1000, 2048, 360), (4097, 2048, 360), (1031, 2048, 2047),
@@ -36,15 +37,13 @@ def each_backend(request):
 
 
 def supported(precision: str) -> bool:
-    if backend == "cuda" and precision in ("tf32", "highest"):
+    if backend == "cuda" and precision == "tf32":
         return False
     return precision != "fp8" or torch.cuda.get_device_capability() >= (8, 9)
 
 
 def loss_of(r1, r2, *args, **options):
-    """The loss by the backend under test, in fp16 where fp32 rows would mean "highest"."""
-    if backend == "cuda" and r1.dtype == torch.float32:
-        options = {"precision": "fp16"} | options
+    """The loss by the backend under test."""
     return fast_directclr_loss(r1, r2, *args, backend=backend, **options)
 
 
@@ -101,8 +100,6 @@ def test_options_at_most_twice_as_wrong_as_eager(negatives, symmetric, dtype):
     r1, r2 = views(700, 512, dtype=dtype)
     columns = torch.stack([torch.randperm(512)[:100] for _ in range(3)]).to(gpu)
     floor = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
-    if backend == "cuda":
-        floor = max(floor, 1e-3)  # its products are half-precision ones
     for more in (
         {"dim": 360},
         # Colder, the negatives of these rows end below what P holds in half precision (7e-12).

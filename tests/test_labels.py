@@ -75,6 +75,9 @@ def check(rows: int, candidates: int, kind: str, views: str, *, dtype=torch.floa
     assert last_backend() == asked["backend"]
     for name, value, plain, want in zip(ours._fields, ours, eager, truth):
         error, allowed = relative_error(value, want), bound(relative_error(plain, want), dtype)
+        if asked.get("precision") == "highest":
+            # Entries in two parts have 23 bits; what s lacks the exponential multiplies by 1/t.
+            allowed += 2**-25 / float(t)
         absolute = float((value.double() - want).norm())
         # Of one row nothing is left; dtemperature is a small sum of large terms.
         tiny = {"dtemperature": 1e-7 * float(upstream.sum() / t**2), "loss": 6e-8 / float(t)}

@@ -8,6 +8,7 @@ import math
 import re
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -140,6 +141,19 @@ def test_dtypes_in_and_out(backend, dtype):
     assert result.loss.dtype == torch.float32 and result.dr1.dtype == dtype
     truth = evaluate(eager_loss, r1.double(), r2.double(), 20)
     assert relative_error(result.loss, truth.loss) < OF_LOGITS
+
+
+def test_columns_of_the_same_values_are_copied_to_a_device_once():
+    values = np.arange(6)
+    index, device = torch.from_numpy(values).view(1, 6), torch.device("meta")
+    placed = directclr_fast.problem._placed
+    with torch.inference_mode():
+        first = placed(index, device)
+    assert placed(index.clone(), device) is first and not first.is_inference()
+    values[0] = 7  # behind PyTorch's back
+    other = placed(index, device)
+    assert other is not first and other.shape == (1, 6)
+    assert placed(index.view(2, 3), device).shape == (2, 3)
 
 
 def test_gradients_do_not_depend_on_how_columns_are_named(views):

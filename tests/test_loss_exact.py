@@ -198,6 +198,14 @@ def test_error_is_at_most_twice_that_of_eager(backend, rows, width, dim, dtype, 
             assert relative_error(got, want) <= allowed or absolute < 1e-12, (name, options)
 
 
+def near_one_hot(rows, dim):
+    """Views with one large entry each, in few places: s near 1, where products round most."""
+    generator = torch.Generator().manual_seed(3)
+    base = 0.02 * torch.randn(rows, dim, generator=generator)
+    base[torch.arange(rows), torch.randint(0, dim // 2, (rows,), generator=generator)] += 1
+    return (base + 0.005 * torch.randn(rows, dim, generator=generator) for _ in range(2))
+
+
 TIE_SHAPES = [(17, 360), (40, 24), (65, 33), (129, 360), (521, 360)]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import types
 
 import numpy as np
 import pytest
@@ -169,6 +170,17 @@ def test_each_precision_keeps_its_error(coarse, precision, kind):
         fp32 = bound(relative_error(eager, want), torch.float32)
         assert error < (ALLOWED[precision] or fp32)
         assert error <= 2 * relative_error(theirs, want)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.02])
+def test_highest_on_rows_near_one_hot(coarse, temperature):
+    r1, r2 = exact.near_one_hot(256, 360)
+    options = {"dim": None, "temperature": temperature}
+    truth = evaluate(eager_loss, r1.double(), r2.double(), **options)
+    eager = evaluate(eager_loss, r1, r2, **options)
+    ours = evaluate(fast_directclr_loss, r1, r2, backend="triton", **options)
+    for got, want, plain in zip(ours[:3], truth, eager):
+        assert relative_error(got, want) <= bound(relative_error(plain, want), torch.float32)
 
 
 @pytest.mark.parametrize("precision,allowed", [("fp16", 1e-3), ("bf16", 8e-3), ("fp8", None)])
@@ -411,6 +423,16 @@ def test_gpu_tensors_take_triton():
     assert "negatives 'same'" in backend.BACKEND.why_not(problem(negatives="same"))[0]
 
 
+def test_tf32_on_an_amd_chip_without_it_is_a_reason(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for chip, fits in (("gfx942:sramecc+", True), ("gfx950", False)):
+        told = types.SimpleNamespace(gcnArchName=chip)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: told)  # noqa: B023
+        assert fits == (backend.BACKEND.why_not(problem(precision="tf32")) == [])
+        assert backend.BACKEND.why_not(problem(precision="highest")) == []
+
+
 def test_automatic_precision_rounds_only_where_eager_would():
     assert backend.precision(problem()) == "highest"
     assert backend.precision(problem(autocast=True)) == "fp16"
@@ -459,7 +481,7 @@ def test_superblocks_fit_the_workspace(size, workspace):
 @pytest.mark.parametrize("arch", configs.SHARED_BYTES)
 def test_product_tiles_divide_the_padding_of_weight_tiles(arch):
     """``products`` reads P in its own tiles without a mask along the padding."""
-    for itemsize in (2, 4):
+    for itemsize in (2, 4, configs.HI_LO):
         for plain in (True, False):
             outer = configs.tile("weights", arch, itemsize, plain)
             inner = configs.tile("products", arch, itemsize)

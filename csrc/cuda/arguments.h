@@ -52,10 +52,11 @@ struct PositivesArguments {
 
 // ------------------------------------------------------------------------------- sums, weights
 
-enum class Operand { kFp16 = 0, kBf16 = 1, kE4m3 = 2 };
+enum class Operand { kFp16 = 0, kBf16 = 1, kE4m3 = 2, kSplit = 3 };
 
 // Two matrices of unit rows, (rows, k) and (cols, k), `pitch` elements from row to row; `pingpong`
-// is the schedule for short rows.
+// is the schedule for short rows. kSplit: fp16 rows [hi (k) | lo (k)], of which hi lo' + lo hi' +
+// hi hi' is taken.
 struct Operands {
   Operand type;
   bool pingpong;
@@ -75,7 +76,7 @@ struct SumsArguments {
   // Line t of row_sum (lines, rows) is of the columns of tile t, line t of col_sum (lines, cols) of
   // the rows of tile t, which `columns` asks for; the peaks likewise, without `bounded`.
   float *row_sum, *row_peak, *col_sum, *col_peak;
-  // Without `bounded` and where not null: the positives' own logits (rows), in the peaks' unit.
+  // Without `bounded` or with kSplit, where not null: the positives' own logits (rows), base 2.
   float* own;
   Exponent exponent;
   int step;
@@ -92,7 +93,7 @@ struct WeightFactors {
 };
 
 struct WeightsArguments {
-  void* out;
+  void* out;  // kSplit: rows [hi | lo] of `pitch`, lo times kLoScale
   int64_t pitch;
   WeightFactors factors;
   Exponent exponent;
@@ -118,8 +119,9 @@ struct CombineArguments {
   const float *row_sum, *row_peak, *col_sum, *col_peak;
   const double *rest_row, *rest_col;
   int row_lines, col_lines;
-  const double* positives;
-  const float* scale;  // 1 / temperature on the device, or null and the value
+  const double* positives;  // cosines, or null and
+  const float* own;         // their logits, base 2
+  const float* scale;       // 1 / temperature on the device, or null and the value
   double scale_value;
   double *row_lse, *col_lse, *nll_row, *nll_col;
   float* loss_by_row;     // (m,), or null and
@@ -137,7 +139,8 @@ struct TotalArguments {
 };
 
 struct FactorsArguments {
-  const float *upstream, *largest;  // of reduction "none"; largest null: weights of 1
+  const float* upstream;  // of reduction "none"; null: weights of 1
+  const float* largest;   // what weights are divided by, or null
   const double *row_lse, *col_lse, *nll_row, *nll_col;
   float *row, *col, *row_shift, *col_shift, *diagonal;
   int64_t m, n, offset;

@@ -134,8 +134,8 @@ PYBIND11_MODULE(_cuda, m) {
   {
     using S = CombineArguments;
     record(m, "CombineArguments", F(row_sum), F(row_peak), F(col_sum), F(col_peak), F(rest_row),
-           F(rest_col), F(row_lines), F(col_lines), F(positives), F(scale), F(scale_value),
-           F(row_lse), F(col_lse), F(nll_row), F(nll_col), F(loss_by_row), F(loss_by_block), F(m),
+           F(rest_col), F(row_lines), F(col_lines), F(positives), F(own), F(scale),
+           F(scale_value), F(row_lse), F(col_lse), F(nll_row), F(nll_col), F(loss_by_row), F(loss_by_block), F(m),
            F(n), F(offset), F(symmetric));
     m.def("combine", launching(&combine), "arguments"_a, "stream"_a);
   }

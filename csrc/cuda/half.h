@@ -11,7 +11,8 @@
 
 namespace directclr {
 
-constexpr float kLoScale = 2048.0f;  // keeps the remainders of small entries out of denormals
+// Of packed rows, and of the remainders of stored weights (kernels/records.py).
+constexpr float kUnit = 32768.0f, kLoScale = 2048.0f;
 
 struct Fp16 {
   using Type = __half;
@@ -22,6 +23,13 @@ struct Fp16 {
     uint32_t word;
     memcpy(&word, &pair, 4);
     return word;
+  }
+  // What `word` = pack(low, high) lacks of them, times kLoScale.
+  static DIRECTCLR_HD uint32_t pack_rest(uint32_t word, float low, float high) {
+    __half2 pair;
+    memcpy(&pair, &word, 4);
+    const float2 there = __half22float2(pair);
+    return pack((low - there.x) * kLoScale, (high - there.y) * kLoScale);
   }
 };
 

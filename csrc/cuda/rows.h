@@ -3,7 +3,7 @@
 // that run these functions on a host.
 //
 // A row of packed unit vectors is [ hi (pitch) | lo (pitch) | e4m3 (pitch bytes, if `fp8`) ]:
-// hi = round(z) is the operand of the tile products, hi + lo / 2048 the fp32-grade row. pitch is d
+// hi = round(kUnit z) is the operand of the tile products, hi + lo the fp32-grade row. pitch is d
 // rounded up to 64, with zeros in between. A lane takes eight columns at a time: 16 bytes of hi.
 #pragma once
 
@@ -93,8 +93,8 @@ struct Packed {
     float hi[kChunk], lo[kChunk];
     DIRECTCLR_UNROLL
     for (int k = 0; k < kChunk; ++k) {
-      hi[k] = Half::widen(Half::round(x[k]));
-      lo[k] = (x[k] - hi[k]) * kLoScale;
+      hi[k] = Half::widen(Half::round(x[k] * kUnit));
+      lo[k] = x[k] * kUnit - hi[k];
     }
     write8(row(i) + c, hi);
     write8(row(i) + pitch + c, lo);
@@ -111,7 +111,7 @@ struct Packed {
     read8(row(i) + c, x);
     read8(row(i) + pitch + c, lo);
     DIRECTCLR_UNROLL
-    for (int k = 0; k < kChunk; ++k) x[k] += lo[k] * (1.0f / kLoScale);
+    for (int k = 0; k < kChunk; ++k) x[k] = (x[k] + lo[k]) * (1.0f / kUnit);
   }
 };
 

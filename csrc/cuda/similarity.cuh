@@ -1,7 +1,7 @@
 // The tile product S = A B^T of unit rows on Hopper: CUTLASS's persistent warp-specialised main
 // loop (TMA loads, wgmma, B multicast in clusters of two) under the epilogues of tile.h.
 //
-// A, B: (rows, k) and (cols, k), k contiguous, fp16, bf16 or e4m3, fp32 accumulators. Rows beyond
+// A, B: (rows, k) and (cols, k), k contiguous, fp16 (one part or two), bf16 or e4m3, fp32 accumulators. Rows beyond
 // the end read as zero, by TMA, and are masked in the epilogue. An epilogue's results go to fixed
 // places, so the order in which tiles are taken does not matter and repeat runs give the same bits.
 #pragma once
@@ -19,11 +19,12 @@
 #include "half.h"
 #include "scheduler.cuh"
 #include "tile.h"
+#include "turns.h"
 
 namespace directclr {
 
-// `Cooperative`: two warpgroups share a tile of 128 x 256. `Pingpong`: each has a tile of 64 x 256
-// and one's exponentials run under the other's products, which pays where k is short.
+// `Cooperative`: two warpgroups share a tile of 128 x 256 (turns.h). `Pingpong`: each has a tile of 64 x
+// 256, which pays where k is short.
 struct Cooperative {
   using Schedule = cutlass::gemm::KernelTmaWarpSpecializedCooperative;
   using ScheduleFp8 = cutlass::gemm::KernelTmaWarpSpecializedCooperativeFP8FastAccum;
@@ -82,10 +83,22 @@ __device__ __forceinline__ float exponent_scale(const Exponent& e) {
   return (e.scale ? *e.scale : e.value) * 1.4426950408889634f * e.operands;
 }
 
+constexpr int kGroupThreads = 128;
+
+struct OfBothGroups {
+  static CUTLASS_DEVICE void sync(int id) {
+    cutlass::arch::NamedBarrier::sync(2 * kGroupThreads, uint32_t(id));
+  }
+  static CUTLASS_DEVICE void arrive(int id) {
+    cutlass::arch::NamedBarrier::arrive(2 * kGroupThreads, uint32_t(id));
+  }
+};
+
 // Bounded and unbounded are kernels of their own: in one, the registers of both together spill.
-template <class Kind, bool kBounded>
+template <class Kind, bool kBounded, bool kOwn>
 struct SumsEpilogue : EpilogueBase<SumsArguments> {
   static constexpr int kWarps = Kind::kHeight / kWarpRows;
+  static constexpr bool kShared = Kind::kGroups == 1;  // a tile is both warpgroups'
   // By group, by turn: this tile's column sums of each warp are read while the next one's may be
   // written already, never the one after, which a barrier lies before.
   struct SharedStorage {
@@ -105,35 +118,36 @@ struct SumsEpilogue : EpilogueBase<SumsArguments> {
                       cute::get<1>(shape),    params.step,      params.upper};
     if (place.row >= place.rows) return;  // the second tile row of a cluster that has one
     auto& storage = *reinterpret_cast<SharedStorage*>(shared);
-    const int group = Kind::kGroups == 1 ? 0 : cutlass::canonical_warp_group_idx() - 1;
-    auto& sums = storage.sums[group][turn];
-    auto& peaks = storage.peaks[group][turn];
-    turn ^= 1;
+    const int group = cutlass::canonical_warp_group_idx() - 1;
+    auto& sums = storage.sums[kShared ? 0 : group][turns.buffer()];
+    auto& peaks = storage.peaks[kShared ? 0 : group][turns.buffer()];
+    if (kShared) turns.begin(group == 0);
     const int warp = thread / kLanes;
     const float a2 = exponent_scale(params.exponent);
     float* row_sum = params.row_sum + int64_t(n) * place.rows;
     float* row_peak = params.row_peak + int64_t(n) * place.rows;
-    sums_of_warp<DeviceWarp, kBlocks, kBounded>(
+    sums_of_warp<DeviceWarp, kBlocks, kBounded, kOwn>(
         acc, place, warp, Kind::kHeight, a2, params.columns, row_sum, row_peak, params.own,
         sums[warp], peaks[kBounded ? 0 : warp]);
-    if (!params.columns) return;
-    constexpr int kThreads = kWarps * kLanes;
-    cutlass::arch::NamedBarrier::sync(kThreads, uint32_t(group));
-    CUTLASS_PRAGMA_UNROLL
-    for (int c = thread; c < kWidth; c += kThreads) {
-      if (place.col + c >= place.cols) continue;
-      const int64_t at = int64_t(m) * place.cols + place.col + c;
-      const int from = place_of_column(c);
-      sum_of_column<kBounded>(&sums[0][from], &peaks[0][from], kWarps, kWidth, params.col_sum + at,
-                              params.col_peak + at);
+    if (params.columns && (!kShared || group == 1)) {
+      cutlass::arch::NamedBarrier::sync(kGroupThreads, uint32_t(kShared ? 0 : group));
+      CUTLASS_PRAGMA_UNROLL
+      for (int c = thread % kGroupThreads; c < kWidth; c += kGroupThreads) {
+        if (place.col + c >= place.cols) continue;
+        const int64_t at = int64_t(m) * place.cols + place.col + c;
+        const int from = place_of_column(c);
+        sum_of_column<kBounded>(&sums[0][from], &peaks[0][from], kWarps, kWidth,
+                                params.col_sum + at, params.col_peak + at);
+      }
     }
+    kShared ? turns.end(group == 0) : void(++turns.tile);
   }
 
   Params params;
-  int turn = 0;
+  Turns<OfBothGroups> turns;
 };
 
-template <class Kind, class Half, bool kBounded>
+template <class Kind, class Half, bool kBounded, bool kSplit>
 struct WeightsEpilogue : EpilogueBase<WeightsArguments> {
   struct SharedStorage {};
   using TensorStorage = SharedStorage;
@@ -149,18 +163,61 @@ struct WeightsEpilogue : EpilogueBase<WeightsArguments> {
     if (place.row >= place.rows) return;
     const int warp = thread / kLanes;
     const float a2 = exponent_scale(params.exponent);
-    weights_of_warp<DeviceWarp, Half, kBlocks, kBounded>(
+    const bool leads = cutlass::canonical_warp_group_idx() == 1;
+    if (Kind::kGroups == 1) turns.begin(leads);
+    weights_of_warp<DeviceWarp, Half, kBlocks, kBounded, kSplit>(
         acc, place, warp, Kind::kHeight, a2, params.factors, params.out, params.pitch,
         params.mirror);
+    if (Kind::kGroups == 1) turns.end(leads);
   }
 
   Params params;
+  Turns<OfBothGroups> turns;
 };
 
 template <class Element>
 constexpr bool kIsFp8 = std::is_same_v<Element, cutlass::float_e4m3_t>;
 
-template <class Element, class Kind, class OurEpilogue>
+// Of rows [hi | lo] the products lo hi', hi lo' and hi hi', as one that is three times as deep. What a
+// tensor core adds to a sum is cut off behind it, so the small ones come first.
+template <class Base>
+struct InParts : Base {
+  template <class Shape>
+  static CUTLASS_HOST_DEVICE auto of_memory(const Shape& shape) {
+    const auto [m, n, k, l] = shape;
+    return cute::make_shape(m, n, k / 3 * 2, l);
+  }
+  template <class Shape>
+  static typename Base::Params to_underlying_arguments(const Shape& shape,
+                                                       const typename Base::Arguments& arguments,
+                                                       void* workspace) {
+    return Base::to_underlying_arguments(of_memory(shape), arguments, workspace);
+  }
+  template <class Shape>
+  CUTLASS_DEVICE auto load_init(const Shape& shape, const typename Base::Params& params) const {
+    return Base::load_init(of_memory(shape), params);
+  }
+  template <class Tensors, class Block, class Iterator>
+  CUTLASS_DEVICE void load(const typename Base::Params& params, typename Base::MainloopPipeline pipeline,
+                           typename Base::PipelineState state, const Tensors& tensors,
+                           const Block& block, Iterator from, int tiles, int thread, uint32_t rank,
+                           typename Base::TensorStorage& shared) {
+    const int depth = tiles / 3;
+    const auto moved = [](const auto& tensor, int by) {
+      using cute::_0;
+      return cute::domain_offset(cute::make_coord(_0{}, _0{}, _0{}, by, _0{}), tensor);
+    };
+    CUTLASS_PRAGMA_NO_UNROLL
+    for (int part = 0; part < 3; ++part) {
+      const auto both = cute::make_tuple(moved(cute::get<0>(tensors), part == 0 ? depth : 0),
+                                         moved(cute::get<1>(tensors), part == 1 ? depth : 0));
+      Base::load(params, pipeline, state, both, block, from, depth, thread, rank, shared);
+      state.advance(depth);
+    }
+  }
+};
+
+template <class Element, class Kind, class OurEpilogue, bool kSplit>
 struct Similarity {
   static constexpr int kAlignment = 16 / sizeof(Element);
   static constexpr int kDepth = 128 / sizeof(Element);  // one row of the swizzled tile
@@ -169,12 +226,13 @@ struct Similarity {
   using Schedule =
       std::conditional_t<kIsFp8<Element>, typename Kind::ScheduleFp8, typename Kind::Schedule>;
   using Epilogue = cutlass::epilogue::collective::detail::Sm90TmaWarpSpecializedAdapter<OurEpilogue>;
-  using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
+  using OnePart = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, cutlass::layout::RowMajor,
       kAlignment, Element, cutlass::layout::ColumnMajor, kAlignment, float, Tile, Cluster,
       cutlass::gemm::collective::StageCountAutoCarveout<int(
           sizeof(typename OurEpilogue::SharedStorage))>,
       Schedule>::CollectiveOp;
+  using Mainloop = std::conditional_t<kSplit, InParts<OnePart>, OnePart>;
   using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop,
                                                       Epilogue, InOrder>;
   using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
@@ -187,7 +245,7 @@ struct Similarity {
     const auto* b = static_cast<const Element*>(s.b);
     typename Gemm::Arguments args{
         cutlass::gemm::GemmUniversalMode::kGemm,
-        {s.rows, s.cols, s.k, 1},
+        {s.rows, s.cols, kSplit ? 3 * s.k : s.k, 1},
         {a, {s.pitch, cute::_1{}, int64_t(0)}, b, {s.pitch, cute::_1{}, int64_t(0)}},
         epilogue,
         {stream.device, stream.multiprocessors}};

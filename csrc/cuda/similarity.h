@@ -21,6 +21,7 @@ DIRECTCLR_DECLARE(Operand::kFp16, true)
 DIRECTCLR_DECLARE(Operand::kBf16, false)
 DIRECTCLR_DECLARE(Operand::kBf16, true)
 DIRECTCLR_DECLARE(Operand::kE4m3, false)
+DIRECTCLR_DECLARE(Operand::kSplit, false)
 #undef DIRECTCLR_DECLARE
 
 }  // namespace directclr

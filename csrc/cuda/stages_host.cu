@@ -9,6 +9,7 @@
 #include "stages.h"
 #include "statistics.h"
 #include "tile.h"
+#include "turns.h"
 #include "typed.h"
 
 #ifdef DIRECTCLR_CHECK_FRAGMENT
@@ -23,7 +24,8 @@ using Values = Lanes<float>[4 * kBlocksOfTile];
 
 float value_of(Operand type, const void* data, int64_t at) {
   switch (type) {
-    case Operand::kFp16: return __half2float(static_cast<const __half*>(data)[at]);
+    case Operand::kFp16:
+    case Operand::kSplit: return __half2float(static_cast<const __half*>(data)[at]);
     case Operand::kBf16: return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[at]);
     default: {
       const auto byte = static_cast<const __nv_fp8_storage_t*>(data)[at];
@@ -32,12 +34,29 @@ float value_of(Operand type, const void* data, int64_t at) {
   }
 }
 
+int columns_of(const Operands& s) { return s.type == Operand::kSplit ? 2 * s.k : s.k; }
+
 std::vector<float> widened(const Operands& s, const void* data, int rows) {
-  std::vector<float> x(size_t(rows) * size_t(s.k));
+  const int64_t columns = columns_of(s);
+  std::vector<float> x(size_t(rows * columns));
   for (int64_t i = 0; i < rows; ++i) {
-    for (int k = 0; k < s.k; ++k) x[size_t(i * s.k + k)] = value_of(s.type, data, i * s.pitch + k);
+    for (int64_t k = 0; k < columns; ++k) {
+      x[size_t(i * columns + k)] = value_of(s.type, data, i * s.pitch + k);
+    }
   }
   return x;
+}
+
+// sum + a . b as a tensor core is said to add: 16 exact products at once, what does not fit behind
+// the sum cut off (Fasi, Higham, Mikaitis, Pranesh, PeerJ Computer Science 7, 2021).
+float add_products(float sum, const float* a, const float* b, int count) {
+  for (int k = 0; k < count; k += 16) {
+    double exact = sum;
+    for (int i = k; i < k + 16; ++i) exact += double(a[i]) * b[i];
+    sum = float(exact);
+    if (std::fabs(sum) > std::fabs(exact)) sum = std::nextafter(sum, 0.0f);
+  }
+  return sum;
 }
 
 // Calls f(place, warp, values) for every warp of every tile, values as wgmma leaves them; beyond
@@ -45,6 +64,7 @@ std::vector<float> widened(const Operands& s, const void* data, int rows) {
 template <class F, class After>
 void by_tiles(const Operands& s, int height, int step, bool upper, bool mirror, F f, After after) {
   const std::vector<float> a = widened(s, s.a, s.rows), b = widened(s, s.b, s.cols);
+  const int columns = columns_of(s), lo = columns - s.k;
   const TileOrder order(s.rows, s.cols, height, kTileWidth, upper || mirror);
   TileOrder::Walk walk;
   for (int place = 0, clusters = order.clusters(); place < clusters; ++place) {
@@ -59,11 +79,12 @@ void by_tiles(const Operands& s, int height, int step, bool upper, bool mirror, 
           for (int i = 0; i < 4 * kBlocksOfTile; ++i) {
             const int row = p.row + kWarpRows * w + lane / 4 + 8 * (i / 2 % 2);
             const int col = p.col + 8 * (i / 4) + 2 * (lane % 4) + i % 2;
+            acc[i][lane] = 0.0f;
+            if (row >= s.rows || col >= s.cols) continue;
+            const float *x = &a[size_t(row) * columns], *y = &b[size_t(col) * columns];
             float dot = 0.0f;
-            for (int k = 0; k < s.k && row < s.rows && col < s.cols; ++k) {
-              dot += a[size_t(row) * s.k + k] * b[size_t(col) * s.k + k];
-            }
-            acc[i][lane] = dot;
+            if (lo) dot = add_products(add_products(dot, x + lo, y, s.k), x, y + lo, s.k);
+            acc[i][lane] = add_products(dot, x, y, s.k);
           }
         }
         f(p, m, n, w, acc);
@@ -85,7 +106,7 @@ void sums_as(const Operands& s, const SumsArguments& a, int height) {
   by_tiles(
       s, height, a.step, a.upper, false,
       [&](const Place& p, int, int n, int w, Values& acc) {
-        sums_of_warp<HostWarp, kBlocksOfTile, kBounded>(
+        sums_of_warp<HostWarp, kBlocksOfTile, kBounded, true>(
             acc, p, w, height, a2, a.columns, a.row_sum + int64_t(n) * s.rows,
             a.row_peak + int64_t(n) * s.rows, a.own, &sums[size_t(w * kTileWidth)],
             &peaks[size_t(w * kTileWidth)]);
@@ -174,19 +195,24 @@ std::string sums(const Operands& s, const SumsArguments& a, const Stream&) {
 std::string weights(const Operands& s, const WeightsArguments& a, const Stream&) {
   const int height = tile_height(s.pingpong);
   const float a2 = exponent_scale_of(a.exponent);
-  const auto run = [&](auto half, auto bounded) {
+  const auto run = [&](auto half, auto bounded, auto split) {
     by_tiles(
         s, height, a.step, false, a.mirror,
         [&](const Place& p, int, int, int w, Values& acc) {
-          weights_of_warp<HostWarp, decltype(half), kBlocksOfTile, decltype(bounded)::value>(
-              acc, p, w, height, a2, a.factors, a.out, a.pitch, a.mirror);
+          weights_of_warp<HostWarp, decltype(half), kBlocksOfTile, decltype(bounded)::value,
+                          decltype(split)::value>(acc, p, w, height, a2, a.factors, a.out, a.pitch,
+                                                  a.mirror);
         },
         [](const Place&, int, int) {});
   };
-  const auto with = [&](auto half) {
-    a.bounded ? run(half, std::true_type{}) : run(half, std::false_type{});
+  const auto with = [&](auto half, auto split) {
+    a.bounded ? run(half, std::true_type{}, split) : run(half, std::false_type{}, split);
   };
-  s.type == Operand::kBf16 ? with(Bf16{}) : with(Fp16{});
+  if (s.type == Operand::kSplit) {
+    with(Fp16{}, std::true_type{});
+  } else {
+    s.type == Operand::kBf16 ? with(Bf16{}, std::false_type{}) : with(Fp16{}, std::false_type{});
+  }
   return {};
 }
 
@@ -285,6 +311,21 @@ extern "C" int64_t host_tiles(int m, int n, int height, bool upper, int32_t* fou
   return int64_t(clusters) * kClusterTiles;
 }
 
+// What a warpgroup does at the barriers of `tiles` tiles: begin and end of each, as the barrier's id,
+// negative where it arrives only, 0 where nothing is done.
+extern "C" void host_turns(bool leads, int tiles, int* found) {
+  static thread_local int last;
+  struct Noting {
+    static void sync(int id) { last = id; }
+    static void arrive(int id) { last = -id; }
+  };
+  Turns<Noting> turns;
+  for (int tile = 0; tile < tiles; ++tile) {
+    last = 0, turns.begin(leads), *found++ = last;
+    last = 0, turns.end(leads), *found++ = last;
+  }
+}
+
 // Where a packed row and a stored weight lie, in elements, far beyond 2^31 of them.
 extern "C" int64_t host_row_offset(int64_t row, int64_t stride) {
   const Packed<Fp16> z{nullptr, stride, 64, false, 1.0f};
@@ -313,11 +354,12 @@ extern "C" int host_fragment_mismatches() {
   };
   using H = cutlass::half_t;
   using E = cutlass::float_e4m3_t;
-  count(typename Similarity<H, Cooperative, SumsEpilogue<Cooperative, true>>::Mainloop::TiledMma{},
-        Cooperative{});
-  count(typename Similarity<H, Pingpong, SumsEpilogue<Pingpong, true>>::Mainloop::TiledMma{}, Pingpong{});
-  count(typename Similarity<E, Cooperative, SumsEpilogue<Cooperative, true>>::Mainloop::TiledMma{},
-        Cooperative{});
+  using Shared = SumsEpilogue<Cooperative, true, false>;
+  using Each = SumsEpilogue<Pingpong, true, false>;
+  count(typename Similarity<H, Cooperative, Shared, false>::Mainloop::TiledMma{}, Cooperative{});
+  count(typename Similarity<H, Cooperative, Shared, true>::Mainloop::TiledMma{}, Cooperative{});
+  count(typename Similarity<H, Pingpong, Each, false>::Mainloop::TiledMma{}, Pingpong{});
+  count(typename Similarity<E, Cooperative, Shared, false>::Mainloop::TiledMma{}, Cooperative{});
   return wrong;
 }
 #endif

@@ -4,7 +4,7 @@
 #include <cmath>
 
 #include "arguments.h"
-#include "warp.h"
+#include "half.h"
 
 namespace directclr {
 
@@ -18,6 +18,7 @@ struct Parts {
 };
 
 constexpr int kMostShares = 32;
+constexpr double kLn2 = 0.6931471805599453, kLog2e = 1.4426950408889634;
 
 DIRECTCLR_HD int shares_of(int lines) { return lines < 512 ? 8 : kMostShares; }
 
@@ -39,7 +40,7 @@ DIRECTCLR_HD double sum_of_share(const Parts& p, int64_t at, int share, int shar
 DIRECTCLR_HD double top_of(float high) { return high == -INFINITY ? 0.0 : high; }
 
 DIRECTCLR_HD double log_of_sum(double sum, double top) {
-  return log(sum) + top * 0.6931471805599453;
+  return log(sum) + top * kLn2;
 }
 
 DIRECTCLR_HD double add_logs(double a, double b) {
@@ -74,7 +75,7 @@ DIRECTCLR_HD double combine_one(const CombineArguments& a, int64_t j, double res
   const bool has_row = i >= 0 && i < a.m, has_col = j < a.n;
   double per_row = 0.0, logit = 0.0;
   if (has_row) {
-    logit = a.positives[i] * (a.scale ? double(*a.scale) : a.scale_value);
+    logit = a.own ? a.own[i] * kLn2 : a.positives[i] * (a.scale ? double(*a.scale) : a.scale_value);
     const double nll = softplus(rest_row - logit);
     a.nll_row[i] = nll;
     a.row_lse[i] = logit + nll;
@@ -92,31 +93,33 @@ DIRECTCLR_HD double combine_one(const CombineArguments& a, int64_t j, double res
   return per_row;
 }
 
+// weight exp(-log_sum) where there is a bound, otherwise weight and shift for exp2(x - shift), with the
+// shift's rounding in the weight.
+DIRECTCLR_HD void factor_one(bool bounded, double weight, double log_sum, float* factor, float* shift) {
+  const double exact = log_sum * kLog2e;
+  const float rounded = float(exact);
+  if (!bounded) *shift = rounded;
+  // Candidates nobody is the positive of have no weight, whatever their log-sum.
+  *factor = weight == 0.0 ? 0.0f : float(weight * (bounded ? exp(-log_sum) : exp2(rounded - exact)));
+}
+
 // The factors of row i = j - offset and of column j, and the positive's term (kernels/weights.py).
 DIRECTCLR_HD void factors_one(const FactorsArguments& a, int64_t j) {
   const int64_t i = j - a.offset;
   const bool has_row = i >= 0 && i < a.m, has_col = j < a.n;
   double weight = has_row ? double(a.store) : 0.0;
-  if (a.largest && has_row) {
-    const double top = *a.largest;
-    weight *= top == 0.0 ? 0.0 : a.upstream[i] / top;
-  }
+  if (a.upstream && has_row) weight *= a.upstream[i];
+  if (a.largest) weight *= *a.largest == 0.0f ? 0.0 : 1.0 / *a.largest;
   double diagonal = 0.0;
   if (has_row) {
     diagonal = weight * expm1(-a.nll_row[i]);
-    a.row[i] = float(a.bounded ? weight * exp(-a.row_lse[i]) : weight);
-    if (!a.bounded) a.row_shift[i] = float(a.row_lse[i] * 1.4426950408889634);
+    factor_one(a.bounded, weight, a.row_lse[i], a.row + i, a.row_shift + i);
   }
   if (a.symmetric) {
     if (has_row) diagonal += weight * expm1(-a.nll_col[i]);
-    if (has_col) {
-      const double lse = a.col_lse[j];
-      // Candidates nobody is the positive of have no weight, whatever their log-sum.
-      a.col[j] = float(a.bounded ? (has_row ? weight * exp(-lse) : 0.0) : weight);
-      if (!a.bounded) a.col_shift[j] = float(lse * 1.4426950408889634);
-    }
+    if (has_col) factor_one(a.bounded, weight, a.col_lse[j], a.col + j, a.col_shift + j);
   }
-  if (has_row) a.diagonal[i] = float(diagonal);
+  if (has_row) a.diagonal[i] = float(diagonal * kUnit);
 }
 
 }  // namespace directclr

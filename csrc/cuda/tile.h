@@ -140,8 +140,8 @@ DIRECTCLR_HD Int place_of_column(const Int& c) {
 // One warp's share of a `sums` tile. acc: 4 kBlocks inner products a lane; overwritten.
 // row_sum/row_peak: this tile's line of row partials, indexed by the launch's row. by_warp/peaks:
 // kBlocks * 8 floats, this warp's column sums of the tile by place_of_column. Without kBounded every
-// sum carries the maximum it is relative to, and `own_logit` may be asked for.
-template <class W, int kBlocks, bool kBounded, class Acc>
+// sum carries the maximum it is relative to. With kOwn `own_logit` may be asked for.
+template <class W, int kBlocks, bool kBounded, bool kOwn, class Acc>
 DIRECTCLR_HD void sums_of_warp(Acc& acc, const Place& p, int warp, int height, float a2, bool columns,
                                float* row_sum, float* row_peak, float* own_logit, float* by_warp,
                                float* peaks) {
@@ -149,7 +149,7 @@ DIRECTCLR_HD void sums_of_warp(Acc& acc, const Place& p, int warp, int height, f
   using Int = typename W::Int;
   using Bool = typename W::Bool;
   const Fragment<W> own(p, warp);
-  scale_and_mask<W, kBlocks>(acc, p, own, height, a2, kBounded ? nullptr : own_logit);
+  scale_and_mask<W, kBlocks>(acc, p, own, height, a2, kOwn ? own_logit : nullptr);
   if (kBounded) {
     DIRECTCLR_UNROLL
     for (int i = 0; i < 4 * kBlocks; ++i) acc[i] = W::exp2(acc[i]);
@@ -268,7 +268,8 @@ DIRECTCLR_HD void transpose_quad(typename W::Word (&x)[4]) {
 // not count, in half precision to `out` (row-major, `pitch` a multiple of 8, column blocks within the
 // pitch are written whole, with zeros). Half::pack(low, high) rounds a pair. `mirror`: P is square and
 // symmetric, and what lies below the diagonal's squares of 8 kBlocks is stored by the tiles above.
-template <class W, class Half, int kBlocks, bool kBounded, class Acc>
+// kSplit: a row is the rounded weights and then, times kLoScale, what they lack.
+template <class W, class Half, int kBlocks, bool kBounded, bool kSplit, class Acc>
 DIRECTCLR_HD void weights_of_warp(Acc& acc, const Place& p, int warp, int height, float a2,
                                   const WeightFactors& f, void* out, int64_t pitch, bool mirror) {
   using Float = typename W::Float;
@@ -303,6 +304,8 @@ DIRECTCLR_HD void weights_of_warp(Acc& acc, const Place& p, int warp, int height
     row[h] = W::load(f.row, own.rows(h), there, 0.0f);
     if (!kBounded) row_shift[h] = W::load(f.row_shift, own.rows(h), there, INFINITY);
   }
+  constexpr int kParts = kSplit ? 2 : 1;
+  const int64_t width = pitch / kParts;
   // Where the lane's first eight columns go, in units of eight, and how many may be written there.
   typename W::Long line[2];
   Int left[2];
@@ -310,13 +313,13 @@ DIRECTCLR_HD void weights_of_warp(Acc& acc, const Place& p, int warp, int height
   DIRECTCLR_UNROLL
   for (int h = 0; h < 2; ++h) {
     line[h] = (W::wide(own.rows(h)) * pitch + W::wide(begin)) / int64_t(8);
-    left[h] = W::select(own.rows(h) < p.rows, begin * -1 + int(pitch), begin * 0);
+    left[h] = W::select(own.rows(h) < p.rows, begin * -1 + int(width), begin * 0);
   }
   scale_and_mask<W, kBlocks>(acc, p, own, height, a2, nullptr);
   // Four blocks turned: eight rows of the tile as neighbours, in a row of `out` for each column.
   constexpr int kSquare = 8 * kBlocks;
   const bool twice = mirror && p.col / kSquare > p.row / kSquare;
-  const auto store_turned = [&](int four, const typename W::Word(&of)[2][4]) {
+  const auto store_turned = [&](int four, const typename W::Word(&of)[2][4], int part) {
     const Int row = W::lane() / 4 + own.quad * 8 + (p.col + 32 * four);
     DIRECTCLR_UNROLL
     for (int h = 0; h < 2; ++h) {
@@ -324,13 +327,17 @@ DIRECTCLR_HD void weights_of_warp(Acc& acc, const Place& p, int warp, int height
       DIRECTCLR_UNROLL
       for (int b = 0; b < 4; ++b) x[b] = W::transpose8(of[h][b]);
       transpose_quad<W>(x);
-      const int64_t column = p.row + kWarpRows * warp + 8 * h;
+      const int64_t column = part * width + p.row + kWarpRows * warp + 8 * h;
       W::store16(out, (W::wide(row) * pitch + column) / int64_t(8), x, row < p.cols);
     }
   };
+  // With kBounded alone mirror images come at the end, so that other tiles' way has one branch; the
+  // other forms have no registers to keep the words till then.
+  constexpr bool kLater = kBounded && !kSplit;
   typename W::Word words[kBlocks / 4][2][4];
   DIRECTCLR_UNROLL
   for (int four = 0; four < kBlocks / 4; ++four) {
+    typename W::Word rest[2][4];
     DIRECTCLR_UNROLL
     for (int b = 0; b < 4; ++b) {
       const int j = 4 * four + b;
@@ -352,23 +359,28 @@ DIRECTCLR_HD void weights_of_warp(Acc& acc, const Place& p, int warp, int height
       DIRECTCLR_UNROLL
       for (int h = 0; h < 2; ++h) {
         words[four][h][b] = W::template pack<Half>(y[2 * h], y[2 * h + 1]);
+        if constexpr (kSplit) {
+          rest[h][b] = W::template pack_rest<Half>(words[four][h][b], y[2 * h], y[2 * h + 1]);
+        }
       }
     }
     // The lane's block of the four, all eight columns of it.
     DIRECTCLR_UNROLL
-    for (int h = 0; h < 2; ++h) {
-      typename W::Word x[4] = {words[four][h][0], words[four][h][1], words[four][h][2],
-                               words[four][h][3]};
-      transpose_quad<W>(x);
-      W::store16(out, line[h] + int64_t(4 * four), x, left[h] > 32 * four);
+    for (int part = 0; part < kParts; ++part) {
+      const auto& of = part ? rest : words[four];
+      DIRECTCLR_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        typename W::Word x[4] = {of[h][0], of[h][1], of[h][2], of[h][3]};
+        transpose_quad<W>(x);
+        const int64_t at = part * width / 8 + 4 * four;
+        W::store16(out, line[h] + at, x, left[h] > 32 * four);
+      }
+      if (!kLater && twice) store_turned(four, of, part);
     }
-    if (!kBounded && twice) store_turned(four, words[four]);
   }
-  // With kBounded all at the end, so that other tiles' way has one branch; the other form has no
-  // registers to keep the words till then.
-  if (kBounded && twice) {
+  if (kLater && twice) {
     DIRECTCLR_UNROLL
-    for (int four = 0; four < kBlocks / 4; ++four) store_turned(four, words[four]);
+    for (int four = 0; four < kBlocks / 4; ++four) store_turned(four, words[four], 0);
   }
 }
 

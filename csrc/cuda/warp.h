@@ -95,6 +95,10 @@ struct DeviceWarp {
   static __device__ __forceinline__ Word pack(Float low, Float high) {
     return Half::pack(low, high);
   }
+  template <class Half>
+  static __device__ __forceinline__ Word pack_rest(Word packed, Float low, Float high) {
+    return Half::pack_rest(packed, low, high);
+  }
   // 16 bytes to global memory at p + at (in units of 16 bytes).
   static __device__ __forceinline__ void store16(void* p, Long at, const Word (&x)[4], Bool c) {
     asm volatile(
@@ -220,6 +224,12 @@ struct HostWarp {
   static Word pack(const Float& low, const Float& high) {
     Word y;
     for (int i = 0; i < kLanes; ++i) y[i] = Half::pack(low[i], high[i]);
+    return y;
+  }
+  template <class Half>
+  static Word pack_rest(const Word& packed, const Float& low, const Float& high) {
+    Word y;
+    for (int i = 0; i < kLanes; ++i) y[i] = Half::pack_rest(packed[i], low[i], high[i]);
     return y;
   }
   static void store16(void* p, const Long& at, const Word (&x)[4], const Bool& c) {

@@ -91,7 +91,7 @@ class NTXentLoss(nn.Module):
 
     def _of_bank(self, out0: Tensor, out1: Tensor) -> Tensor:
         bank = self.memory_bank.bank
-        # One label for the batch, whose other rows are no candidates, and none for those of the bank.
+        # The batch has one label: its other rows are no candidates. Those of the bank have none.
         labels = torch.zeros(len(out1) + len(bank), dtype=torch.int64, device=out1.device)
         labels[len(out1) :] = -1
         loss = fast_directclr_loss(

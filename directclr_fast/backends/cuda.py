@@ -1,8 +1,7 @@
 """The five stages in CUDA C++ for Hopper (csrc/cuda): TMA, wgmma, the epilogues in registers.
 
-Half-precision and fp8 products only: ``precision="highest"`` and ``"tf32"``, and every other GPU,
-stay with Triton. It is chosen automatically for the shapes that a result file says it is faster on
-(:data:`FASTER`); until one does, only by name.
+``precision="tf32"``, and every other GPU, stay with Triton. It is chosen automatically for the
+shapes that a result file says it is faster on (:data:`FASTER`); until one does, only by name.
 """
 
 from __future__ import annotations
@@ -44,9 +43,8 @@ class Cuda(Packed):
         if problem.ignores:
             reasons.append("its kernels leave out the positives only, got same_label 'ignore'")
         chosen = precision(problem)
-        if chosen not in ("fp16", "bf16", "fp8"):
-            how = "" if chosen == problem.precision else f" from {problem.precision!r}"
-            reasons.append(f"its products are of fp16, bf16 or fp8 operands, got {chosen!r}{how}")
+        if chosen == "tf32":
+            reasons.append("its products are of fp16, bf16 or fp8 operands, got 'tf32'")
         return reasons
 
     def why_not_unasked(self, problem: Problem) -> str | None:
@@ -64,7 +62,7 @@ class Cuda(Packed):
     def _layout(self, problem: Problem, z: Tensor | None = None):
         chosen = precision(problem)
         if z is not None and problem.precision == "auto":  # as the rows were packed
-            chosen = "fp16"
+            chosen = "highest" if z.dtype == torch.float32 else "fp16"
         return layout_of(chosen, problem.dim)
 
     def _tile(self, kernel: str, layout, device: torch.device, plain: bool = True):

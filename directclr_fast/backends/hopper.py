@@ -14,6 +14,7 @@ from torch import Tensor
 from ..address import address, start
 from ..kernels.configs import Tile
 from ..kernels.layout import Layout
+from ..kernels.library import product as product
 from ..kernels.records import STORE, Factors, View
 
 try:
@@ -27,13 +28,13 @@ except ImportError as error:
 PINGPONG_PITCH = 256  # by design, not yet by measurement: short products leave exponentials bare
 
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
-_OPERANDS = {"fp16": 0, "bf16": 1, "fp8": 2}
+_OPERANDS = {"fp16": 0, "bf16": 1, "fp8": 2, "highest": 3}
 _PARTIALS = ("row_sum", "row_peak", "col_sum", "col_peak")
 
 
 def pingpong(layout: Layout) -> bool:
     """Which schedule the tile products take: a tile for each warpgroup, or one for both."""
-    return layout.precision != "fp8" and layout.pitch <= PINGPONG_PITCH
+    return layout.precision in ("fp16", "bf16") and layout.pitch <= PINGPONG_PITCH
 
 
 def tile(layout: Layout) -> Tile:
@@ -83,19 +84,19 @@ class _On:
         at = 4 * layout.pitch if fp8 else 0
         return _cuda.Operands(
             type=_OPERANDS[layout.precision], pingpong=pingpong(layout), a=a_at + at, b=b_at + at,
-            rows=a.shape[0], cols=b.shape[0], k=layout.pitch, pitch=layout.row * (2 if fp8 else 1),
+            rows=a.shape[0], cols=b.shape[0], k=layout.pitch,
+            pitch=layout.stride * (2 if fp8 else 1),
         )  # fmt: skip
 
     def exponent(self, layout: Layout, scale):
         at, value = self.scale(scale)
-        operands = layout.fp8_scale**-2 if layout.precision == "fp8" else 1.0
-        return _cuda.Exponent(scale=at, value=value, operands=operands)
+        return _cuda.Exponent(scale=at, value=value, operands=layout.cosine)
 
 
 def _layout(layout: Layout):
     return _cuda.Layout(
         bf16=layout.dtype == torch.bfloat16, fp8=layout.precision == "fp8", d=layout.dim,
-        pitch=layout.pitch, row=layout.row, fp8_scale=layout.fp8_scale,
+        pitch=layout.pitch, row=layout.stride, fp8_scale=layout.fp8_scale,
     )  # fmt: skip
 
 
@@ -177,8 +178,8 @@ def sums(
     programs: int, parts, own: Tensor | None, *, bounded: bool, upper: bool, tops: bool, ids: None,
 ) -> None:  # fmt: skip
     """One launch: ``parts`` of the anchors in ``strip`` (z1) against all candidates (z2), or, for
-    ``upper``, against those from the strip's first row on. ``tops``, without ``bounded`` only:
-    ``own`` (M,) gets the positives' logits, in base 2. There are no ``ids`` here."""
+    ``upper``, against those from the strip's first row on. ``tops`` without ``bounded`` only;
+    ``own`` (M,) gets the positives' logits, in base 2, there and for "highest". No ``ids`` here."""
     on, own = _On(z1), None if own is None else own[strip]
     if upper:  # tiles below the diagonal are left out
         for name, buffer in parts._asdict().items():
@@ -210,7 +211,8 @@ def combine_blocks(n: int) -> int:
 
 def combine(problem, positives: Tensor, scale, parts, rest, out, *, bounded: bool) -> None:
     """One launch: ``out`` (``packed.Combined``) from ``parts``, of one strip, or from ``rest``, the
-    log-sums of several by row and by column. ``positives`` (M,) cosines, fp64."""
+    log-sums of several by row and by column. ``positives`` (M,): cosines, fp64, or what ``sums``
+    wrote as ``own``, fp32."""
     m, n, on = problem.rows, problem.candidates, _On(positives)
     per_row = problem.reduction == "none"
     partials = dict.fromkeys((*_PARTIALS, "row_lines", "col_lines"), 0)
@@ -219,9 +221,11 @@ def combine(problem, positives: Tensor, scale, parts, rest, out, *, bounded: boo
         partials = _parts(on, parts) | {"row_lines": parts.row_sum.shape[0], "col_lines": col_lines}
     columns, own = (n, m) if problem.symmetric else (0, 0)
     scale_at, scale_value = on.scale(scale)
+    logits = positives.dtype == torch.float32
     arguments = _cuda.CombineArguments(
         **partials, rest_row=on.f64(rest[0], size=m), rest_col=on.f64(rest[1], size=n),
-        positives=on.f64(positives, size=m), scale=scale_at, scale_value=scale_value,
+        positives=0 if logits else on.f64(positives, size=m),
+        own=on.f32(positives, size=m) if logits else 0, scale=scale_at, scale_value=scale_value,
         row_lse=on.f64(out.row_lse, size=m), col_lse=on.f64(out.col_lse, size=columns),
         nll_row=on.f64(out.nll_row, size=m), nll_col=on.f64(out.nll_col, size=own),
         loss_by_row=on.f32(out.losses, size=m) if per_row else 0,
@@ -243,15 +247,18 @@ def total(losses: Tensor, loss: Tensor, factor: float) -> None:
 # ------------------------------------------------------------------------------- weights, products
 
 
-def factors(problem, saved, upstream: Tensor, largest: Tensor | None, bounded: bool) -> Factors:
-    """One launch. ``largest`` = max |upstream| for reduction "none", else None (weights 1)."""
+def factors(
+    layout: Layout, problem, saved, upstream: Tensor, largest: Tensor | None, bounded: bool
+) -> Factors:
+    """One launch. ``upstream`` counts for reduction "none" only, else weights are 1; ``largest``,
+    0-dim, is what they are divided by, None for 1."""
     record = Factors(problem.rows, problem.candidates, problem.symmetric, bounded, upstream.device)
     m, n, on = problem.rows, problem.candidates, _On(upstream)
     columns, own = (n, m) if problem.symmetric else (0, 0)
     col = n if problem.symmetric else m  # where there is none, the row's stands for it
     col_shift = m if bounded else col
     arguments = _cuda.FactorsArguments(
-        upstream=on.f32(upstream, size=1 if largest is None else m),
+        upstream=on.f32(upstream, size=m) if problem.reduction == "none" else 0,
         largest=on.f32(largest, size=1),
         row_lse=on.f64(saved.row_lse, size=m), col_lse=on.f64(saved.col_lse, size=columns),
         nll_row=on.f64(saved.nll_row, size=m), nll_col=on.f64(saved.nll_col, size=own),
@@ -273,8 +280,8 @@ def weights(
     are padded with zeros to whole tiles. ``mirror``: it is symmetric, and tiles of 256 below its
     diagonal are copies of those above."""
     height = rows.stop - rows.start
-    pitch = -(-(columns.stop - columns.start) // tile.columns) * tile.columns
-    block = out[: height * pitch].view(height, pitch)
+    pitch = -(-(columns.stop - columns.start) // tile.columns) * tile.columns * layout.parts
+    block = layout.elements(out)[: height * pitch].view(height, pitch)
     col, col_shift = factors.row, factors.row_shift
     if factors.symmetric:
         col, col_shift = factors.col[columns], factors.col_shift[columns]
@@ -286,26 +293,12 @@ def weights(
         symmetric=factors.symmetric,
     )  # fmt: skip
     arguments = _cuda.WeightsArguments(
-        out=address(block, layout.dtype, height * pitch, z1.device), pitch=pitch, factors=addresses,
-        exponent=on.exponent(layout, scale), step=rows.start + offset - columns.start,
-        bounded=factors.bounded, mirror=mirror,
+        out=address(block, layout.element, height * pitch, z1.device), pitch=pitch,
+        factors=addresses, exponent=on.exponent(layout, scale),
+        step=rows.start + offset - columns.start, bounded=factors.bounded, mirror=mirror,
     )  # fmt: skip
     _cuda.weights(on.operands(layout, z1[rows], z2[columns]), arguments, _stream(z1))
     return block
-
-
-def product(
-    layout: Layout, p: Tensor, z: Tensor, dz: Tensor, rows: slice, inner: slice, *,
-    transposed: bool, add: bool, tile: Tile,
-) -> None:  # fmt: skip
-    """dz[rows] = (or +=) op(P) z[inner] by the library: half operands, fp32 result and sums."""
-    n, k = rows.stop - rows.start, inner.stop - inner.start
-    a = p[:k, :n].T if transposed else p[:n, :k]
-    b = layout.half_operand(z)[inner]
-    if add:
-        torch.ops.aten.addmm.dtype_out(dz[rows], a, b, torch.float32, out=dz[rows])
-    else:
-        torch.ops.aten.mm.dtype_out(a, b, torch.float32, out=dz[rows])
 
 
 # ------------------------------------------------------------------------------- finish

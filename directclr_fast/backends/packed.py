@@ -184,7 +184,13 @@ class Packed(Backend):
         with self.kernels.device(dloss):
             dloss = dloss.contiguous()
             largest = dloss.abs().amax() if per_row else None
-            factors = self.kernels.factors(problem, state, dloss, largest, problem.bounded(scale))
+            upstream = dloss if largest is None else largest
+            if layout.precision == "highest":
+                largest = _largest_mass(state, dloss if per_row else None)
+                upstream = largest if per_row else dloss * largest
+            factors = self.kernels.factors(
+                layout, problem, state, dloss, largest, problem.bounded(scale)
+            )
             dz1, dz2 = self._tile_products(
                 problem, layout, state.z1, state.z2, scale, factors, problem.row_offset, wanted
             )
@@ -200,7 +206,7 @@ class Packed(Backend):
                 if dz is not None:
                     views.append((View(z, rnorm, dz, dr, need_temperature), number))
             if views:
-                factor = 1.0 / (STORE * (2.0 if problem.symmetric else 1.0))
+                factor = 1.0 / (STORE * layout.unit * (2.0 if problem.symmetric else 1.0))
                 if problem.reduction == "mean":
                     factor /= problem.rows
                 self.kernels.finish(
@@ -209,7 +215,7 @@ class Packed(Backend):
                     state.z2 if views[0][1] == 1 else state.z1,
                     factors.diagonal,
                     problem.row_offset,
-                    upstream=largest if per_row else dloss,
+                    upstream=upstream,
                     scale=scale,
                     factor=factor,
                     index=index,
@@ -414,7 +420,7 @@ class Packed(Backend):
         self, problem: Problem, z1: Tensor, z2: Tensor, scale, pair: Pair, kept, need, ids=None
     ) -> tuple[Tensor | None, Tensor | None]:
         layout, offset = self._layout(problem, z1), problem.row_offset
-        factors, unit = _factors(pair, problem.bounded(scale))
+        factors, unit = _factors(pair, problem.bounded(scale), layout.unit)
         factors.ids = ids
         with self.kernels.device(z1):
             dz1, dz2 = self._tile_products(problem, layout, z1, z2, scale, factors, offset, need)
@@ -430,7 +436,7 @@ class Packed(Backend):
         self, problem: Problem, z: Tensor, scale, w: Tensor, lse: Tensor, dz: Tensor, ids=None
     ) -> None:
         layout = self._layout(problem, z)
-        factors, unit = _factors(Pair(w, lse, w, lse, w), problem.bounded(scale))
+        factors, unit = _factors(Pair(w, lse, w, lse, w), problem.bounded(scale), layout.unit)
         factors.ids = ids
         tile = self._tile("weights", layout, z.device, factors.bounded)
         inner = self._tile("products", layout, z.device)
@@ -489,8 +495,19 @@ class Packed(Backend):
         return view.dots.sum(dtype=problem.statistics_dtype)
 
 
-def _factors(pair: Pair, bounded: bool):
-    """(the kernels' factors of a pair's weights, the factor the product still lacks, 0-dim)."""
+def _largest_mass(state: Saved, upstream: Tensor | None) -> Tensor:
+    """The largest |w_i| (1 - p_i) of either direction, 0-dim fp32: no weight off the positives is
+    more than twice that. Not below 1e-19 of the largest |w_i|, so that its reciprocal is finite."""
+    mass = state.nll_row
+    if state.nll_col.numel():
+        mass = torch.maximum(mass, state.nll_col)
+    mass = torch.expm1(-mass).neg_().clamp_(min=1e-19)
+    return (mass if upstream is None else mass * upstream.abs()).amax().float()
+
+
+def _factors(pair: Pair, bounded: bool, of_rows: float):
+    """(the kernels' factors of a pair's weights, the factor the product still lacks, 0-dim), with
+    rows that are ``of_rows`` z."""
     both = pair.v is not None
     top = pair.w.abs().amax()
     if both:
@@ -517,7 +534,7 @@ def _factors(pair: Pair, bounded: bool):
     factors.col, factors.col_shift = factors.row, factors.row_shift
     if both:
         factors.col, factors.col_shift = side(pair.v, pair.col_lse)
-    return factors, (unit / STORE).float()
+    return factors, (unit / (STORE * of_rows)).float()
 
 
 def _slices(size: int, block: int) -> list[slice]:

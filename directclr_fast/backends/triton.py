@@ -63,6 +63,10 @@ class Triton(Packed):
                 reasons.append(f"it needs compute capability 8.0, got {major}.{minor}")
             if problem.precision == "fp8" and (major, minor) < (8, 9):
                 reasons.append(f"precision 'fp8' needs compute capability 8.9, got {major}.{minor}")
+        if problem.precision == "tf32" and torch.version.hip and torch.cuda.is_available():
+            chip = torch.cuda.get_device_properties(problem.device_index or 0).gcnArchName
+            if not chip.startswith("gfx94"):
+                reasons.append(f"precision 'tf32' needs a chip of CDNA 3 (gfx94x), got {chip}")
         if problem.precision == "fp8" and torch.version.hip:
             reasons.append("precision 'fp8' is there for CUDA devices only")
         return reasons
@@ -84,17 +88,16 @@ class Triton(Packed):
 
     def _layout(self, problem: Problem, z: Tensor | None = None):
         """That of packed rows to be made, or of ``z``: the process's setting may have changed."""
-        ieee = self.arch == "gfx942" if self.arch else bool(torch.version.hip)
         chosen = precision(problem)
         if z is not None and problem.precision == "auto":
             chosen = "highest" if z.dtype == torch.float32 else "fp16"
-        return layout_of(chosen, problem.dim, ieee)
+        return layout_of(chosen, problem.dim)
 
     def _tile(self, kernel: str, layout, device: torch.device, plain: bool = True):
         from ..kernels import configs
 
         arch = self.arch or configs.architecture(device)[0]
-        itemsize = layout.dtype.itemsize
+        itemsize = configs.HI_LO if layout.precision == "highest" else layout.dtype.itemsize
         if layout.precision == "fp8" and kernel != "products":
             itemsize = 1
         return configs.tile(kernel, arch, itemsize, plain)

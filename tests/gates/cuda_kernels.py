@@ -51,14 +51,18 @@ RECHECKED = "rows.o"  # the quickest object with kernels
 # values of a lane take an exponential each (two without the bound), and as many shuffles as said.
 WAY = {
     "sums bounded": 900, "sums unbounded": 2350, "weights bounded": 1100, "weights unbounded": 2100,
+    "split weights bounded": 1950, "split weights unbounded": 2900,
 }  # fmt: skip
 SHUFFLES = {
     "sums bounded": 4 + 56, "sums unbounded": 2 * (4 + 56), "weights bounded": 64,
-    "weights unbounded": 64,
+    "weights unbounded": 64, "split weights bounded": 128, "split weights unbounded": 128,
 }  # fmt: skip
 # Branches on the way: masks, edges, options, all of them the same for a whole warp. Of the whole
 # kernel: what must reconverge, and CUTLASS's own two divergent calls in its loading warps.
-BRANCHES = {"sums bounded": 8, "sums unbounded": 8, "weights bounded": 8, "weights unbounded": 16}
+BRANCHES = {
+    "sums bounded": 9, "sums unbounded": 9, "weights bounded": 8, "weights unbounded": 16,
+    "split weights bounded": 24, "split weights unbounded": 24,
+}  # fmt: skip
 RECONVERGE, COLLECTIVES = 20, 4
 
 
@@ -151,7 +155,8 @@ def kernels(name: str, said: str, binary: Path) -> list[dict]:
 def label(name: str, symbol: str) -> str:
     if name.startswith("similarity"):
         stage = "sums" if "SumsEpilogue" in symbol else "weights"
-        form = "bounded" if re.search(r"Epilogue.*Lb1E", symbol) else "unbounded"
+        first = re.search(r"(?:Sums|Weights)Epilogue.*?Lb([01])E", symbol)[1]
+        form = "bounded" if first == "1" else "unbounded"
         kind = name.removeprefix("similarity_").removesuffix(".o").replace("_", " ")
         return f"{stage} {kind} {form}"
     short = re.search(r"\d+([a-z_]+_kernel)", symbol)[1]
@@ -180,6 +185,8 @@ def problems(record: dict, said: str) -> list[str]:
             found.append(f"{record['registers']} registers of 384 threads, at most 168")
         stage, *_, bound = record["kernel"].split()
         form = f"{stage} {bound}"
+        if "split" in record["object"] and stage == "weights":
+            form = f"split {form}"
         if not 0 < record["way"] <= WAY[form]:
             found.append(f"{record['way']} instructions a tile, at least 1, at most {WAY[form]}")
         if record["shuffles"] != SHUFFLES[form]:

@@ -28,11 +28,11 @@ def epilogue(code: list[Instruction]) -> list[Instruction]:
     of the marks below: what a tile without a mask takes, since a mask only adds. Empty for a kernel
     without products.
 
-    `sums` ends at the barrier where the warps' column sums meet. `weights` ends at the last store
-    of P that does not turn blocks for its mirror image, by way of the last paired load of column
-    factors, where there is one: without it the way of ``symmetric=False`` is shorter. Both arms of
-    a divergent branch are run and one of them is on the way, hence branches are to be counted
-    beside it.
+    `sums` ends at the barrier past the last exchange of column sums. `weights` ends at the last
+    store of P that does not turn blocks for its mirror image, by way of the last paired load of
+    column factors, where there is one: without it the way of ``symmetric=False`` is shorter. Both
+    arms of a divergent branch are run and one of them is on the way, hence branches are to be
+    counted beside it.
     """
     products = [i for i, c in enumerate(code) if re.match(r"[HQ]GMMA", c.operation)]
     if not products:
@@ -40,12 +40,14 @@ def epilogue(code: list[Instruction]) -> list[Instruction]:
     after = range(products[-1], len(code))
     way = [next(i for i in after if code[i].operation == "WARPGROUP.DEPBAR.LE")]
     stores = any(re.match(r"STG\S*\.128", c.operation) for c in code)
-    for pattern in (r"LDG\.E\.64", r"STG\S*\.128") if stores else (r"BAR\.SYNC",):
+    to_barrier = {r"SHFL\.BFLY": -1, r"BAR\.": 0}  # the last one, then the first one
+    to_store = {r"LDG\.E\.64": -1, r"STG\S*\.128": -1}
+    for pattern, which in (to_store if stores else to_barrier).items():
         source = reached(code, way[-1])
         marks = [i for i in source if re.match(pattern, code[i].operation) and i != way[-1]]
         if not marks:
             continue
-        part = [marks[-1] if stores else marks[0]]
+        part = [marks[which]]
         while source[part[-1]] != way[-1]:
             part.append(source[part[-1]])
         way += part[::-1]

@@ -355,7 +355,7 @@ def _problems(row: dict, entry: Launch, arch: str) -> list[str]:
         problems.append(f"spills: {row['spills']} instructions, {row['stack']} bytes of stack")
     if row["shared"] > configs.SHARED_BYTES[arch]:
         problems.append(f"shared memory {row['shared']} of {configs.SHARED_BYTES[arch]} bytes")
-    if entry.kernel in PRODUCTS and dict(entry.constants)["PRECISION"] == "ieee":
+    if entry.kernel in PRODUCTS:
         operands = " ".join(entry.types[:2])
         wanted = MATRIX_FP8[arch] if "fp8" in operands else MATRIX[arch]
         if "fp32" not in operands and wanted not in row["matrix"]:
