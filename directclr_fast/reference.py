@@ -28,7 +28,7 @@ dz1 += a (H1 + H1^T) z1 and sum_ij H1_ij s11_ij, and the same for view 2 with v 
 
 This module materialises S. It is what every backend is tested against, and what runs the options
 no fast backend has. :func:`loss` is made of differentiable operations (any order of derivative);
-:func:`gradients` is the closed form above, checked against it by ``gradcheck`` in the tests.
+tests/test_loss_formula.py holds the closed form above to it.
 """
 
 from __future__ import annotations
@@ -39,20 +39,10 @@ from torch import Tensor
 from .problem import Problem
 
 
-def take_columns(r: Tensor, problem: Problem, columns: Tensor | None) -> Tensor:
+def _take_columns(r: Tensor, problem: Problem, columns: Tensor | None) -> Tensor:
     """The sub-vectors (G, rows, d) of ``r`` (rows, width) in the compute dtype."""
     x = r[None, :, : problem.dim] if columns is None else r[:, columns].movedim(0, 1)
     return x.to(problem.compute_dtype)
-
-
-def _unit_rows(x: Tensor, eps: float) -> Tensor:
-    return torch.nn.functional.normalize(x, dim=-1, eps=eps)
-
-
-def _scale(problem: Problem, temperature: Tensor | None, like: Tensor) -> Tensor | float:
-    if temperature is None:
-        return 1.0 / problem.temperature
-    return 1.0 / temperature.to(device=like.device, dtype=like.dtype)
 
 
 def _negative_infinity_diagonal(s: Tensor) -> Tensor:
@@ -62,7 +52,7 @@ def _negative_infinity_diagonal(s: Tensor) -> Tensor:
 
 def _cosine_logits(problem: Problem, x1: Tensor, x2: Tensor, a: Tensor | float):
     """Logits of both directions: (G, M, candidates of view 1), (G, N, candidates of view 2)."""
-    z1, z2 = _unit_rows(x1, problem.eps), _unit_rows(x2, problem.eps)
+    z1, z2 = (torch.nn.functional.normalize(x, dim=-1, eps=problem.eps) for x in (x1, x2))
     s = a * (z1 @ z2.mT)
     # Not torch.diagonal: Inductor of PyTorch 2.11 compiles its gradient beside logsumexp's wrongly.
     row = torch.arange(s.shape[-2], device=s.device)[:, None] + problem.row_offset
@@ -103,11 +93,11 @@ def loss(
     fp64 for fp64 inputs and fp32 otherwise. col_lse is empty when ``symmetric`` is False. top1
     (G, directions, M) bool is there where the problem asks for it: no logit is larger, or NaN.
     """
-    x1, x2 = take_columns(r1, problem, columns), take_columns(r2, problem, columns)
+    x1, x2 = _take_columns(r1, problem, columns), _take_columns(r2, problem, columns)
     if problem.negatives == "same":
         logits1, logits2, positives = _distance_logits(x1, x2)
     else:
-        a = _scale(problem, temperature, x1)
+        a = 1.0 / (problem.temperature if temperature is None else temperature.to(x1))
         logits1, logits2, positives = _cosine_logits(problem, x1, x2, a)
     row_lse = torch.logsumexp(logits1, -1)
     per_row = row_lse - positives
@@ -135,62 +125,3 @@ def row_weights(problem: Problem, dloss: Tensor) -> Tensor:
     """The upstream gradient as one weight per row: (M,), the reduction's factor included."""
     weights = dloss.expand(problem.rows)
     return weights / problem.rows if problem.reduction == "mean" else weights
-
-
-def gradients(
-    problem: Problem,
-    r1: Tensor,
-    r2: Tensor,
-    dloss: Tensor,
-    columns: Tensor | None = None,
-    temperature: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dr1, dr2, dtemperature) by the closed form of the module's docstring.
-
-    For negatives "cross" and "both". ``dloss`` is the upstream gradient, scalar or (M,). The
-    returned gradients are (M, width), (N, width) and 0-dim, in the compute dtype.
-    """
-    if problem.negatives == "same":
-        raise ValueError("negatives: expected 'cross' or 'both' in the closed form, got 'same'")
-    x1, x2 = take_columns(r1, problem, columns), take_columns(r2, problem, columns)
-    a = torch.as_tensor(_scale(problem, temperature, x1), dtype=x1.dtype, device=x1.device)
-    _, row_lse, col_lse, *_ = loss(problem, r1, r2, columns, temperature)
-    z1, z2 = _unit_rows(x1, problem.eps), _unit_rows(x2, problem.eps)
-
-    own = slice(problem.row_offset, problem.row_offset + problem.rows)
-    w = row_weights(problem, dloss.to(x1.dtype)).expand(problem.groups, -1)
-    v = torch.zeros(problem.groups, problem.candidates, dtype=x1.dtype, device=x1.device)
-    if problem.symmetric:
-        w = 0.5 * w
-        v[:, own] = w
-    else:
-        col_lse = torch.zeros_like(v)
-
-    s = z1 @ z2.mT
-    g = w[..., None] * torch.exp(a * s - row_lse[..., None])
-    g += v[:, None, :] * torch.exp(a * s - col_lse[:, None, :])
-    torch.diagonal(g, problem.row_offset, -2, -1).sub_(w + v[:, own])
-    dz1, dz2, da = a * (g @ z2), a * (g.mT @ z1), (g * s).sum()
-    if problem.negatives == "both":
-        for z, dz, weight, lse in ((z1, dz1, w, row_lse), (z2, dz2, v, col_lse)):
-            s = z @ z.mT
-            h = weight[..., None] * torch.exp(a * s - lse[..., None])
-            torch.diagonal(h, 0, -2, -1).zero_()
-            dz += a * ((h + h.mT) @ z)
-            da += (h * s).sum()
-
-    def through_normalisation(x: Tensor, z: Tensor, dz: Tensor, rows: int) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        dot = torch.where(norm >= problem.eps, (z * dz).sum(-1, keepdim=True), 0.0)
-        dx = (dz - z * dot) / norm.clamp_min(problem.eps)
-        dr = torch.zeros(rows, problem.width, dtype=x.dtype, device=x.device)
-        if columns is None:
-            dr[:, : problem.dim] = dx[0]
-            return dr
-        for group, index in enumerate(columns.reshape(problem.groups, -1)):
-            dr.index_add_(1, index, dx[group])
-        return dr
-
-    dr1 = through_normalisation(x1, z1, dz1, problem.rows)
-    dr2 = through_normalisation(x2, z2, dz2, problem.candidates)
-    return dr1, dr2, -a * a * da
