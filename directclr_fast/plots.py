@@ -1,11 +1,20 @@
-"""The one place that touches matplotlib: a figure that opens without a screen and saves itself."""
+"""What reports are made of: tables, and figures that open without a screen and save themselves.
+
+The one place that touches matplotlib.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+
+def markdown(head: Iterable, rows: Iterable[Iterable]) -> str:
+    """A table in Markdown."""
+    line, *lines = (f"| {' | '.join(map(str, cells))} |" for cells in (head, *rows))
+    return "\n".join([line, "|---" * len([*head]) + "|", *lines])
 
 
 @contextlib.contextmanager

@@ -59,9 +59,8 @@ def _unlike(name: str, others) -> str:
 def _spectra_of(source: str | None, arguments) -> tuple[dict[str, dict], str]:
     """Spectra by name of a run or of a file, and what to call it; None is the encoder alone."""
     from ..train import foreign, probe
-    from ..train.commands import load_foreign
+    from ..train.commands import load_foreign, load_run
     from ..train.config import resolve_device
-    from ..train.loop import load_model
     from . import spectrum
 
     threshold = arguments.threshold
@@ -72,24 +71,14 @@ def _spectra_of(source: str | None, arguments) -> tuple[dict[str, dict], str]:
         spectra = [spectrum.describe(values.features, threshold) for values in parts.values()]
         return dict(zip(names, spectra)), Path(source).name
     device = resolve_device(arguments.device)
-    place = {name: getattr(arguments, name) for name in ("workers", "skip_unreadable")}
-    place["device"] = device
     if not run:
         config, encoder = load_foreign(arguments, source, device)
-        features, *_ = probe.load_part(encoder, config, False, **place)
+        features, *_ = probe.load_part(encoder, config, False)
         spectra = {"representation": spectrum.describe(features, threshold)}
         name = arguments.encoder if source is None else Path(source).name
         return spectra, f"{name} on {config.data}"
-    config, model, state = load_model(source, device)
-    features, *_ = probe.load_part(
-        model.encoder,
-        config,
-        False,
-        spec=arguments.data,
-        root=arguments.data_root,
-        channels=state["channels"],
-        **place,
-    )
+    config, model, state = load_run(arguments, source, device)
+    features, *_ = probe.load_part(model.encoder, config, False, channels=state["channels"])
     spectra = spectrum.of_model(model, features, threshold)
     alone = len(arguments.source) == 1
     return spectra, f"{config.mode} on {config.data}" if alone else config.name
@@ -180,13 +169,9 @@ def run_demo(arguments: argparse.Namespace) -> None:
     model = trainer.model.eval()
 
     state = {"channels": trainer.channels, "classes": trainer.classes}
-    device = config.device
-    encoders = {"trained encoder": model.encoder} | baselines(config, state, device)
-    features = {
-        name: probe.load_features(encoder, config, device=device)
-        for name, encoder in encoders.items()
-    }
-    accuracy = {name: probe.scores(part, device=device) for name, part in features.items()}
+    encoders = {"trained encoder": model.encoder} | baselines(config, state, config.device)
+    features = {name: probe.load_features(each, config) for name, each in encoders.items()}
+    accuracy = {name: probe.scores(part, device=config.device) for name, part in features.items()}
     spectra = spectrum.of_model(model, features["trained encoder"].test)
 
     metrics = {

@@ -187,11 +187,11 @@ def run(out: str | Path, plan: Plan, *, jobs: int | None = None, progress: bool 
     out = checkpoint.writable("out", out)
     _same_settings(out, plan)
     # Downloads here, not in several processes at a time.
-    root, download = settings["data_root"], settings["download"]
-    data.load(settings["data"], root=root, train=True, download=download)
+    images = TrainConfig(**settings).resolve().images(True, settings["download"])
     settings["download"] = False
     done = _finished(out, plan)
-    steps = _steps(plan)
+    steps = settings["epochs"] * (len(images) // settings["batch_size"])
+    steps = min(steps, settings["max_steps"] or steps)
     with _Shown(progress, plan, done, steps) as show:
         side_by_side(plan.known, done, jobs, settings, out, show.steps, show.finished)
     shutil.rmtree(out / "work", ignore_errors=True)
@@ -200,19 +200,6 @@ def run(out: str | Path, plan: Plan, *, jobs: int | None = None, progress: bool 
     numbers["seconds"] = round(sum(result["seconds"] for result in done.values()))
     report.write(numbers, out)
     return numbers
-
-
-def _steps(plan: Plan) -> int:
-    """Optimiser steps of every training."""
-    settings = plan.settings
-    images = data.load(
-        settings["data"],
-        root=settings["data_root"],
-        train=True,
-        image_size=settings["image_size"],
-    )
-    steps = settings["epochs"] * (len(images) // settings["batch_size"])
-    return min(steps, settings["max_steps"] or steps)
 
 
 def _same_settings(out: Path, plan: Plan) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..train import checkpoint, data, probe, supervise
+from ..train import checkpoint, probe, supervise
 from ..train.config import TrainConfig
 from ..train.loop import Model, Trainer, TrainingDiverged
 from ..train.objective import default_dim
@@ -97,7 +97,9 @@ def execute(run: Run, settings: dict, out: Path, on_step: Callable[[dict], None]
             result |= {"diverged": True, "why": str(error).partition(";")[0]}
         result["loss"] = losses_of(folder)
     else:
-        model, channels = _untrained(config)
+        images = config.images(False)
+        channels = images.shape[0]
+        model = Model(config, channels, images.num_classes).to(config.device)
     if not result["diverged"]:
         encoder = None if run.mode == "pixels" else model.eval().encoder
         result |= _measure(run, config, model, encoder, channels)
@@ -212,22 +214,6 @@ def losses_of(folder: Path) -> list[float | str]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
-def _load(config: TrainConfig, train: bool):
-    return data.load(
-        config.data,
-        root=config.data_root,
-        train=train,
-        image_size=config.image_size,
-        seed=config.seed,
-    )
-
-
-def _untrained(config: TrainConfig) -> tuple[Model, int]:
-    images = _load(config, train=False)
-    channels = images.shape[0]
-    return Model(config, channels, images.num_classes).to(config.device), channels
-
-
 def _round(model: torch.nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for p in model.parameters():
@@ -239,11 +225,11 @@ def _measure(run: Run, config: TrainConfig, model, encoder, channels: int) -> di
     """Probes of r and r[:, :d0] and spectra, or of a search the probe inside the training part."""
     device = config.device
     if run.search:
-        images = _load(config, train=True)
+        images = config.images(True)
         features, labels = probe.encode(encoder, images, config.image_size, device)
         inside = probe.held_out(features, labels, images.num_classes)
         return {"held_out": probe.linear_probe(inside, device=device)}
-    features = probe.load_features(encoder, config, channels=channels, device=device)
+    features = probe.load_features(encoder, config, channels)
     seeded = {"seed": run.seed, "device": device}
     result = {"accuracy": {"r": probe.scores(features, **seeded)}}
     if run.trains:

@@ -80,19 +80,30 @@ def add_foreign(parser: argparse.ArgumentParser) -> None:
 
 def load_foreign(arguments: argparse.Namespace, source: str | None, device: str):
     """(settings of the images, the network) of ``--encoder``; says where its weights are from."""
-    from . import data, foreign
+    from . import foreign
 
     if arguments.data is None:
         raise ValueError("data: expected a set for the encoder to see, got none; give --data")
-    settings = {"data": arguments.data, "image_size": arguments.image_size}
-    config = TrainConfig(**settings, data_root=arguments.data_root, device=device).resolve()
-    images = data.load(
-        config.data, root=config.data_root, train=False, image_size=config.image_size
-    )
+    config = TrainConfig(**_seen(arguments, device), image_size=arguments.image_size).resolve()
     encoder = foreign.load_encoder(arguments.encoder, source, arguments.trust_pickle).to(device)
-    encoder.check(images.shape[0], config.image_size)
+    encoder.check(config.images(False).shape[0], config.image_size)
     print(encoder.said)
     return config, encoder.eval()
+
+
+def load_run(arguments: argparse.Namespace, source: str, device: str):
+    """As :func:`.loop.load_model`, the settings of the images being those of the flags."""
+    from .loop import load_model
+
+    config, model, state = load_model(source, device)
+    return dataclasses.replace(config, **_seen(arguments, device)), model, state
+
+
+def _seen(arguments: argparse.Namespace, device: str) -> dict:
+    """The settings of TrainConfig that the flags have for the images."""
+    names = ("data", "data_root", "workers", "skip_unreadable")
+    given = {name: getattr(arguments, name) for name in names}
+    return {k: v for k, v in given.items() if v is not None and v is not False} | {"device": device}
 
 
 def add_probe(parser: argparse.ArgumentParser) -> None:
@@ -171,7 +182,6 @@ def run_probe(arguments: argparse.Namespace) -> None:
 
 def _subject(arguments: argparse.Namespace, device: str) -> Subject:
     from . import foreign, probe
-    from .loop import load_model
 
     if arguments.source is None and arguments.encoder is None:
         raise ValueError("source: expected a run, a file, or --encoder, got none")
@@ -184,15 +194,15 @@ def _subject(arguments: argparse.Namespace, device: str) -> Subject:
             raise ValueError(f"{name}: expected a file of features with it, got a network")
     if arguments.encoder is not None:
         config, encoder = load_foreign(arguments, arguments.source, device)
-        spec, channels, width = config.data, None, encoder.width
+        channels, width = None, encoder.width
         networks = {"encoder": encoder}
         if arguments.baselines:
             fresh = foreign.load_encoder(arguments.encoder).to(device).eval()
             networks |= {"untrained encoder": fresh, "raw pixels": None}
         about |= {"encoder": encoder.said}
     else:
-        config, model, state = load_model(arguments.source, device)
-        spec, channels, width = arguments.data, state["channels"], model.width
+        config, model, state = load_run(arguments, arguments.source, device)
+        channels, width = state["channels"], model.width
         networks = {"trained": model.encoder}
         if arguments.baselines:
             networks |= baselines(config, state, device)
@@ -200,20 +210,11 @@ def _subject(arguments: argparse.Namespace, device: str) -> Subject:
         columns = None if model.objective.dim is None else model.objective.sub_vector
     _check_dim(arguments, width, "the encoder's width")
 
-    def features(network) -> Features:
-        return probe.load_features(
-            network,
-            config,
-            spec=spec,
-            root=arguments.data_root,
-            channels=channels,
-            device=device,
-            workers=arguments.workers,
-            skip_unreadable=arguments.skip_unreadable,
-        )
-
-    rows = {name: functools.partial(features, network) for name, network in networks.items()}
-    return Subject(rows, columns, about | {"data": spec or config.data})
+    rows = {
+        name: functools.partial(probe.load_features, network, config, channels)
+        for name, network in networks.items()
+    }
+    return Subject(rows, columns, about | {"data": config.data})
 
 
 def _subject_of_features(arguments: argparse.Namespace) -> Subject:

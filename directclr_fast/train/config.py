@@ -216,6 +216,20 @@ class TrainConfig:
         """Where the run is kept."""
         return Path(self.given("checkpoint_dir")) / self.given("name")
 
+    def images(self, train: bool, download: bool = False):
+        """The part of the set to train on, or the one held out (:func:`.data.load`)."""
+        from . import data
+
+        return data.load(
+            self.data,
+            root=self.data_root,
+            download=download,
+            train=train,
+            image_size=self.image_size,
+            seed=self.seed,
+            skip_unreadable=self.skip_unreadable,
+        )
+
     def resolve(self) -> TrainConfig:
         """The same settings with every default filled in and checked.
 

@@ -202,24 +202,12 @@ class Trainer:
             self._restore(state)
 
     def _load_data(self, state: dict | None) -> data.ImageSet | data.FolderSet:
-        config, download = self.config, self.config.download
-
-        def load(download: bool):
-            return data.load(
-                config.data,
-                root=config.data_root,
-                download=download,
-                train=True,
-                image_size=config.image_size,
-                seed=config.seed,
-                skip_unreadable=config.skip_unreadable,
-            )
-
+        download = self.config.download
         if download and self.ranks.size > 1:  # one fetches, the others find it
-            self.ranks.first(lambda: load(True) and None)
+            self.ranks.first(lambda: self.config.images(True, download) and None)
             download = False
         try:
-            return load(download)
+            return self.config.images(True, download)
         except FileNotFoundError as error:
             if state is None:
                 raise

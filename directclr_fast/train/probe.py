@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from . import data, folder, views
+from .config import TrainConfig
 
 SCHEDULES = ("constant", "cosine")
 
@@ -189,70 +190,44 @@ def _accuracy(scores: Tensor, labels: Tensor) -> float:
 
 def load_part(
     encoder: nn.Module | None,
-    config,
+    config: TrainConfig,
     train: bool,
     *,
-    spec: str | None = None,
-    root: str | None = None,
     channels: int | None = None,
-    device: str | torch.device = "cpu",
-    workers: int = 0,
-    skip_unreadable: bool = False,
     labelled: bool = False,
 ) -> tuple[Tensor, Tensor, int]:
-    """Features and labels, as of :func:`encode`, and the number of classes, of one part of the set
-    a run was trained on, or of the set ``spec``.
+    """Features and labels, as of :func:`encode`, and the number of classes, of one part of the
+    images that ``config`` says.
 
-    ``config`` is the run's :class:`~directclr_fast.train.config.TrainConfig`; ``channels`` those
-    the encoder takes, ValueError where the images have others, or, if they should be ``labelled``,
-    have no classes.
+    ``channels``: those the encoder takes, ValueError where the images have others, or, if they
+    should be ``labelled``, have no classes.
     """
-    spec = config.data if spec is None else spec
-    images = data.load(
-        spec,
-        root=config.data_root if root is None else root,
-        train=train,
-        image_size=config.image_size,
-        seed=config.seed,
-        skip_unreadable=config.skip_unreadable or skip_unreadable,
-    )
+    images = config.images(train)
     if labelled and not (images.labels >= 0).any():
-        raise ValueError(f"data: expected classes to probe, got images without any in {spec}")
+        raise ValueError(
+            f"data: expected classes to probe, got images without any in {config.data}"
+        )
     if channels not in (None, images.shape[0]):
         raise ValueError(
             f"data: expected images of {channels} channels, as the encoder was trained on, "
-            f"got {images.shape[0]} in {spec}"
+            f"got {images.shape[0]} in {config.data}"
         )
-    encoded = encode(encoder, images, config.image_size, device, workers=workers)
+    encoded = encode(encoder, images, config.image_size, config.device, workers=config.workers)
     return *encoded, images.num_classes
 
 
-def load_features(encoder: nn.Module | None, config, **place) -> Features:
-    """Both parts of a set, as :func:`load_part` makes them of ``place``."""
-    *train, _ = load_part(encoder, config, True, labelled=True, **place)
-    return Features(*train, *load_part(encoder, config, False, labelled=True, **place))
+def load_features(
+    encoder: nn.Module | None, config: TrainConfig, channels: int | None = None
+) -> Features:
+    """Both parts of the images, as :func:`load_part` makes them."""
+    how = {"channels": channels, "labelled": True}
+    *train, _ = load_part(encoder, config, True, **how)
+    return Features(*train, *load_part(encoder, config, False, **how))
 
 
 def scores(
-    features: Features,
-    *,
-    schedule: str = "cosine",
-    epochs: int = 100,
-    learning_rate: float = 0.1,
-    k: int = 200,
-    temperature: float = 0.07,
-    seed: int = 0,
-    device: str | torch.device = "cpu",
+    features: Features, *, seed: int = 0, device: str | torch.device = "cpu"
 ) -> dict[str, float]:
     """Linear-probe and kNN accuracy, 0 to 1, of one set of features."""
-    return {
-        "linear": linear_probe(
-            features,
-            schedule,
-            epochs=epochs,
-            learning_rate=learning_rate,
-            seed=seed,
-            device=device,
-        ),
-        "knn": knn(features, k=k, temperature=temperature, device=device),
-    }
+    linear = linear_probe(features, seed=seed, device=device)
+    return {"linear": linear, "knn": knn(features, device=device)}
