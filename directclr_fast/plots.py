@@ -19,11 +19,15 @@ def markdown(head: Iterable, rows: Iterable[Iterable]) -> str:
 
 @contextlib.contextmanager
 def panels(
-    path: str | Path, columns: int, title: str = "", size: tuple[float, float] = (7.0, 4.2)
-) -> Iterator[list]:
-    """Yields the axes of a new figure, side by side, and writes it to ``path`` afterwards.
+    path: str | Path,
+    columns: int,
+    title: str = "",
+    size: tuple[float, float] = (7.0, 4.2),
+    rows: int = 1,
+) -> Iterator:
+    """Yields the axes (rows, columns) of a new figure and writes it to ``path`` afterwards.
 
-    ``size``: of each, inches.
+    ``size``: of each, inches. What has a label gets a legend.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -33,20 +37,23 @@ def panels(
             f"plots: expected matplotlib, got {error}; "
             "install it with: pip install 'directclr-fast[plot]'"
         ) from error
-    drawing = Figure(figsize=(columns * size[0], size[1]), layout="constrained")
+    drawing = Figure(figsize=(columns * size[0], rows * size[1]), layout="constrained")
     FigureCanvasAgg(drawing)
-    row = list(drawing.subplots(1, columns, squeeze=False)[0])
-    for axes in row:
+    drawing.suptitle(title, fontsize="medium")
+    grid = drawing.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat:
         axes.grid(alpha=0.3)
-    row[0].set_title(title, fontsize="medium")
-    yield row
+    yield grid
+    for axes in grid.flat:
+        if axes.get_legend_handles_labels()[1] and axes.get_legend() is None:
+            axes.legend(fontsize="x-small")
     drawing.savefig(path, dpi=120)
 
 
 @contextlib.contextmanager
 def figure(path: str | Path, title: str = "", size: tuple[float, float] = (7.0, 4.2)) -> Iterator:
     """Yields axes of a new figure and writes it to ``path`` afterwards."""
-    with panels(path, 1, title, size) as (axes,):
+    with panels(path, 1, title, size) as ((axes,),):
         yield axes
 
 
@@ -58,11 +65,9 @@ def curves(log: str | Path, path: str | Path, title: str = "") -> None:
     with figure(path, title) as axes:
         loss = [float(record["loss"]) for record in records]
         (line,) = axes.plot(steps, loss, label="loss")
-        axes.set_xlabel("step")
-        axes.set_ylabel("loss (nats)")
+        axes.set(xlabel="step", ylabel="loss (nats)")
         other = axes.twinx()
         accuracy = [100 * float(record["accuracy"]) for record in records]
         (second,) = other.plot(steps, accuracy, color="tab:orange", label="online accuracy")
-        other.set_ylabel("online linear head on training views, %")
-        other.set_ylim(0, 100)
+        other.set(ylabel="online linear head on training views, %", ylim=(0, 100))
         axes.legend(handles=[line, second], loc="center right")

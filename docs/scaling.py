@@ -231,7 +231,6 @@ def draw(path: str) -> None:
             fontsize="small",
         )
         axes.set_ylabel("ms")
-        axes.legend(fontsize="small")
 
 
 def main() -> None:

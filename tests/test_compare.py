@@ -159,7 +159,7 @@ def test_the_committed_report_is_that_of_the_committed_numbers():
         accuracies = [row["accuracy"]["r"][measure] for measure in ("linear", "knn")]
         assert all(f"| {report._percent(values)} |" in line for values in accuracies), mode
         rank = row["spectra"]["representation"]["effective_rank"]
-        assert f"| {report._number(rank)} |" in line, mode
+        assert f"| {report._shown(rank)} |" in line, mode
 
 
 @of_whole

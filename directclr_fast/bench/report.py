@@ -214,10 +214,7 @@ def _against_rows(axes, cases: list[dict], key: str, scale: float, label: str) -
         rows, values = zip(*points)
         axes.plot(rows, [scale * v for v in values], label=name, **_style(cases, name))
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xlabel("N, rows of each view")
-    axes.set_ylabel(label)
-    axes.legend(fontsize="small")
+    axes.set(xlabel="N, rows of each view", ylabel=label, yscale="log")
 
 
 def draw_time(result: dict, cases: list[dict], path: Path) -> bool:
@@ -242,7 +239,6 @@ def draw_memory(result: dict, cases: list[dict], path: Path) -> bool:
         full = [c["rows"] for c in cases for r in c["variants"].values() if r.get("out_of_memory")]
         if full:
             axes.axvline(min(full), color="0.5", linestyle=":", label="first out of memory")
-        axes.legend(fontsize="small")
     return True
 
 
@@ -266,7 +262,6 @@ def draw_roofline(result: dict, cases: list[dict], path: Path) -> bool:
         edges = [min(by_rows.values()) / 2, max(by_rows.values()) * 2]
         fills = [result["ceilings"]["copy"] * x / scale for x in edges]
         rates = {n: r / scale for n, r in result["ceilings"].items() if n != "copy"}
-        top = max(rates.values()) * 1.5
         axes.plot(edges, fills, color="0.3", linewidth=1, linestyle="--")
         meets = min(max(rates.values()) * scale / result["ceilings"]["copy"], edges[1])
         height = min(fills[0] * meets / edges[0], max(rates.values()))
@@ -275,15 +270,9 @@ def draw_roofline(result: dict, cases: list[dict], path: Path) -> bool:
             axes.axhline(rate, color="0.6", linewidth=0.8)
             where = (edges[1], rate)
             axes.annotate(name, where, fontsize="x-small", color="0.3", va="bottom", ha="right")
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_xlim(*edges)
-        axes.set_ylim(top=top)
-        axes.set_xlabel(
-            "8 N² d operations per byte that must move (slices read, gradients written)"
-        )
-        axes.set_ylabel(unit)
-        axes.legend(fontsize="small")
+        label = "8 N² d operations per byte that must move (slices read, gradients written)"
+        axes.set(xlabel=label, ylabel=unit, xscale="log", yscale="log")
+        axes.set(xlim=edges, ylim=(None, max(rates.values()) * 1.5))
     return True
 
 
@@ -310,9 +299,7 @@ def draw_accuracy(result: dict, cases: list[dict], path: Path) -> bool:
                 name, (ms, error), fontsize="small", ha="center", va="bottom" if above else "top",
                 xytext=(0, 7 if above else -7), textcoords="offset points",
             )  # fmt: skip
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.margins(x=0.25, y=0.15)
-        axes.set_xlabel("ms, forward + backward")
+        axes.set(xscale="log", yscale="log", xlabel="ms, forward + backward")
         axes.set_ylabel("relative error of the gradient against fp64")
+        axes.margins(x=0.25, y=0.15)
     return True

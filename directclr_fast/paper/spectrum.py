@@ -280,6 +280,4 @@ def plot(spectra: dict[str, dict], path: str | Path, title: str = "") -> None:
             if dead and spectrum[0] > 0:
                 level = math.log10(values["threshold"] * spectrum[0] or floor)
                 axes.axhline(level, color=line.get_color(), linestyle=":", linewidth=0.8)
-        axes.set_xlabel("rank of the eigenvalue")
-        axes.set_ylabel("log10 eigenvalue of the covariance")
-        axes.legend(fontsize="small")
+        axes.set(xlabel="rank of the eigenvalue", ylabel="log10 eigenvalue of the covariance")
