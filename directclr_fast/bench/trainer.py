@@ -11,7 +11,6 @@ batch; and the views. An image is one of the batch, seen in two views.
 from __future__ import annotations
 
 import argparse
-import itertools
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -55,7 +54,7 @@ def trainer(loss: str, rows: int, arguments: argparse.Namespace, folder: str) ->
 
 def step(run: Trainer) -> Callable[[], None]:
     """A call of one whole step, the reading of its batch included."""
-    batches = itertools.chain.from_iterable(run.batches for _ in itertools.count())
+    batches = run.endless()
 
     def call() -> None:
         images, labels, _ = next(batches)

@@ -187,7 +187,7 @@ def run(out: str | Path, plan: Plan, *, jobs: int | None = None, progress: bool 
     out = checkpoint.writable("out", out)
     _same_settings(out, plan)
     # Downloads here, not in several processes at a time.
-    images = TrainConfig(**settings).resolve().images(True, settings["download"])
+    images = TrainConfig(seed=SEARCH_SEED, **settings).images(True, settings["download"])
     settings["download"] = False
     done = _finished(out, plan)
     steps = settings["epochs"] * (len(images) // settings["batch_size"])

@@ -85,8 +85,7 @@ def execute(run: Run, settings: dict, out: Path, on_step: Callable[[dict], None]
     result = {"run": asdict(run), "diverged": False}
     if run.trains:
         folder = Path(config.checkpoint_dir) / config.name
-        path = folder / "checkpoint.pt"
-        resume = path.exists() or checkpoint.previous(path).exists()
+        resume = checkpoint.exists(folder / "checkpoint.pt")
         trainer = Trainer(config, resume=resume, overwrite=not resume, progress=False)
         if run.rounded and trainer.step == 0:
             _round(trainer.model, run.seed)
