@@ -21,6 +21,7 @@ from .. import dispatch, driver
 from ..problem import Problem
 from ..world import ALONE
 from . import study
+from .timing import FLUSH_BYTES
 
 FLAGS = {
     "--rows": {"type": int, "nargs": "+", "default": [4096, 32768]},
@@ -31,7 +32,6 @@ FLAGS = {
     "--device": {"default": "cuda", "help": "cpu: a rehearsal, kernels interpreted, no times"},
 }
 SIMILARITY = ("sums", "weights", "product")  # 2 M N d operations in all of a step, each
-FLUSH_BYTES = 2**28
 
 
 class Spans:
