@@ -17,29 +17,13 @@ def unit(rows: int, candidates: int, dim: int) -> int:
     return rows * candidates * dim
 
 
-def forward(rows: int, candidates: int, dim: int, negatives: str = "cross") -> int:
-    """Operations of the forward pass: one tile product, and two triangular ones for "both"."""
-    operations = 2 * unit(rows, candidates, dim)
+def total(rows: int, candidates: int, dim: int, negatives: str = "cross") -> int:
+    """Operations of forward (S) and backward (S again, two products): 8c for "cross", 16c for
+    "both", at M = N."""
+    operations = 8 * unit(rows, candidates, dim)
     if negatives == "both":
-        operations += unit(rows, rows, dim) + unit(candidates, candidates, dim)
+        operations += 4 * (unit(rows, rows, dim) + unit(candidates, candidates, dim))
     return operations
-
-
-def backward(
-    rows: int, candidates: int, dim: int, negatives: str = "cross", kept: float = 0.0
-) -> int:
-    """Operations of the backward pass: recompute (less the fraction ``kept``) and two products."""
-    operations = round((6 - 2 * kept) * unit(rows, candidates, dim))
-    if negatives == "both":
-        operations += 3 * (unit(rows, rows, dim) + unit(candidates, candidates, dim))
-    return operations
-
-
-def total(rows: int, candidates: int, dim: int, negatives: str = "cross", kept: float = 0.0) -> int:
-    """Operations of forward and backward: 8c for "cross", 16c for "both", at M = N."""
-    return forward(rows, candidates, dim, negatives) + backward(
-        rows, candidates, dim, negatives, kept
-    )
 
 
 def distributed(rows: int, dim: int, processes: int, negatives: str = "cross") -> int:

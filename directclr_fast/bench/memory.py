@@ -16,9 +16,11 @@ import ctypes
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 
@@ -99,28 +101,22 @@ def limited(limit: int | None = None) -> Iterator[None]:
     if not free:
         yield
         return
-    bound = free + (_status("VmData") or 0)
-    resource.setrlimit(resource.RLIMIT_DATA, (_lesser(bound, before[1]), before[1]))
+    bound, hard = free + (_status("VmData") or 0), before[1]
+    bound = bound if hard == resource.RLIM_INFINITY else min(bound, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (bound, hard))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
-def _lesser(bound: int, hard: int) -> int:
-    return bound if hard < 0 else min(bound, hard)  # RLIM_INFINITY is -1
-
-
 def _status(key: str) -> int | None:
     """Bytes that /proc/self/status gives for ``key``."""
     try:
-        with open("/proc/self/status") as file:
-            for line in file:
-                if line.startswith(key):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
+        text = Path("/proc/self/status").read_text()
+        return int(re.search(rf"^{key}:\s+(\d+)", text, re.M)[1]) * 1024
+    except (OSError, TypeError):
+        return None
 
 
 # ------------------------------------------------------------------------ the study

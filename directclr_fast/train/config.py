@@ -306,11 +306,9 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
         """The settings of :meth:`to_dict`; ValueError for a name this version does not know."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ValueError(f"config: expected settings of this version, got {unknown[0]!r}")
         defaults = {field.name: field.metadata["default"] for field in dataclasses.fields(cls)}
+        if unknown := sorted(values.keys() - defaults.keys()):
+            raise ValueError(f"config: expected settings of this version, got {unknown[0]!r}")
         return cls(**{**defaults, **values})
 
 

@@ -165,30 +165,25 @@ class Objective(nn.Module):
             "backend": backend,
             "group": group,
         }
-        self.projector = nn.Identity()
-        self.draw = None
-        columns = None
         generator = torch.Generator().manual_seed(seed)
-        if mode == "single":
-            self.projector = nn.Linear(width, EMBEDDING, bias=False)
-        elif mode == "simclr":
-            self.projector = nn.Sequential(
+        projectors = {
+            "single": lambda: nn.Linear(width, EMBEDDING, bias=False),
+            "simclr": lambda: nn.Sequential(
                 nn.Linear(width, width, bias=False),
                 nn.BatchNorm1d(width),
                 nn.ReLU(inplace=True),
                 nn.Linear(width, EMBEDDING, bias=False),
                 nn.BatchNorm1d(EMBEDDING),
-            )
-        elif mode == "diagonal":
-            self.projector = Diagonal(width)
-        elif mode == "orthogonal":
-            self.projector = Orthogonal(width)
-        elif mode == "lowrank":
-            self.projector = LowRank(width, dim, generator)
-        elif mode == "group":
+            ),
+            "diagonal": lambda: Diagonal(width),
+            "orthogonal": lambda: Orthogonal(width),
+            "lowrank": lambda: LowRank(width, dim, generator),
+        }
+        self.projector = projectors.get(mode, nn.Identity)()
+        self.draw = RandomColumns(width, dim, seed) if mode == "random" else None
+        columns = None
+        if mode == "group":
             columns = torch.randperm(width, generator=generator).view(GROUPS, -1)
-        elif mode == "random":
-            self.draw = RandomColumns(width, dim, seed)
         self.register_buffer("columns", columns)
 
     def as_in(self, names: Container[str]) -> None:

@@ -12,6 +12,7 @@ at 98 %. Without it a comparison of encoders measures their scale.
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from typing import NamedTuple
@@ -130,20 +131,17 @@ def linear_probe(
     weight = weight.to(device).requires_grad_()
     bias = torch.zeros(features.classes, device=device, requires_grad=True)
     optimizer = torch.optim.SGD([weight, bias], learning_rate, momentum, weight_decay=weight_decay)
-    steps_an_epoch = -(-len(x) // batch_size)
-    step = 0
-    for _ in range(epochs):
-        for index in torch.randperm(len(x), generator=generator).to(device).split(batch_size):
-            if schedule == "cosine":
-                progress = step / (epochs * steps_an_epoch)
-                optimizer.param_groups[0]["lr"] = (
-                    0.5 * learning_rate * (1 + math.cos(math.pi * progress))
-                )
-            scores = nn.functional.linear(x[index], weight, bias)
-            optimizer.zero_grad(set_to_none=True)
-            nn.functional.cross_entropy(scores, y[index]).backward()
-            optimizer.step()
-            step += 1
+    orders = (torch.randperm(len(x), generator=generator).to(device) for _ in range(epochs))
+    batches = itertools.chain.from_iterable(order.split(batch_size) for order in orders)
+    steps = epochs * -(-len(x) // batch_size)
+    for step, index in enumerate(batches):
+        if schedule == "cosine":
+            rate = 0.5 * learning_rate * (1 + math.cos(math.pi * step / steps))
+            optimizer.param_groups[0]["lr"] = rate
+        scores = nn.functional.linear(x[index], weight, bias)
+        optimizer.zero_grad(set_to_none=True)
+        nn.functional.cross_entropy(scores, y[index]).backward()
+        optimizer.step()
     with torch.no_grad():
         scores = nn.functional.linear(features.test.to(device), weight, bias)
         return _accuracy(scores, features.test_labels.to(device))
