@@ -29,6 +29,7 @@ def add_spectrum(parser: argparse.ArgumentParser) -> None:
 
 
 def run_spectrum(arguments: argparse.Namespace) -> None:
+    from ..train.checkpoint import write_json
     from ..train.commands import folder_of, outputs_of
     from . import spectrum
 
@@ -44,7 +45,7 @@ def run_spectrum(arguments: argparse.Namespace) -> None:
         start = f"{title}, " if len(sources) > 1 else ""
         found |= {_unlike(f"{start}{name}", found): values for name, values in spectra.items()}
     picture, numbers = outputs_of(arguments, "spectrum.png", "spectrum.json")
-    spectrum.save(found, numbers)
+    write_json(numbers, found, indent=1)
     spectrum.plot(found, picture, titles[0] if len(titles) == 1 else "")
     print("\n".join(spectrum.lines(found)))
     print(f"written to {numbers} and {picture}")

@@ -259,20 +259,14 @@ class _Shown(Progress):
         self.done += 1
         if Run(**result["run"]).trains:
             self.steps(name, self.each)
-        self.say(f"{self.done:>4}/{self.runs}  {name}: {_words(result)}{self._left()}")
-
-    def _left(self) -> str:
-        taken = sum(self.now.values())
-        if not taken:
-            return ""
-        rate = taken / (time.monotonic() - self.begin)
-        left = (self.total - self.before - taken) / rate
-        return f"  ({left / 60:.0f} min left)" if left > 90 else f"  ({left:.0f} s left)"
-
-
-def _words(result: dict) -> str:
-    if result["diverged"]:
-        return "diverged"
-    if "held_out" in result:
-        return f"inside the training part {100 * result['held_out']:.1f} %"
-    return f"linear probe {100 * result['accuracy']['r']['linear']:.1f} %"
+        if result["diverged"]:
+            text = "diverged"
+        elif "held_out" in result:
+            text = f"inside the training part {100 * result['held_out']:.1f} %"
+        else:
+            text = f"linear probe {100 * result['accuracy']['r']['linear']:.1f} %"
+        if taken := sum(self.now.values()):
+            steps = self.total - self.before - taken
+            left = steps * (time.monotonic() - self.begin) / taken
+            text += f"  ({left / 60:.0f} min left)" if left > 90 else f"  ({left:.0f} s left)"
+        self.say(f"{self.done:>4}/{self.runs}  {name}: {text}")

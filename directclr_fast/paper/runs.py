@@ -94,7 +94,8 @@ def execute(run: Run, settings: dict, out: Path, on_step: Callable[[dict], None]
             trainer.run(on_step)
         except TrainingDiverged as error:
             result |= {"diverged": True, "why": str(error).partition(";")[0]}
-        result["loss"] = losses_of(folder)
+        lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+        result["loss"] = [line["loss"] for line in lines if "loss" in line]  # text if not finite
     else:
         images = config.images(False)
         channels = images.shape[0]
@@ -205,12 +206,6 @@ def _in_pool(run: Run, settings: dict, out: Path) -> dict:
         os._exit(supervise.STOPPED)  # a process that returned would wait for another run
     except Exception as error:
         raise RuntimeError(f"{type(error).__name__}: {error}") from None  # can always be sent
-
-
-def losses_of(folder: Path) -> list[float | str]:
-    """The training loss of every step, from a run's log; one that is not finite as text."""
-    lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-    return [line["loss"] for line in lines if "loss" in line]
 
 
 def _round(model: torch.nn.Module, seed: int) -> None:

@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..train.checkpoint import write_json
 from ..train.foreign import as_rows, as_tensor
 
 # In units of the largest eigenvalue. fp32 features leave rounding noise near 1e-14 of it, live
@@ -90,8 +89,7 @@ def collapse_report(
     """
     check(threshold)
     features = _features(source, encoder, samples)
-    centred, plain = _singular_values(features)
-    spectrum = _eigenvalues(centred, features)
+    spectrum, values = spectra(features)
     kind, noise = precision(features)
     rounding = min(noise / spectrum[0].item(), 0.5) if spectrum[0] > 0 else 0.0
     threshold = max(THRESHOLD, rounding) if threshold is None else threshold
@@ -104,7 +102,7 @@ def collapse_report(
         threshold=threshold,
         collapsed=collapsed(spectrum, threshold),
         effective_rank=effective_rank(spectrum),
-        rankme=effective_rank(plain),
+        rankme=effective_rank(values),
         participation_ratio=total**2 / spectrum.square().sum().item() if total else 0.0,
         spectrum=spectrum.tolist(),
     )
@@ -147,8 +145,13 @@ def _features(source, encoder, samples: int | None) -> Tensor:
     return torch.cat(parts)[:samples]
 
 
-def _singular_values(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Singular values, descending, fp64, of the centred features and of the features (n, R)."""
+def spectra(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues of the covariance of ``features`` (n, R), and their singular values as they are,
+    not centred: fp64 (R,), descending.
+
+    The eigenvalues are squared singular values of the centred features, which keeps small ones
+    exact; with n <= R the last R - n + 1 are zero whatever the features are.
+    """
     if features.dim() != 2 or features.shape[0] < 2:
         raise ValueError(
             f"features: expected shape (n, R) with n >= 2, got {tuple(features.shape)}"
@@ -158,30 +161,17 @@ def _singular_values(features: Tensor) -> tuple[Tensor, Tensor]:
     x = features.detach().to("cpu", torch.float64)
     if not x.isfinite().all():
         raise ValueError("features: expected finite numbers, got nan or inf")
-    mean = x.mean(0, keepdim=True)
+    n, width = x.shape
+    eps, mean = torch.finfo(x.dtype).eps, x.mean(0, keepdim=True)
     r = torch.linalg.qr(x - mean, mode="r").R
+    centred = torch.linalg.svdvals(r)
+    # Equal rows leave the rounding of their mean, which is nothing and not a direction.
+    eigenvalues = torch.where(centred > 2 * eps * x.norm(), centred, 0).square() / (n - 1)
     # The mean goes back in by x'x = r'r + n mean'mean. Squares will do there: an
     # entropy does not hear of values below 1e-8 of the largest, which are rounding.
-    squares = torch.linalg.eigvalsh(r.T @ r + len(x) * mean.T @ mean).flip(0)
-    noise = len(squares) * torch.finfo(x.dtype).eps * squares[:1]
-    return torch.linalg.svdvals(r), torch.where(squares > noise, squares, 0).sqrt()
-
-
-def _eigenvalues(centred: Tensor, features: Tensor) -> Tensor:
-    n, width = features.shape
-    # Equal rows leave the rounding of their mean, which is nothing and not a direction.
-    noise = 2 * torch.finfo(torch.float64).eps * torch.linalg.norm(features.double()).cpu()
-    values = torch.where(centred > noise, centred, 0).square() / (n - 1)
-    return nn.functional.pad(values, (0, width - len(values)))
-
-
-def covariance_spectrum(features: Tensor) -> Tensor:
-    """Eigenvalues, descending, fp64 (R,), of the covariance of ``features`` (n, R).
-
-    Computed as squared singular values of the centred features in fp64, which keeps small ones
-    exact; with n <= R the last R - n + 1 are zero whatever the features are.
-    """
-    return _eigenvalues(_singular_values(features)[0], features)
+    squares = torch.linalg.eigvalsh(r.T @ r + n * mean.T @ mean).flip(0)
+    squares = torch.where(squares > width * eps * squares[:1], squares, 0)
+    return nn.functional.pad(eigenvalues, (0, width - len(eigenvalues))), squares.sqrt()
 
 
 def precision(features: Tensor) -> tuple[torch.dtype, float]:
@@ -250,11 +240,6 @@ def of_model(model, representation: Tensor, threshold: float | None = None) -> d
         result["sub-vector"] = describe(representation[:, objective.sub_vector], threshold)
     result["embedding"] = describe(nn.functional.normalize(embedding, dim=1), threshold)
     return result
-
-
-def save(spectra: dict[str, dict], path: str | Path) -> None:
-    """``spectra`` of :func:`of_model` as JSON."""
-    write_json(path, spectra, indent=1)
 
 
 def lines(spectra: dict[str, dict]) -> list[str]:
