@@ -2,11 +2,9 @@
 
 c = M N d is the unit of docs/design.md section 3: one tile product S = z1 z2^T is 2c operations.
 
-Counted is what the loss needs, with a view's products with itself as triangles, so that a rate says
-how fast the result is had. A backend may run more, which its rate then pays for: d padded to whole
-vectors, tiles on an edge or a diagonal in full. Of the GPUs' backends "cuda" runs the triangles in
-both passes (csrc/cuda/README.md); "triton" does forward, but backward it computes S whole in the
-super-blocks on the diagonal: with one of them, up to N = 8192, 4c a view in place of 3c.
+Counted is what the loss needs, with a view's products with itself as triangles. A backend may run
+more, which its rate then pays for: d padded to whole vectors, tiles on an edge or a diagonal in
+full; "triton" backward computes S whole in the super-blocks on the diagonal.
 """
 
 from __future__ import annotations

@@ -2,9 +2,8 @@
 
     python -m directclr_fast.bench.gradcache --out gradcache_memory.json
 
-Runs `train` on N = 16,384 made-up 32 x 32 colour images in chunks of 512, two steps of the whole
-batch, and prints the resident peak of the process (ru_maxrss: interpreter, libraries, images and
-checkpoint included) beside the same at smaller N and beside steps without chunks. Linux.
+Two steps of all of N made-up 32 x 32 colour images, in chunks and without: the resident peak of the
+process (ru_maxrss: interpreter, libraries, images and checkpoint included). Linux.
 """
 
 from __future__ import annotations

@@ -3,9 +3,8 @@
     python -m directclr_fast.bench.memory --out memory.json
 
 On a GPU the allocator reports it. On the CPU the system does (VmHWM, Linux): every step runs in a
-process of its own, forked from one that has imported torch and computed nothing, so that memory of
-an earlier step hides none. The process may take what the machine has free and no more, so a step
-that does not fit becomes a result and does not bring the machine down.
+process of its own, forked from one that has imported torch and computed nothing. It may take what
+the machine has free and no more: a step that does not fit is a result.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Compares two results and says what moved.
 
-Times are compared as shares of the time of eager PyTorch in the same run, so that a faster machine
-or a busy one changes nothing; where a run has no eager time, as shares of the roof it measured. A
-figure has moved when it changed by more than a relative and an absolute threshold together, peaks
-of memory and errors likewise by their own.
+Times are compared as shares of eager PyTorch's in the same run, or, where it has none, of the roof
+it measured. A figure has moved when it changed by more than a relative and an absolute threshold
+together, peaks of memory and errors likewise by their own.
 """
 
 from __future__ import annotations

@@ -2,10 +2,9 @@
 
     python -m directclr_fast.bench.trainer --rows 4096 8192 16384 --out trainer.json
 
-On made-up images, variants in turn in one process: the step (batch, views, both encodings, loss,
-head, backward, optimiser) with the fast loss and with loss=reference; the encoder's two forward
-and backward passes alone, on views of the same batch; each loss alone, on representations of that
-batch; and the views. An image is one of the batch, seen in two views.
+On made-up images, in turn in one process: the step with the fast loss and with loss=reference; the
+encoder's two forward and backward passes alone; each loss alone; and the views. An image is one of
+the batch, seen in two views.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """The paper's comparison of projectors in small: every mode, several seeds, one command.
 
-Each mode gets the same budget and the same search: its learning rate is that of three which scores
-best, on a seed of its own, in a probe inside the training part (probe.held_out). Then it is trained
-with each seed at that rate, and only these runs are tested on the test part. Beside them: the
-untrained encoder and raw pixels; DirectCLR over d0; DirectCLR again with the reference loss, and
-from weights moved by one rounding error, which is what any difference is to be held against.
+Each mode's learning rate is that of three which scores best, on a seed of its own, in a probe
+inside the training part (probe.held_out). Then it is trained with each seed at that rate, and only
+these runs are tested on the test part. docs/paper.md says what stands beside them.
 
 Every finished run has a file of its own, so the same command continues a stopped comparison,
 trainings from their checkpoints, and it may ask for more seeds or modes.

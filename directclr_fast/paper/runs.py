@@ -128,9 +128,9 @@ def side_by_side(
     ``settings``, ``out``: as for :func:`execute`. ``on_step(name, step)`` is called now and then
     with a run's step, ``on_result(name, result)`` at the end of each run.
 
-    A process has one thread: on small models several do more than one with all cores, and results
-    do not depend on how many there are. RuntimeError names a run that failed. A signal is passed on
-    to the runs, which save, and raises TrainingStopped; a second Ctrl-C ends them at once.
+    A process has one thread, so no result depends on how many there are. RuntimeError names a run
+    that failed. A signal is passed on to the runs, which save, and raises TrainingStopped; a second
+    Ctrl-C ends them at once.
     """
     context = multiprocessing.get_context("spawn")
     steps = context.SimpleQueue()

@@ -1,15 +1,12 @@
 """Dimensional collapse, measured: the covariance spectrum of representations and embeddings.
 
-As in figures 2 and 9 of arXiv 2110.09348: C = cov(features) over a set of images, its eigenvalues
-(the singular values of C) sorted and shown on a log scale. A direction counts as collapsed where
-its eigenvalue is below ``threshold`` times the largest one; which threshold is always stated. By
-default it is 1e-8, or what rounding to the features' own precision leaves in an empty direction,
-where that is more: bf16 leaves some 1e-6.
+As in figures 2 and 9 of arXiv 2110.09348. A direction counts as collapsed where its eigenvalue is
+at most ``threshold`` times the largest one: by default 1e-8, or what rounding to the features' own
+precision leaves in an empty direction, where that is more (bf16: some 1e-6).
 
-Beside that count, which depends on a threshold, stand three that do not. The effective rank is exp
-of the entropy of the eigenvalues (Roy and Vetterli 2007); RankMe is the same of the singular values
-of the features as they are, not centred (Garrido et al. 2023); the participation ratio is the
-square of the eigenvalues' sum over the sum of their squares.
+The effective rank is exp of the entropy of the eigenvalues (Roy and Vetterli 2007); RankMe is the
+same of the singular values of the features as they are, not centred (Garrido et al. 2023); the
+participation ratio is the square of the eigenvalues' sum over the sum of their squares.
 """
 
 from __future__ import annotations

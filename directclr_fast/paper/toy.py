@@ -8,11 +8,9 @@ z = W_L ... W_1 x + b on Gaussian points x, two views x + k e with fresh noise e
     released   log sum_j exp(z_i . z'_j / t) - z_i . z'_i / t      t = 0.1, nothing normalised
     paper      Eq. 2: squared distances, negatives of the anchor's own view (theory.py)
 
-All variants of a task and all seeds train together, as one batch of matrices (variants, seeds,
-layers, n, n) with hand-written gradients: the loss reads the product P only, so dP and the chain
-rule of ``theory.layer_gradients`` are everything. Networks with fewer layers than the deepest of a
-task are filled up with identity layers that never move. All in fp64: the singular values followed
-here span e^-20 of the largest.
+All variants of a task and all seeds train together, as one batch of fp64 matrices (variants, seeds,
+layers, n, n) with hand-written gradients: the loss reads the product P only. Networks with fewer
+layers than the deepest of a task are filled up with identity layers that never move.
 
 A seed fixes the points, the starting weights, the batches and the noise; variants of one seed
 differ in nothing but what :class:`Variant` says.

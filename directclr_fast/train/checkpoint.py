@@ -1,8 +1,7 @@
 """Checkpoints that are whole or not there: written aside, synced, renamed, the last one kept.
 
-A checkpoint is one ``torch.save`` file of plain containers and tensors, so it loads with
-``weights_only=True``. Reading checks the CRC of every record in it. If the newest file is damaged,
-the previous one is loaded, with a warning.
+One ``torch.save`` file of plain containers and tensors, read with ``weights_only=True`` and checked
+by the CRC of every record.
 """
 
 from __future__ import annotations

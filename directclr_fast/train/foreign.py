@@ -1,12 +1,9 @@
 """What others made, for the probe and the spectrum: files of features, weights of other networks.
 
-A file is opened without running code that may be in it: NumPy's without pickled objects, PyTorch's
-with ``weights_only``. One that needs more is refused, unless it is trusted by name.
-
-Weights are found by their names. A checkpoint may hold several networks (MoCo's two encoders, a
-projector, an optimiser), each under a prefix of its own; taken is the prefix under which most of
-the encoder's tensors lie, in their shapes, the first of equals. All of them have to be there: half
-a network would give features that nobody made.
+A file is opened without running code that may be in it, and one that needs more is refused, unless
+it is trusted by name. Weights are found by their names: of a checkpoint's networks, each under a
+prefix of its own, the one is taken under whose prefix most of the encoder's tensors lie, in their
+shapes, the first of equals. All of them have to be there.
 """
 
 from __future__ import annotations

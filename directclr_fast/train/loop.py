@@ -3,12 +3,8 @@
 A step draws a batch, makes two views of it on the device, encodes each in a call of its own (so
 that BatchNorm sees the views apart, as in the paper), takes the mode's loss, and adds the
 cross-entropy of a linear head on the detached representation of view 1, which only measures.
-Everything random comes from generators whose state the checkpoint holds, so a resumed run on the
-CPU is bitwise the run that was not interrupted.
 
-Under torchrun every rank runs this: it draws the batch and the views' parameters of all ranks,
-takes its rows, and meets the others in BatchNorm, the loss and the mean of the gradients, so that W
-ranks are one process up to rounding. Rank 0 alone reads and writes files and shows anything.
+Under torchrun every rank runs this; rank 0 alone writes files and shows anything.
 """
 
 from __future__ import annotations

@@ -21,12 +21,8 @@ embedding and changes no similarity, so only the dim columns of V that D keeps a
 same reason "orthogonal" has the loss and the gradient of "baseline" up to rounding, and its matrix
 has no gradient at all but rounding; it is there because the paper has it.
 
-The weight of "diagonal" is a (1, R) matrix on purpose: a projector like the others, it takes weight
-decay and LARS's adaptation, which leave vectors out.
-
-The permutation of "group", V of "lowrank" and the columns of "random" come from generators seeded
-by the run's seed, so they are the same on every process; the first two are kept in the checkpoint
-(the release draws another permutation on every rank), of the last the number of draws.
+The permutation of "group", V of "lowrank" and the columns of "random" are drawn from the run's
+seed, alike on every process.
 """
 
 from __future__ import annotations
@@ -57,7 +53,8 @@ def default_dim(width: int) -> int:
 
 
 class Diagonal(nn.Module):
-    """x (B, R) times a trained weight (1, R), one at the start."""
+    """x (B, R) times a trained weight (1, R), one at the start: a matrix, so that it takes weight
+    decay and LARS's adaptation as other projectors do."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -1,8 +1,6 @@
 """Optimisers and the learning-rate schedule of the paper's recipe.
 
-LARS here is the variant of the DirectCLR release (docs/design.md section 8): weight decay joins the
-gradient first, the trust ratio scales the sum, momentum accumulates it and the learning rate comes
-last. Parameters of one dimension (biases, BatchNorm) take neither decay nor trust ratio.
+LARS is the variant of the DirectCLR release (docs/design.md section 8).
 """
 
 from __future__ import annotations
@@ -17,9 +15,8 @@ OPTIMIZERS = ("lars", "sgd", "adamw")
 
 
 class LARS(torch.optim.Optimizer):
-    r"""Layer-wise adaptive SGD, all parameters of a step updated by grouped (foreach) operations.
-
-    For a parameter w of two or more dimensions with gradient g, momentum buffer u:
+    r"""Layer-wise adaptive SGD. For a parameter w of two or more dimensions with gradient g and
+    momentum buffer u:
 
     .. code-block:: text
 

@@ -1,13 +1,8 @@
 """How good a frozen representation is: linear probe and nearest neighbours on cached features.
 
 The probe is the paper's: one linear layer on frozen features, SGD with momentum 0.9, learning rate
-0.1, batch 256, weight decay 1e-6, 100 epochs. The released probe creates a cosine schedule but
-never steps it, so its published numbers come from a constant rate; both are offered and named.
-
-One thing is added by default (``scaled``): features are centred and divided by one number, their
-overall rms. It changes no direction's share, only what a learning rate means: on handwritten digits
-an untrained encoder, whose features are small, goes from 43 % to 92 % by it and a trained one stays
-at 98 %. Without it a comparison of encoders measures their scale.
+0.1, batch 256, weight decay 1e-6, 100 epochs. Its features are centred and divided by one number,
+their overall rms (``scaled``; docs/design.md section 8).
 """
 
 from __future__ import annotations

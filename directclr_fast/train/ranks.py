@@ -1,8 +1,5 @@
 """The processes of a run under torchrun, and the few words they exchange beside gradients.
 
-Everything random in a step is drawn alike on every rank for the whole batch, and each rank takes
-its rows: W ranks make the batches and views of one process, so that a run may go on with another W.
-
 No rank waits for another longer than a stated time. One that has waited in vain puts its number on
 a list in the store where they met, gives the others a little time to do so, and says who did not.
 Nothing that arrives is run: ranks send each other tensors, and files of torch.save as bytes, read
