@@ -20,7 +20,7 @@ def run(arguments: argparse.Namespace) -> None:
     print(json.dumps(values, indent=2) if arguments.json else text(values))
 
 
-def _problem(device_type: str, precision: str = "auto") -> Problem:
+def _problem(device_type: str) -> Problem:
     """The paper's loss at batch 4096: what the backends are asked about."""
     import torch
 
@@ -32,7 +32,6 @@ def _problem(device_type: str, precision: str = "auto") -> Problem:
         dtype=torch.float32,
         device_type=device_type,
         temperature=0.1,
-        precision=precision,
         differentiable=True,
     )
 

@@ -83,18 +83,18 @@ def layer_gradients(weights: Tensor, before: list[Tensor], dp: Tensor) -> Tensor
 EQUAL = 0.1
 
 
-def alignment(lower: Tensor, upper: Tensor, equal: float = EQUAL) -> tuple[Tensor, ...]:
+def alignment(lower: Tensor, upper: Tensor) -> tuple[Tensor, ...]:
     """How well ``upper`` (..., n, n) reads what ``lower`` writes: the alignment of theorem 2.
 
     A = V_upper^T U_lower is compared per group of nearly equal singular values: k and k + 1 are
-    in different groups where in both layers log s_k - log s_{k+1} > ``equal``. Returns A
+    in different groups where in both layers log s_k - log s_{k+1} > EQUAL. Returns A
     (..., n, n); per direction k the part (..., n) of row k of A^2 that falls in its own group, 1
     where aligned; and what unrelated layers would score there, group size / n.
     """
     u, s1, _ = torch.linalg.svd(lower)
     _, s2, vh = torch.linalg.svd(upper)
     tiny = torch.finfo(s1.dtype).tiny
-    gaps = [-s.clamp_min(tiny).log().diff(dim=-1) > equal for s in (s1, s2)]
+    gaps = [-s.clamp_min(tiny).log().diff(dim=-1) > EQUAL for s in (s1, s2)]
     label = torch.nn.functional.pad((gaps[0] & gaps[1]).cumsum(-1), (1, 0))
     same = (label[..., :, None] == label[..., None, :]).to(s1.dtype)
     a = vh @ u

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from .config import TrainConfig
 
@@ -128,15 +128,6 @@ def add_probe(parser: argparse.ArgumentParser) -> None:
     add("--out", help="folder (default: that of the source)")
 
 
-class Subject(NamedTuple):
-    """What is probed: features by the name of their row, made when they are asked for; the columns
-    of the first row that have one of their own; what to say of it in the file."""
-
-    rows: dict[str, Callable[[], Features]]
-    sub_vector: slice | None
-    about: dict
-
-
 def run_probe(arguments: argparse.Namespace) -> None:
     from . import checkpoint, probe
     from .config import resolve_device
@@ -145,23 +136,23 @@ def run_probe(arguments: argparse.Namespace) -> None:
     vote = {"k": arguments.k, "temperature": arguments.temperature}
     probe.check(**linear, **vote)
     device = resolve_device(arguments.device)
-    subject = _subject(arguments, device)
+    rows, sub_vector, about = _subject(arguments, device)
     (out,) = outputs_of(arguments, "probe.json")
     schedules = probe.SCHEDULES if arguments.schedule == "both" else (arguments.schedule,)
     result = {
-        **subject.about,
+        **about,
         **linear,
         **vote,
         "features": "raw" if arguments.raw_features else "centred, divided by their rms",
         "accuracy": {},
     }
-    for name, make in subject.rows.items():
+    for name, make in rows.items():
         features = make()
         parts = {name: features}
         if name != "raw pixels" and arguments.dim is not None:
             parts[f"{name}, r[:, :{arguments.dim}]"] = features.columns(slice(0, arguments.dim))
-        if name == "trained" and subject.sub_vector is not None:
-            parts["trained, sub-vector"] = features.columns(subject.sub_vector)
+        if name == "trained" and sub_vector is not None:
+            parts["trained, sub-vector"] = features.columns(sub_vector)
         for part, values in parts.items():
             row = {
                 f"linear, {schedule} rate": probe.linear_probe(
@@ -180,7 +171,11 @@ def run_probe(arguments: argparse.Namespace) -> None:
     print(f"written to {out}")
 
 
-def _subject(arguments: argparse.Namespace, device: str) -> Subject:
+def _subject(
+    arguments: argparse.Namespace, device: str
+) -> tuple[dict[str, Callable[[], Features]], slice | None, dict]:
+    """What is probed: features by the name of their row, made when they are asked for; the columns
+    of the first row that have one of their own; what to say of it in the file."""
     from . import foreign, probe
 
     if arguments.source is None and arguments.encoder is None:
@@ -214,10 +209,10 @@ def _subject(arguments: argparse.Namespace, device: str) -> Subject:
         name: functools.partial(probe.load_features, network, config, channels)
         for name, network in networks.items()
     }
-    return Subject(rows, columns, about | {"data": config.data})
+    return rows, columns, about | {"data": config.data}
 
 
-def _subject_of_features(arguments: argparse.Namespace) -> Subject:
+def _subject_of_features(arguments: argparse.Namespace) -> tuple:
     from . import foreign
 
     if arguments.baselines:
@@ -227,7 +222,7 @@ def _subject_of_features(arguments: argparse.Namespace) -> Subject:
     _check_dim(arguments, split.train.shape[1], "the features' width")
     about = {"data": arguments.source, "tested on": tested, "classes": split.classes}
     print(f"{split.classes} classes, {len(split.train)} features to train on, tested on {tested}")
-    return Subject({"features": lambda: split}, None, about)
+    return {"features": lambda: split}, None, about
 
 
 def _check_dim(arguments: argparse.Namespace, width: int, what: str) -> None:

@@ -194,7 +194,7 @@ class TrainConfig:
     logger: str = setting(
         "none",
         "none, tensorboard, wandb: beside log.jsonl (default none)",
-        choices=".logger:LOGGERS",
+        choices=".log:LOGGERS",
         resumed="free",
     )
     timeout: float = setting(

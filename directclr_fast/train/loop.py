@@ -31,8 +31,7 @@ from .batchnorm import synchronise
 from .config import TrainConfig
 from .gradcache import GradientCache
 from .guard import Guard
-from .log import Log
-from .logger import Logger
+from .log import Log, Logger
 from .objective import Objective
 from .optim import build_optimizer, learning_rate
 from .ranks import Ranks, mean_in_order
