@@ -97,8 +97,7 @@ def table(result: dict) -> str:
             lines.append(f"  {name:<22}" + _figures(case, name, scale))
     if any((r.get("of_roof") or 0) > 1.2 for c in result["cases"] for r in c["variants"].values()):
         lines += ["", "a rate above its roof: the machine was busy while one of them was measured"]
-    missing = absent(result["cases"])
-    if missing:
+    if missing := absent(result["cases"]):
         lines += ["", "not here:"]
         lines += [f"  {name}: {'; '.join(reasons)}" for name, reasons in missing.items()]
     return "\n".join(lines)
@@ -129,24 +128,18 @@ def _figures(case: dict, name: str, scale: float) -> str:
         return f"{'-':>10}  {what}"
     low, high = (1e3 * q for q in row["quartiles"])
     quartiles = f"{low:.4g} to {high:.4g}"
-    text = f"{1e3 * row['median']:10.4g}{quartiles:>19}{row['rate'] / scale:9.4g}"
-    text += _percent(row.get("of_roof"), 8) + _number(row.get("of_library"), 7)
+    roof, library = row.get("of_roof"), row.get("of_library")
+    roof = "-" if roof is None else f"{100 * roof:.0f} %"
+    library = "-" if library is None else f"{library:.2f}"
     error = f"{row['error']:.1e}" if "error" in row else "-"
-    text += f"{peak:>10}{error:>9}"
+    text = f"{1e3 * row['median']:10.4g}{quartiles:>19}{row['rate'] / scale:9.4g}"
+    text += f"{roof:>8}{library:>7}{peak:>10}{error:>9}"
     if row["family"] == "ours":
         return text
     if row["family"] == "neighbour":
         return text + "  another loss"
     ratio = speedup(case, name)
     return text + (f"  {ratio[0]:.2f}x {ratio[1]}" if ratio else "")
-
-
-def _percent(share: float | None, width: int) -> str:
-    return f"{'-' if share is None else f'{100 * share:.0f} %':>{width}}"
-
-
-def _number(value: float | None, width: int) -> str:
-    return f"{'-' if value is None else f'{value:.2f}':>{width}}"
 
 
 # ------------------------------------------------------------------------ figures
