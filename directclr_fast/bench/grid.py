@@ -81,20 +81,15 @@ def run(
 
 def _peaks(cases: list[Case], rows: list[dict], tick: Callable[[str, float], None]) -> None:
     """Writes the peak of every variant that can run into its row; Linux, CPU."""
-    places = [
-        (number, name)
-        for number, of_case in enumerate(rows)
+    asked = [
+        (case, name, row)
+        for case, of_case in zip(cases, rows)
         for name, row in of_case.items()
         if "why_not" not in row
     ]
-
-    def write(job: int, peak: dict) -> None:
-        number, name = places[job]
-        rows[number][name].update(peak)
-        tick(f"memory: N {cases[number].rows}, {name}", (job + 1) / len(places))
-
-    tick("memory", 0.0)
-    memory.in_processes([(cases[number], name) for number, name in places], write)
+    for number, (case, name, row) in enumerate(asked):
+        tick(f"memory: N {case.rows}, {name}", number / len(asked))
+        row.update(memory.of_step(case, name))
 
 
 def _measure(
