@@ -431,6 +431,6 @@ def test_directclr_leaves_r_more_directions_than_no_projector(run_dir, one_threa
             model = trainer.model.eval()
             features, _ = probe.encode(model.encoder, images, 8)
             spectra = spectrum.of_model(model, features)
-            ranks[mode] = {name: values["effective_rank"] for name, values in spectra.items()}
+            ranks[mode] = {name: report.effective_rank for name, report in spectra.items()}
         assert ranks["directclr"]["representation"] > 1.12 * ranks["baseline"]["representation"]
         assert ranks["directclr"]["sub-vector"] < 0.7 * ranks["directclr"]["representation"]

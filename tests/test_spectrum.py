@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import directclr_fast
-from directclr_fast import collapse_report, plots
+from directclr_fast import CollapseReport, collapse_report, plots
 from directclr_fast.paper import spectrum
 from directclr_fast.train.config import TrainConfig
 from directclr_fast.train.loop import Model
@@ -44,11 +45,11 @@ def test_known_spectrum():
 @pytest.mark.parametrize("rank", [0, 1, 7, 19, 20])
 def test_collapsed_directions_are_counted(rank, dtype):
     x = (randn(300, rank) @ randn(rank, 20, seed=1) + 10 * randn(1, 20, seed=2)).to(dtype)
-    values = spectrum.describe(x)
-    assert values["collapsed"] == 20 - rank
-    assert values["dimensions"] == 20 and values["samples"] == 300
-    assert values["threshold"] == spectrum.THRESHOLD
-    json.dumps(values, allow_nan=False)
+    values = collapse_report(x)
+    assert values.collapsed == 20 - rank
+    assert values.dimensions == 20 and values.samples == 300
+    assert values.threshold == spectrum.THRESHOLD
+    assert CollapseReport(**json.loads(json.dumps(asdict(values), allow_nan=False))) == values
 
 
 def test_threshold():
@@ -209,19 +210,18 @@ def test_of_model(mode, width):
     r = randn(300, 256).float().relu()
     spectra = spectrum.of_model(model, r)
     assert list(spectra) == ["representation", *["sub-vector"] * (mode == "directclr"), "embedding"]
-    assert spectra["embedding"]["dimensions"] == width
+    assert spectra["embedding"].dimensions == width
     embedded = F.normalize(model.objective.embed(r), dim=1)
-    assert spectra["embedding"] == spectrum.describe(embedded.detach())
+    assert spectra["embedding"] == collapse_report(embedded.detach())
     if mode == "directclr":
-        assert spectra["sub-vector"] == spectrum.describe(r[:, :45])
-        assert spectra["representation"] == spectrum.describe(r)
+        assert spectra["sub-vector"] == collapse_report(r[:, :45])
+        assert spectra["representation"] == collapse_report(r)
 
 
 def test_files(tmp_path):
     pytest.importorskip("matplotlib")
     live = randn(40, 6)
-    spectra = {"live": spectrum.describe(live), "point": spectrum.describe(torch.ones(40, 6))}
-    assert json.loads(json.dumps(spectra)) == spectra
+    spectra = {"live": collapse_report(live), "point": collapse_report(torch.ones(40, 6))}
     spectrum.plot(spectra, tmp_path / "spectrum.png", "title")
     lines = [{"step": i, "loss": 5 / i, "accuracy": 0.1 * i} for i in range(1, 5)]
     lines.append({"step": 5, "loss": "nan", "accuracy": 0.1})
@@ -238,4 +238,4 @@ def test_missing_matplotlib_names_the_extra(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"^plots: expected matplotlib, got .*directclr-fast\[pl"):
-        spectrum.plot({"live": spectrum.describe(randn(40, 6))}, tmp_path / "spectrum.png")
+        spectrum.plot({"live": collapse_report(randn(40, 6))}, tmp_path / "spectrum.png")

@@ -6,6 +6,7 @@ What loads torch is imported by the bodies, so that a help text stays light.
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 
 
@@ -45,9 +46,9 @@ def run_spectrum(arguments: argparse.Namespace) -> None:
         start = f"{title}, " if len(sources) > 1 else ""
         found |= {_unlike(f"{start}{name}", found): values for name, values in spectra.items()}
     picture, numbers = outputs_of(arguments, "spectrum.png", "spectrum.json")
-    write_json(numbers, found, indent=1)
+    write_json(numbers, {name: asdict(report) for name, report in found.items()}, indent=1)
     spectrum.plot(found, picture, titles[0] if len(titles) == 1 else "")
-    print("\n".join(spectrum.lines(found)))
+    print(*(f"{name}: {report}" for name, report in found.items()), sep="\n")
     print(f"written to {numbers} and {picture}")
 
 
@@ -57,7 +58,7 @@ def _unlike(name: str, others) -> str:
     return next(n for n in names if n not in others)
 
 
-def _spectra_of(source: str | None, arguments) -> tuple[dict[str, dict], str]:
+def _spectra_of(source: str | None, arguments) -> tuple[dict, str]:
     """Spectra by name of a run or of a file, and what to call it; None is the encoder alone."""
     from ..train import foreign, probe
     from ..train.commands import load_foreign, load_run
@@ -69,15 +70,17 @@ def _spectra_of(source: str | None, arguments) -> tuple[dict[str, dict], str]:
     if not run and arguments.encoder is None:
         parts = foreign.features_in(source, arguments.key, arguments.trust_pickle)
         names = ["features"] if len(parts) == 1 else [f"features, {part}" for part in parts]
-        spectra = [spectrum.describe(values.features, threshold) for values in parts.values()]
-        return dict(zip(names, spectra)), Path(source).name
+        reports = [
+            spectrum.collapse_report(p.features, threshold=threshold) for p in parts.values()
+        ]
+        return dict(zip(names, reports)), Path(source).name
     device = resolve_device(arguments.device)
     if not run:
         config, encoder = load_foreign(arguments, source, device)
         features, *_ = probe.load_part(encoder, config, False)
-        spectra = {"representation": spectrum.describe(features, threshold)}
+        report = spectrum.collapse_report(features, threshold=threshold)
         name = arguments.encoder if source is None else Path(source).name
-        return spectra, f"{name} on {config.data}"
+        return {"representation": report}, f"{name} on {config.data}"
     config, model, state = load_run(arguments, source, device)
     features, *_ = probe.load_part(model.encoder, config, False, channels=state["channels"])
     spectra = spectrum.of_model(model, features, threshold)
@@ -177,7 +180,7 @@ def run_demo(arguments: argparse.Namespace) -> None:
 
     metrics = {
         "accuracy": accuracy,
-        "spectra": spectra,
+        "spectra": {name: asdict(report) for name, report in spectra.items()},
         "images_per_second": result["images_per_second"],
         "loss_backend": result["backend"],
         "final_loss": result["loss"],
@@ -191,8 +194,7 @@ def run_demo(arguments: argparse.Namespace) -> None:
     print(f"\n{'held-out accuracy':<20}{'linear probe':>14}{'kNN (k=200)':>14}")
     for name, values in accuracy.items():
         print(f"{name:<20}{100 * values['linear']:>12.1f} %{100 * values['knn']:>12.1f} %")
-    print()
-    print("\n".join(spectrum.lines(spectra)))
+    print(*(f"\n{name}: {report}" for name, report in spectra.items()), sep="")
     print(
         f"{result['images_per_second']:.0f} images per second, loss backend {result['backend']}\n"
         f"config.json, log.jsonl, checkpoint.pt, metrics.json, curves.png, spectrum.png in {out}"

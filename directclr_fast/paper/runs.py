@@ -229,7 +229,7 @@ def _measure(run: Run, config: TrainConfig, model, encoder, channels: int) -> di
     if run.trains:
         spectra = spectrum.of_model(model, features.test)
     else:
-        spectra = {"representation": spectrum.describe(features.test)}
+        spectra = {"representation": spectrum.collapse_report(features.test)}
     if run.mode != "pixels":
         result["dim"] = run.dim or default_dim(model.width)
         part = features.columns(slice(0, result["dim"]))
@@ -239,12 +239,13 @@ def _measure(run: Run, config: TrainConfig, model, encoder, channels: int) -> di
     return result
 
 
-def _short(values: dict) -> dict:
+def _short(report: spectrum.CollapseReport) -> dict:
     """A spectrum as log10 relative to its largest eigenvalue, to three digits."""
-    eigenvalues = torch.tensor(values["spectrum"], dtype=torch.float64)
+    eigenvalues = torch.tensor(report.spectrum, dtype=torch.float64)
     logs = (eigenvalues / eigenvalues[0].clamp_min(1e-300)).clamp_min(1e-18).log10()
+    names = ("dimensions", "samples", "collapsed", "effective_rank")
+    same = {name: getattr(report, name) for name in names}
     small = spectrum.collapsed(eigenvalues, SMALL)
-    same = {k: values[k] for k in ("dimensions", "samples", "collapsed", "effective_rank")}
     return {**same, "small": small, "log10": [round(v, 3) for v in logs.tolist()]}
 
 

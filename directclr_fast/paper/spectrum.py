@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -216,13 +216,10 @@ def collapsed(spectrum: Tensor, threshold: float = THRESHOLD) -> int:
     return int((spectrum <= threshold * spectrum[0]).sum())
 
 
-def describe(features: Tensor, threshold: float | None = None) -> dict:
-    """:func:`collapse_report` of ``features`` (n, R), as plain values."""
-    return asdict(collapse_report(features, threshold=threshold))
-
-
 @torch.no_grad()
-def of_model(model, representation: Tensor, threshold: float | None = None) -> dict[str, dict]:
+def of_model(
+    model, representation: Tensor, threshold: float | None = None
+) -> dict[str, CollapseReport]:
     """Spectra of the representation (n, R), of its sub-vector and of the embedding.
 
     ``model`` is a :class:`directclr_fast.train.loop.Model` in eval mode. The embedding is what the
@@ -232,34 +229,29 @@ def of_model(model, representation: Tensor, threshold: float | None = None) -> d
     objective = model.objective
     device = next(model.parameters()).device
     embedding = objective.embed(representation.to(device)).cpu()
-    result = {"representation": describe(representation, threshold)}
+    parts = {"representation": representation}
     if objective.dim is not None:
-        result["sub-vector"] = describe(representation[:, objective.sub_vector], threshold)
-    result["embedding"] = describe(nn.functional.normalize(embedding, dim=1), threshold)
-    return result
+        parts["sub-vector"] = representation[:, objective.sub_vector]
+    parts["embedding"] = nn.functional.normalize(embedding, dim=1)
+    return {name: collapse_report(part, threshold=threshold) for name, part in parts.items()}
 
 
-def lines(spectra: dict[str, dict]) -> list[str]:
-    """A sentence on each of ``spectra``."""
-    return [f"{name}: {CollapseReport(**values)}" for name, values in spectra.items()]
-
-
-def plot(spectra: dict[str, dict], path: str | Path, title: str = "") -> None:
+def plot(spectra: dict[str, CollapseReport], path: str | Path, title: str = "") -> None:
     """Draws the spectra, log10 of the eigenvalue against its rank, as a picture at ``path``."""
     from ..plots import figure
 
     with figure(path, title) as axes:
-        for name, values in spectra.items():
-            spectrum = torch.tensor(values["spectrum"], dtype=torch.float64)
+        for name, report in spectra.items():
+            spectrum = torch.tensor(report.spectrum, dtype=torch.float64)
             floor = max(spectrum[0] * 1e-18, 1e-300)
-            dead, total = values["collapsed"], values["dimensions"]
+            dead, total = report.collapsed, report.dimensions
             (line,) = axes.plot(
                 range(1, total + 1),
                 spectrum.clamp_min(floor).log10(),
                 label=f"{name}: {dead} of {total} collapsed, "
-                f"effective rank {values['effective_rank']:.1f}",
+                f"effective rank {report.effective_rank:.1f}",
             )
             if dead and spectrum[0] > 0:
-                level = math.log10(values["threshold"] * spectrum[0] or floor)
+                level = math.log10(report.threshold * spectrum[0] or floor)
                 axes.axhline(level, color=line.get_color(), linestyle=":", linewidth=0.8)
         axes.set(xlabel="rank of the eigenvalue", ylabel="log10 eigenvalue of the covariance")
