@@ -51,17 +51,13 @@ def devices(gpu: bool | None = None) -> list[dict]:
     cores, threads = os.cpu_count(), torch.get_num_threads()
     cpu = {"device": "cpu", "name": processor(), "cores": cores, "threads": threads}
     count = torch.cuda.device_count() if gpu is not False and torch.cuda.is_available() else 0
-    return [cpu, *map(_gpu, range(count))]
-
-
-def _gpu(index: int) -> dict:
-    properties = torch.cuda.get_device_properties(index)
-    return {
-        "device": f"cuda:{index}",
-        "name": properties.name,
-        "capability": f"{properties.major}.{properties.minor}",
-        "memory_gib": round(properties.total_memory / 2**30, 1),
-    }
+    gpus = []
+    for index, of in enumerate(map(torch.cuda.get_device_properties, range(count))):
+        gpus.append({
+            "device": f"cuda:{index}", "name": of.name, "capability": f"{of.major}.{of.minor}",
+            "memory_gib": round(of.total_memory / 2**30, 1),
+        })  # fmt: skip
+    return [cpu, *gpus]
 
 
 def describe(values: dict) -> str:

@@ -55,16 +55,11 @@ class Machine:
 
     def collective(self, processes: int) -> float:
         """beta: rings over all ports of a node, as NCCL lays them."""
-        return self.near if processes <= self.per_node else min(self.near, self.all_far)
+        return self.near if processes <= self.per_node else min(self.near, self.far * self.per_node)
 
     def hop(self, processes: int) -> float:
         """b: all blocks move in step, so the slowest link of the ring sets the pace."""
         return self.near if processes <= self.per_node else self.far
-
-    @property
-    def all_far(self) -> float:
-        """Bytes/s a whole node sends."""
-        return self.far * self.per_node
 
     def latency(self, processes: int) -> float:
         """lambda: a ring through the devices of a node, then through the nodes."""

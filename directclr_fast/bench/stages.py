@@ -18,9 +18,9 @@ import torch
 from .. import dispatch
 from ..backends.base import Pair
 from ..machine import processor
-from ..problem import Problem
 from . import study
 from .timing import interleaved
+from .variants import Case
 
 FLAGS = {
     "--n": {"type": int, "default": 4096},
@@ -39,11 +39,8 @@ def stages(args: argparse.Namespace) -> list[tuple]:
     from .. import _cpu
 
     backend, n, d, width, scale = dispatch.load("cpu"), args.n, args.d, args.width, 10.0
-    problem = Problem(
-        rows=n, candidates=n, width=width, dim=d, dtype=torch.float32, device_type="cpu",
-        temperature=1 / scale, precision="bf16" if args.bf16 else "auto", differentiable=True,
-        workspace_bytes=int(args.keep * _cpu.workspace_bytes(n, n)),
-    )  # fmt: skip
+    problem = Case(n, width, d, temperature=1 / scale).problem("bf16" if args.bf16 else "auto")
+    problem = problem.replace(workspace_bytes=int(args.keep * _cpu.workspace_bytes(n, n)))
     views = [torch.randn(n, width) for _ in range(2)]
     lse, weight, diagonal = (torch.full((n,), x, dtype=torch.float64) for x in (12, 5 / n, -5 / n))
     pair = Pair(weight, lse, weight, lse, diagonal)

@@ -37,6 +37,8 @@ from .optim import build_optimizer, learning_rate
 from .ranks import Ranks, mean_in_order
 from .supervise import Signals, TrainingStopped
 
+STATEFUL = ("model", "optimizer", "scaler", "sampler")  # parts of a run that have a state dict
+
 
 class TrainingDiverged(RuntimeError):
     """Losses, gradients or a weight stayed NaN or infinite; the last good checkpoint is kept."""
@@ -132,7 +134,8 @@ class Trainer:
         self.progress = progress and ranks.rank == 0
         self.folder = config.folder
         self.path = self.folder / "checkpoint.pt"
-        state = ranks.first(self._saved) if resume else None
+        there = resume and ranks.first(lambda: checkpoint.exists(self.path))
+        state = ranks.first(lambda: checkpoint.load(self.path)) if there else None
         if state is not None:
             config = config.continuing(state["config"])
         self.config = config = config.resolve()
@@ -356,10 +359,7 @@ class Trainer:
             "channels": self.channels,
             "classes": self.classes,
             "step": self.step,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "sampler": self.sampler.state_dict(),
+            **{name: getattr(self, name).state_dict() for name in STATEFUL},
             "skipped": self.guard.counts.cpu(),
             "unreadable": dict(self._unreadable()),
             "logger": self.logger.id,
@@ -383,10 +383,6 @@ class Trainer:
         there = self.path.exists()
         return f"the last good checkpoint is {self.path}" if there else "there is no checkpoint yet"
 
-    def _saved(self) -> dict | None:
-        """The checkpoint to continue from, if there is one."""
-        return checkpoint.load(self.path) if checkpoint.exists(self.path) else None
-
     def _check_folder(self, state: dict | None, resume: bool, overwrite: bool) -> None:
         checkpoint.writable("checkpoint_dir", self.folder)
         if checkpoint.exists(self.path) and not (resume or overwrite):
@@ -398,10 +394,8 @@ class Trainer:
             warnings.warn(f"resume: no checkpoint in {self.folder}, starting anew", stacklevel=3)
 
     def _restore(self, state: dict) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.sampler.load_state_dict(state["sampler"])
+        for name in STATEFUL:
+            getattr(self, name).load_state_dict(state[name])
         self.step = state["step"]
         if self.step > self.total_steps:
             behind = -(-self.step // len(self.sampler))
