@@ -23,9 +23,10 @@ def panels(
     columns: int,
     title: str = "",
     size: tuple[float, float] = (7.0, 4.2),
-    rows: int = 1,
+    rows: int | None = None,
 ) -> Iterator:
-    """Yields the axes (rows, columns) of a new figure and writes it to ``path`` afterwards.
+    """Yields the axes (columns,), or (rows, columns), of a new figure and writes it to ``path``
+    afterwards.
 
     ``size``: of each, inches. What has a label gets a legend.
     """
@@ -37,13 +38,13 @@ def panels(
             f"plots: expected matplotlib, got {error}; "
             "install it with: pip install 'directclr-fast[plot]'"
         ) from error
-    drawing = Figure(figsize=(columns * size[0], rows * size[1]), layout="constrained")
+    drawing = Figure(figsize=(columns * size[0], (rows or 1) * size[1]), layout="constrained")
     FigureCanvasAgg(drawing)
     drawing.suptitle(title, fontsize="medium")
-    grid = drawing.subplots(rows, columns, squeeze=False)
+    grid = drawing.subplots(rows or 1, columns, squeeze=False)
     for axes in grid.flat:
         axes.grid(alpha=0.3)
-    yield grid
+    yield grid[0] if rows is None else grid
     for axes in grid.flat:
         if axes.get_legend_handles_labels()[1] and axes.get_legend() is None:
             axes.legend(fontsize="x-small")
@@ -53,7 +54,7 @@ def panels(
 @contextlib.contextmanager
 def figure(path: str | Path, title: str = "", size: tuple[float, float] = (7.0, 4.2)) -> Iterator:
     """Yields axes of a new figure and writes it to ``path`` afterwards."""
-    with panels(path, 1, title, size) as ((axes,),):
+    with panels(path, 1, title, size) as (axes,):
         yield axes
 
 

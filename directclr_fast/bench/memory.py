@@ -100,7 +100,7 @@ def limited(limit: int | None = None) -> Iterator[None]:
     if not free:
         yield
         return
-    bound, hard = free + (_status("VmData") or 0), before[1]
+    bound, hard = free + (status("VmData") or 0), before[1]
     bound = bound if hard == resource.RLIM_INFINITY else min(bound, hard)
     resource.setrlimit(resource.RLIMIT_DATA, (bound, hard))
     try:
@@ -109,7 +109,16 @@ def limited(limit: int | None = None) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
-def _status(key: str) -> int | None:
+def reset_peak() -> int:
+    """Lets VmHWM begin anew; the bytes resident now."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    return status("VmRSS")
+
+
+def status(key: str) -> int | None:
     """Bytes that /proc/self/status gives for ``key``."""
     try:
         text = Path("/proc/self/status").read_text()
@@ -171,13 +180,9 @@ def _of_step(case: Case, name: str, limit: int | None, threads: int) -> dict:
 
 def peak(step: Callable[[], object]) -> int:
     """Bytes that ``step`` takes in this process at most, above what stands before it."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
-    before = _status("VmRSS")
+    before = reset_peak()
     step()
-    return _status("VmHWM") - before
+    return status("VmHWM") - before
 
 
 if __name__ == "__main__":

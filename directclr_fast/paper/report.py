@@ -367,7 +367,7 @@ def _draw_accuracy(numbers: dict, path: Path) -> None:
 
 def _draw_spectra(numbers: dict, path: Path) -> None:
     titles = {"representation": "representation r", "embedding": "what the loss sees"}
-    with plots.panels(path, 2, size=(5.6, 4.2)) as (panels,):
+    with plots.panels(path, 2, size=(5.6, 4.2)) as panels:
         for axes, (part, title) in zip(panels, titles.items()):
             for mode, row in numbers["rows"].items():
                 if mode != "pixels" and part in row.get("spectra", {}):
@@ -398,7 +398,7 @@ def _draw_sweep(numbers: dict, path: Path) -> None:
 
 def _draw_agreement(numbers: dict, path: Path) -> None:
     agreement = numbers["agreement"]
-    with plots.panels(path, 2, size=(5.6, 3.8)) as ((curves, apart),):
+    with plots.panels(path, 2, size=(5.6, 3.8)) as (curves, apart):
         for i, (fast, reference) in enumerate(zip(*agreement["loss"].values())):
             seed, steps = numbers["seeds"][i], range(1, len(fast) + 1)
             every = max(1, len(steps) // 40)
