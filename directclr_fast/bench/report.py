@@ -48,26 +48,18 @@ def load(paths: Iterable[str | Path]) -> dict:
     return whole
 
 
-def ours_beside(case: dict, name: str) -> str | None:
-    """This package's variant that ``name`` is held against: what a user gets by default.
+def speedup(case: dict, name: str) -> tuple[float, str] | None:
+    """(how many times longer ``name``, which has a time, took than ours, which of ours).
 
-    The backend that dispatch prefers among those timed; with fp32 products where the peer computes
-    in fp32, with rounded ones where it rounds.
+    Ours is what a user gets by default: the backend that dispatch prefers among those timed; with
+    fp32 products where the peer computes in fp32, with rounded ones where it rounds.
     """
     rows = case["variants"]
     rounds = rows[name]["precision"] != "fp32"
     for own, row in rows.items():  # in the order of dispatch
         if row["family"] == "ours" and "median" in row and (row["precision"] != "fp32") == rounds:
-            return own
+            return timing.ratio(rows[name], row), own
     return None
-
-
-def speedup(case: dict, name: str) -> tuple[float, str] | None:
-    """(how many times longer ``name`` took than ours, which of ours)."""
-    ours = ours_beside(case, name)
-    if ours is None or "median" not in case["variants"][name]:
-        return None
-    return timing.ratio(case["variants"][name], case["variants"][ours]), ours
 
 
 # ------------------------------------------------------------------------ text

@@ -382,16 +382,12 @@ def _best(network: nn.Module, content) -> Match:
     best, most = Match("", {}, "", {}), -1
     for place, tensors in _states(content):
         for naming in ({k: k for k in wanted}, numbered):
-            by_end: dict[str, list[str]] = {}
-            for key, other in naming.items():
-                by_end.setdefault(other.rpartition(".")[2], []).append(key)
-            count: Counter[str] = Counter()
-            for name, tensor in tensors.items():
-                for key in by_end.get(name.rpartition(".")[2], ()):
-                    other = naming[key]
-                    whole = name == other or name.endswith("." + other)
-                    if whole and tensor.shape == wanted[key].shape:
-                        count[name[: len(name) - len(other)]] += 1
+            count = Counter(
+                name.removesuffix(other)
+                for name, tensor in tensors.items()
+                for key, other in naming.items()
+                if f".{name}".endswith(f".{other}") and tensor.shape == wanted[key].shape
+            )
             for prefix, _ in count.most_common(1):
                 there = {k: prefix + o for k, o in naming.items() if prefix + o in tensors}
                 fit = {k: n for k, n in there.items() if tensors[n].shape == wanted[k].shape}
