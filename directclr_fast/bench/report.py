@@ -142,18 +142,21 @@ def figures(result: dict, folder: str | Path, stem: str = "bench") -> list[Path]
 
     ImportError without matplotlib.
     """
-    written = []
     cases = main_cases(result)
-    for name, draw in (
-        ("time", draw_time),
-        ("memory", draw_memory),
-        ("roofline", draw_roofline),
-        ("accuracy", draw_accuracy),
-    ):
-        path = Path(folder) / f"{stem}-{name}.png"
-        if draw(result, cases, path):
-            written.append(path)
-    return written
+    rows = [row for case in cases for row in case["variants"].values()]
+    several = len(cases) > 1
+    wanted = {
+        "time": (draw_time, several and _series(cases, "median")),
+        "memory": (draw_memory, several and _series(cases, "peak_mib")),
+        "roofline": (draw_roofline, "copy" in result["ceilings"] and _series(cases, "rate")),
+        "accuracy": (draw_accuracy, any("median" in r and r.get("error") for r in rows)),
+    }
+    files = []
+    for name, (draw, points) in wanted.items():
+        if points:
+            files.append(Path(folder) / f"{stem}-{name}.png")
+            draw(result, cases, files[-1])
+    return files
 
 
 def main_cases(result: dict) -> list[dict]:
@@ -202,19 +205,14 @@ def _against_rows(axes, cases: list[dict], key: str, scale: float, label: str) -
     axes.set(xlabel="N, rows of each view", ylabel=label, yscale="log")
 
 
-def draw_time(result: dict, cases: list[dict], path: Path) -> bool:
+def draw_time(result: dict, cases: list[dict], path: Path) -> None:
     """Milliseconds of a step against N, both on log scales."""
-    if len(cases) < 2 or not _series(cases, "median"):
-        return False
     with figure(path, _title(result, cases, "Loss, forward + backward")) as axes:
         _against_rows(axes, cases, "median", 1e3, "ms")
-    return True
 
 
-def draw_memory(result: dict, cases: list[dict], path: Path) -> bool:
+def draw_memory(result: dict, cases: list[dict], path: Path) -> None:
     """Peak MiB of a step above its inputs against N; the N beyond which it ran out of memory."""
-    if len(cases) < 2 or not _series(cases, "peak_mib"):
-        return False
     with figure(path, _title(result, cases, "Peak memory above the inputs")) as axes:
         _against_rows(axes, cases, "peak_mib", 1.0, "MiB")
         itemsize = 4 if cases[0]["dtype"] == "float32" else 2
@@ -224,13 +222,10 @@ def draw_memory(result: dict, cases: list[dict], path: Path) -> bool:
         full = [c["rows"] for c in cases for r in c["variants"].values() if r.get("out_of_memory")]
         if full:
             axes.axvline(min(full), color="0.5", linestyle=":", label="first out of memory")
-    return True
 
 
-def draw_roofline(result: dict, cases: list[dict], path: Path) -> bool:
+def draw_roofline(result: dict, cases: list[dict], path: Path) -> None:
     """Rate, counting 8 N^2 d operations, against those per byte that the problem must move."""
-    if not _series(cases, "rate") or "copy" not in result["ceilings"]:
-        return False
     gpu = "gpu" in result["machine"]
     unit, scale = ("TFLOP/s", 1e12) if gpu else ("GFLOP/s", 1e9)
     itemsize = 4 if cases[0]["dtype"] == "float32" else 2
@@ -258,10 +253,9 @@ def draw_roofline(result: dict, cases: list[dict], path: Path) -> bool:
         label = "8 N² d operations per byte that must move (slices read, gradients written)"
         axes.set(xlabel=label, ylabel=unit, xscale="log", yscale="log")
         axes.set(xlim=edges, ylim=(None, max(rates.values()) * 1.5))
-    return True
 
 
-def draw_accuracy(result: dict, cases: list[dict], path: Path) -> bool:
+def draw_accuracy(result: dict, cases: list[dict], path: Path) -> None:
     """Relative error of the gradient against ms, at the largest N that most variants completed."""
     points: dict[str, tuple[float, float]] = {}
     for case in cases:
@@ -272,8 +266,6 @@ def draw_accuracy(result: dict, cases: list[dict], path: Path) -> bool:
         }
         if completed and len(completed) >= len(points):
             points, rows = completed, case["rows"]
-    if not points:
-        return False
     title = _title(result, cases, f"Error against time, N = {rows}")
     with figure(path, title) as axes:
         for number, (name, (ms, error)) in enumerate(sorted(points.items(), key=lambda p: p[1])):
@@ -287,4 +279,3 @@ def draw_accuracy(result: dict, cases: list[dict], path: Path) -> bool:
         axes.set(xscale="log", yscale="log", xlabel="ms, forward + backward")
         axes.set_ylabel("relative error of the gradient against fp64")
         axes.margins(x=0.25, y=0.15)
-    return True

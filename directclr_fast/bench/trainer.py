@@ -51,15 +51,10 @@ def trainer(loss: str, rows: int, arguments: argparse.Namespace, folder: str) ->
     return made
 
 
-def step(run: Trainer) -> Callable[[], None]:
+def step(run: Trainer) -> Callable[[], tuple]:
     """A call of one whole step, the reading of its batch included."""
     batches = run.endless()
-
-    def call() -> None:
-        images, labels, _ = next(batches)
-        run.train_step(images, labels)
-
-    return call
+    return lambda: run.train_step(*next(batches)[:2])
 
 
 def backward(run: Trainer, function: Callable, leaves: list[torch.Tensor], upstream=None):
