@@ -68,11 +68,14 @@ def isolated(function: Callable[..., dict], *args) -> dict:
     process.start()
     writer.close()
     try:
-        return reader.recv()
+        result = reader.recv()
     except EOFError:
-        process.join()
-        killed = process.exitcode == -9
-        return {"failed": f"its process ended with {process.exitcode}", "out_of_memory": killed}
+        result = None
+    process.join()
+    if result is not None:
+        return result
+    killed = process.exitcode == -9
+    return {"failed": f"its process ended with {process.exitcode}", "out_of_memory": killed}
 
 
 def _send(writer, function: Callable[..., dict], args: tuple) -> None:
