@@ -39,10 +39,20 @@ from torch import Tensor
 from .problem import Problem
 
 
-def _take_columns(r: Tensor, problem: Problem, columns: Tensor | None) -> Tensor:
+def take_columns(r: Tensor, problem: Problem, columns: Tensor | None) -> Tensor:
     """The sub-vectors (G, rows, d) of ``r`` (rows, width) in the compute dtype."""
     x = r[None, :, : problem.dim] if columns is None else r[:, columns].movedim(0, 1)
     return x.to(problem.compute_dtype)
+
+
+def _unit_rows(x: Tensor, eps: float) -> Tensor:
+    return torch.nn.functional.normalize(x, dim=-1, eps=eps)
+
+
+def _scale(problem: Problem, temperature: Tensor | None, like: Tensor) -> Tensor | float:
+    if temperature is None:
+        return 1.0 / problem.temperature
+    return 1.0 / temperature.to(device=like.device, dtype=like.dtype)
 
 
 def _negative_infinity_diagonal(s: Tensor) -> Tensor:
@@ -52,7 +62,7 @@ def _negative_infinity_diagonal(s: Tensor) -> Tensor:
 
 def _cosine_logits(problem: Problem, x1: Tensor, x2: Tensor, a: Tensor | float):
     """Logits of both directions: (G, M, candidates of view 1), (G, N, candidates of view 2)."""
-    z1, z2 = (torch.nn.functional.normalize(x, dim=-1, eps=problem.eps) for x in (x1, x2))
+    z1, z2 = _unit_rows(x1, problem.eps), _unit_rows(x2, problem.eps)
     s = a * (z1 @ z2.mT)
     # Not torch.diagonal: Inductor of PyTorch 2.11 compiles its gradient beside logsumexp's wrongly.
     row = torch.arange(s.shape[-2], device=s.device)[:, None] + problem.row_offset
@@ -93,11 +103,11 @@ def loss(
     fp64 for fp64 inputs and fp32 otherwise. col_lse is empty when ``symmetric`` is False. top1
     (G, directions, M) bool is there where the problem asks for it: no logit is larger, or NaN.
     """
-    x1, x2 = _take_columns(r1, problem, columns), _take_columns(r2, problem, columns)
+    x1, x2 = take_columns(r1, problem, columns), take_columns(r2, problem, columns)
     if problem.negatives == "same":
         logits1, logits2, positives = _distance_logits(x1, x2)
     else:
-        a = 1.0 / (problem.temperature if temperature is None else temperature.to(x1))
+        a = _scale(problem, temperature, x1)
         logits1, logits2, positives = _cosine_logits(problem, x1, x2, a)
     row_lse = torch.logsumexp(logits1, -1)
     per_row = row_lse - positives
