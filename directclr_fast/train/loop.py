@@ -246,7 +246,7 @@ class Trainer:
             show = [lambda record: self._show(progress, record)]
             show += [self.logger.add, *([] if on_step is None else [on_step])]
             self.model.train()
-            for images, labels, _ in itertools.islice(self.endless(), last - self.step):
+            for images, labels, _ in itertools.islice(self.endless(), max(0, last - self.step)):
                 self.now = f"in step {self.step + 1}"
                 values = self.train_step(images, labels)
                 self.step += 1
