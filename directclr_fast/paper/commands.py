@@ -39,16 +39,16 @@ def run_spectrum(arguments: argparse.Namespace) -> None:
         raise ValueError("source: expected runs, files, or --encoder, got none")
     sources = arguments.source or [None]
     folder_of(arguments)
-    found, titles = {}, []
+    reports, titles = {}, []
     for source in sources:
         spectra, title = _spectra_of(source, arguments)
         titles.append(title)
         start = f"{title}, " if len(sources) > 1 else ""
-        found |= {_unlike(f"{start}{name}", found): values for name, values in spectra.items()}
+        reports |= {_unlike(f"{start}{name}", reports): values for name, values in spectra.items()}
     picture, numbers = outputs_of(arguments, "spectrum.png", "spectrum.json")
-    write_json(numbers, {name: asdict(report) for name, report in found.items()}, indent=1)
-    spectrum.plot(found, picture, titles[0] if len(titles) == 1 else "")
-    print(*(f"{name}: {report}" for name, report in found.items()), sep="\n")
+    write_json(numbers, {name: asdict(report) for name, report in reports.items()}, indent=1)
+    spectrum.plot(reports, picture, titles[0] if len(titles) == 1 else "")
+    print(*(f"{name}: {report}" for name, report in reports.items()), sep="\n")
     print(f"written to {numbers} and {picture}")
 
 
