@@ -62,7 +62,7 @@ def isolated(function: Callable[..., dict], *args) -> dict:
     imported torch and computed nothing; a failure where it raises or is killed."""
     context = multiprocessing.get_context("forkserver" if supported() else "spawn")
     if supported():
-        context.set_forkserver_preload([__spec__.name])
+        context.set_forkserver_preload([variants.__name__])
     reader, writer = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(writer, function, args))
     process.start()
