@@ -19,6 +19,8 @@ import time
 import zipfile
 from pathlib import Path
 
+from directclr_fast.machine import commit
+
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ("memeff==0.3.1", "inf_cl==1.2.1")
 ENV = """# source build/gpu-kit/env.sh, in the folder of the checkout
@@ -36,12 +38,17 @@ echo "kit: $(ls $kit/triton 2> /dev/null | wc -l) kernels cached"
 PLACEHOLDER = "@TRITON@"
 
 
-def extension(folder: Path) -> str:
-    """The compiled module, built as an installation builds it."""
-    command = [sys.executable, str(ROOT / "csrc/build.py"), str(folder / "build"), "cuda"]
-    done = subprocess.run(command, capture_output=True, text=True)
+def output(*command: str | Path, **how) -> str:
+    """What a command prints; OSError with its last line where it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, **how)
     if done.returncode:
         raise OSError((done.stderr or done.stdout).strip().splitlines()[-1])
+    return done.stdout.strip()
+
+
+def extension(folder: Path) -> str:
+    """The compiled module, built as an installation builds it."""
+    output(sys.executable, ROOT / "csrc/build.py", folder / "build", "cuda")
     (module,) = (folder / "build").glob("_cuda*.so")
     shutil.copy(module, folder)
     shutil.rmtree(folder / "build")
@@ -51,26 +58,22 @@ def extension(folder: Path) -> str:
 def kernels(folder: Path, arch: str) -> str:
     """A Triton cache; compiled in a process of its own, where kernels are not interpreted."""
     gate = ROOT / "tests/gates/triton_kernels.py"
-    command = [sys.executable, str(gate), "--fill", str(folder / "triton"), "--arch", arch]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise OSError(done.stderr.strip().splitlines()[-1])
+    command = (sys.executable, gate, "--fill", folder / "triton", "--arch", arch)
+    made = output(*command, env=environment)
     for path in (folder / "triton").rglob("*"):  # what only a reader wants, and locks
         if path.suffix in (".ttir", ".ttgir", ".llir", ".ptx", ".source", ".lock"):
             path.unlink()
     for path in (folder / "triton").glob("*/__grp__*.json"):
         path.write_text(path.read_text().replace(str(folder / "triton"), PLACEHOLDER))
-    return done.stdout.strip()
+    return made
 
 
 def peers(folder: Path) -> str:
     """The benchmark's peers, unpacked: they are pure Python."""
-    command = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check"]
     wheels = folder / "wheels"
-    done = subprocess.run([*command, "--no-deps", "-d", str(wheels), *PEERS])
-    if done.returncode:
-        raise OSError(f"pip download of {', '.join(PEERS)} failed")
+    download = (sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check")
+    output(*download, "--no-deps", "-d", wheels, *PEERS)
     for wheel in wheels.glob("*.whl"):
         zipfile.ZipFile(wheel).extractall(folder / "peers")
     shutil.rmtree(wheels)
@@ -86,16 +89,8 @@ def main() -> int:
     folder = arguments.folder.resolve()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    (folder / "env.sh").write_text(
-        ENV.format(
-            folder=os.path.relpath(folder, ROOT),
-            commit=commit or "unknown",
-            placeholder=PLACEHOLDER,
-        )
-    )
+    place = {"folder": os.path.relpath(folder, ROOT), "placeholder": PLACEHOLDER}
+    (folder / "env.sh").write_text(ENV.format(commit=commit().get("commit", "unknown"), **place))
     missing = 0
     parts = {
         "extension": lambda: extension(folder),

@@ -19,6 +19,7 @@ import re
 from pathlib import Path
 
 from directclr_fast.bench import report, timing
+from directclr_fast.plots import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "bench/README.md")
@@ -27,12 +28,6 @@ SHORT = (256, 1024, 4096, 8192, 16384)  # rows of the table in README.md
 FP32 = ("released", "eager", "compiled", "torch", "cpu")
 BF16 = ("eager bf16", "compiled bf16", "cpu bf16")
 BOTH = ("eager", "compiled", "lightly", "metric-learning", "metric-learning ntxent", "cpu")
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """A table."""
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def ms(case: dict, name: str) -> str:
@@ -68,7 +63,7 @@ def loss_fp32(cases: list[dict]) -> str:
     head = ["N", "d", *(f"{n}, ms" for n in FP32), "cpu, GFLOP/s (counting 8·N²·d operations)"]
     head += ["of the FMA peak", "x released", "x compiled"]
     rows = [
-        [str(c["rows"]), str(c["dim"]), *(ms(c, n) for n in FP32), rate(c, "cpu"), share(c, "cpu")]
+        [c["rows"], c["dim"], *(ms(c, n) for n in FP32), rate(c, "cpu"), share(c, "cpu")]
         + [times(c, "released", "cpu"), times(c, "compiled", "cpu")]
         for c in cases
     ]
@@ -83,7 +78,7 @@ def loss_bf16(cases: list[dict]) -> str:
     for c in cases:
         errors = [c["variants"].get(n, {}).get("error") for n in BF16[1:]]
         rows.append(
-            [str(c["rows"]), str(c["dim"]), *(ms(c, n) for n in BF16)]
+            [c["rows"], c["dim"], *(ms(c, n) for n in BF16)]
             + [times(c, n, "cpu bf16") for n in ("eager bf16", "compiled bf16", "cpu")]
             + ["-" if e is None else f"{e:.0e}" for e in errors]
         )
@@ -94,7 +89,7 @@ def loss_both(cases: list[dict]) -> str:
     """Negatives "both" beside the libraries that have it."""
     head = ["N", *(f"{n}, ms" for n in BOTH), "x lightly", "x metric-learning", "x compiled"]
     rows = [
-        [str(c["rows"]), *(ms(c, n) for n in BOTH)]
+        [c["rows"], *(ms(c, n) for n in BOTH)]
         + [times(c, n, "cpu") for n in ("lightly", "metric-learning", "compiled")]
         for c in cases
     ]
@@ -119,51 +114,50 @@ def targets(cases: list[dict], memory: dict | None) -> str:
     case = next((c for c in cases if c["rows"] == 8192 and c["dim"] == 360), None)
     if case is None:
         raise FileNotFoundError("a case of N = 8192, d = 360")
-    rows, variants = [], case["variants"]
-
-    def line(what: str, must: str, stretch: str, value: float | None, need: float, form: str):
-        word = "not measured" if value is None else "met" if value >= need else "not met"
-        rows.append([what, must, stretch, "-" if value is None else form.format(value), word])
 
     def ratio(other: str, own: str = "cpu") -> float | None:
-        return timing.ratio(variants.get(other, {}), variants.get(own, {}))
+        return timing.ratio(*(case["variants"].get(name, {}) for name in (other, own)))
 
-    of_peak = variants["cpu"].get("of_roof")
-    percent = None if of_peak is None else 100 * of_peak
-    what = "share of the FMA peak, counting 8·N²·d operations"
-    line(what, "60 %", "80 %", percent, 60, "{:.0f} %")
-    line("against the released loss", "7x", "12x", ratio("released"), 7, "{:.2f}x")
-    line("against torch.compile", "2.5x", "4x", ratio("compiled"), 2.5, "{:.2f}x")
-    line("bf16 against our fp32", "1x", "1.3x", ratio("cpu", "cpu bf16"), 1, "{:.2f}x")
+    peak = case["variants"]["cpu"].get("of_roof")
+    lines = [  # what, must, stretch, measured, and in what
+        ("share of the FMA peak, counting 8·N²·d operations", 60, 80, peak and 100 * peak, " %"),
+        ("against the released loss", 7, 12, ratio("released"), "x"),
+        ("against torch.compile", 2.5, 4, ratio("compiled"), "x"),
+        ("bf16 against our fp32", 1, 1.3, ratio("cpu", "cpu bf16"), "x"),
+    ]
     if memory is not None:
         last = [c for c in memory["cases"] if "cpu" in c["peak_mib"]][-1]
         extra = last["peak_mib"]["cpu"] - last["gradients_mib"] - last["z_and_dz_mib"]
-        word = "met" if extra <= 256 else "not met"
         what = f"memory beyond z, dz and gradients, N = {last['rows']}"
-        rows.append([what, "256 MiB", "64 MiB", f"{extra:.0f} MiB", word])
+        lines.append((what, 256, 64, extra, " MiB"))
+    rows = []
+    for what, must, stretch, value, unit in lines:
+        measured, word = "-", "not measured"
+        if value is not None:
+            measured = f"{value:.{2 if unit == 'x' else 0}f}{unit}"
+            met = value >= must if stretch > must else value <= must
+            word = "met" if met else "not met"
+        rows.append([what, f"{must:g}{unit}", f"{stretch:g}{unit}", measured, word])
     return markdown(["N = 8192, d = 360, fp32", "must", "stretch", "measured", ""], rows)
 
 
 def stages(data: dict) -> str:
     """Time and rate of each native stage."""
     case = data.get("cases", [data])[0]  # files of before a study had cases have one at the top
-    peak, whole = case["fma_peak"], case["seconds"]
+    peak, whole, settings = case["fma_peak"], case["seconds"], data["settings"]
+    rate = 8 * settings["n"] ** 2 * settings["d"] / whole
+    every = {"stage": "all, counting 8·N²·d operations", "seconds": whole}
+    every |= {"gflops": rate / 1e9, "of_peak": rate / peak}
     rows = [
         [
             line["stage"],
             f"{1e3 * line['seconds']:.3g}",
-            f"{100 * line['seconds'] / whole:.1f} %",
+            f"{100 * line['seconds'] / whole:.1f} %" if line is not every else "",
             f"{line['gflops']:.0f}",
             f"{100 * line['of_peak']:.0f} %",
         ]
-        for line in case["stages"]
+        for line in [*case["stages"], every]
     ]
-    n, d = data["settings"]["n"], data["settings"]["d"]
-    rate = 8 * n * n * d / whole
-    share = f"{100 * rate / peak:.0f} %"
-    rows.append(
-        ["all, counting 8·N²·d operations", f"{1e3 * whole:.3g}", "", f"{rate / 1e9:.0f}", share]
-    )
     return markdown(["stage", "ms", "share", "GFLOP/s", "of the FMA peak"], rows)
 
 
@@ -209,7 +203,7 @@ def loss_gpu(cases: list[dict]) -> str:
             line = [case["rows"], case["dim"], case["dtype"], case["negatives"], name]
             line += [row["precision"], ms(case, name), f"{row['rate'] / 1e12:.0f}"]
             line += [share(case, name), *(times(case, other, name) for other in OTHERS)]
-            rows.append([*map(str, line), f"{row['error']:.1e}"])
+            rows.append([*line, f"{row['error']:.1e}"])
     return markdown([*head, *(f"x {other}" for other in OTHERS), "error"], rows)
 
 
@@ -261,26 +255,19 @@ def blocks(results: Path) -> dict[str, str]:
     def read(name: str) -> dict:
         return json.loads((results / name).read_text())
 
-    def cases(pattern: str) -> list[dict]:
-        files = sorted(results.glob(pattern))
-        if not files:
-            raise FileNotFoundError(f"{pattern} in {results}")
-        return report.load(files)["cases"]
+    def cases(pattern: str = "loss-*.json") -> list[dict]:
+        return report.load(sorted(results.glob(pattern)))["cases"]
 
-    def optional(name: str) -> dict | None:
-        return read(name) if (results / name).exists() else None
+    def short(case: dict) -> bool:
+        return case["dim"] == 360 and case["rows"] in SHORT
 
-    def short() -> str:
-        return loss_fp32(
-            [c for c in cases("loss-*.json") if c["dim"] == 360 and c["rows"] in SHORT]
-        )
-
+    has_memory = (results / "memory.json").exists()
     makers = {
-        "loss-short": short,
-        "loss": lambda: loss_fp32(cases("loss-*.json")),
-        "loss-bf16": lambda: loss_bf16(cases("loss-*.json")),
+        "loss-short": lambda: loss_fp32([*filter(short, cases())]),
+        "loss": lambda: loss_fp32(cases()),
+        "loss-bf16": lambda: loss_bf16(cases()),
         "both": lambda: loss_both(cases("both.json")),
-        "targets": lambda: targets(cases("loss-*.json"), optional("memory.json")),
+        "targets": lambda: targets(cases(), read("memory.json") if has_memory else None),
         "memory": lambda: peaks(read("memory.json")),
         "stages": lambda: stages(read("stages.json")),
         "trainer": lambda: trainer(read("trainer.json")),
@@ -306,11 +293,9 @@ def fill(text: str, tables: dict[str, str]) -> str:
 
     def replaced(match: re.Match) -> str:
         name = match[1]
-        return (
-            f"<!-- {name} -->\n{tables[name]}\n<!-- end {name} -->" if name in tables else match[0]
-        )
+        return f"<!-- {name} -->\n{tables.get(name, match[2])}\n<!-- end {name} -->"
 
-    return re.sub(r"<!-- ([\w-]+) -->\n.*?<!-- end \1 -->", replaced, text, flags=re.S)
+    return re.sub(r"<!-- ([\w-]+) -->\n(.*?)\n<!-- end \1 -->", replaced, text, flags=re.S)
 
 
 def main() -> None:

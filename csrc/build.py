@@ -44,30 +44,13 @@ class Object(NamedTuple):
 
 
 class Recipe:
-    """How an extension is built from a folder of csrc/. Tools are looked for when they are used.
+    """How an extension is built from a folder of csrc/. Tools are looked for when they are used."""
 
-    What raises ``NotImplementedError`` here is every recipe's to define.
-    """
-
-    folder: str
     jobs = 4  # compilers at once, where there are so many cores
-    without: str  # what an installation that could not build it is told
 
     @property
     def name(self) -> str:
         return f"_{self.folder}"
-
-    def sources(self) -> list[str]:
-        """File names in the folder."""
-        raise NotImplementedError
-
-    def compile_commands(self, objects: Path) -> list[Object]:
-        """The object files, the slow ones first."""
-        raise NotImplementedError
-
-    def link_command(self) -> list[str]:
-        """All of it but the objects and the output."""
-        raise NotImplementedError
 
     def extension(self) -> Extension:
         folder = HERE / self.folder
@@ -128,6 +111,7 @@ class Cpu(Recipe):
         return {**self.baseline, **(self.x86 if is_x86 else {})}
 
     def sources(self) -> list[str]:
+        """File names in the folder."""
         return list(self._flags_by_source())
 
     def compiler(self) -> list[str]:
@@ -138,6 +122,7 @@ class Cpu(Recipe):
         return command
 
     def compile_commands(self, objects: Path) -> list[Object]:
+        """The object files, the slow ones first."""
         compiler = self.compiler()
         version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
         base = [*compiler, *_python_headers(), *self.flags]
@@ -151,6 +136,7 @@ class Cpu(Recipe):
         return commands
 
     def link_command(self) -> list[str]:
+        """All of it but the objects and the output."""
         mac = ["-bundle", "-undefined", "dynamic_lookup"]
         shared = mac if sys.platform == "darwin" else ["-shared"]
         return [*self.compiler(), *shared, "-pthread", *shlex.split(os.environ.get("LDFLAGS", ""))]
@@ -229,21 +215,6 @@ class Cuda(Recipe):
         static = ["-cudart", "static", "-Xlinker=--exclude-libs,ALL"]
         return [self.compiler(), "-shared", self.target, *static]
 
-    def host_commands(self, output: Path, fragments: bool) -> list[list[str]]:
-        """Builds ``_cuda`` with the kernels' functions run on the CPU (cuda/stages_host.cu), for
-        tests; ``fragments`` adds a check against CUTLASS's own description of the accumulators."""
-        base = [self.compiler(), *self.flags, "-O2", "-diag-suppress", "20011,20014"]
-        base += _python_headers()
-        if fragments:
-            base += ["-DDIRECTCLR_CHECK_FRAGMENT", "-isystem", str(self.cutlass())]
-        commands, objects = [], []
-        for name in ("stages_host.cu", "bindings.cpp"):
-            source = HERE / self.folder / name
-            objects.append(str(output.with_suffix(f".{source.stem}.o")))
-            commands.append([*base, "-c", str(source), "-o", objects[-1]])
-        link = self.link_command()[:-1]  # tests call into its C functions
-        return [*commands, [*link, *objects, "-o", str(output)]]
-
 
 CPU, CUDA = Cpu(), Cuda()
 
@@ -265,13 +236,8 @@ def make(commands: list[Object], link: list[str], output: Path, objects: Path, j
     def escape(path: str | Path) -> str:
         return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
-    lines = [
-        "rule cxx",
-        "  command = $cmd -MMD -MF $out.d -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-    ]
-    lines += ["rule link", "  command = $cmd $in -o $out"]
+    lines = ["rule cxx", "  command = $cmd -MMD -MF $out.d -o $out"]
+    lines += ["  depfile = $out.d", "  deps = gcc", "rule link", "  command = $cmd $in -o $out"]
     for command, source, target in commands:
         lines.append(f"build {escape(target)}: cxx {escape(source)}")
         lines.append("  cmd = " + shlex.join(command).replace("$", "$$"))

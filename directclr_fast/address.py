@@ -1,11 +1,8 @@
 """The one way from a tensor to an address: what native code needs of it, or one clear sentence.
 
-PyTorch hands out tensors that have no memory where they say (fake, functional, wrapper subclasses,
-freed storage) or whose memory holds other values than theirs (the negative bit). Kernels read
-addresses, so every address comes from here: :func:`unwrapped` takes what has a plain tensor to
-give, :func:`memory` says where a tensor from outside lies, :func:`address` where plain contiguous
-elements do. Triton asks for the addresses itself: of tensors that :func:`memory` has seen, and of
-buffers made beside them.
+:func:`unwrapped` takes what has a plain tensor to give, :func:`memory` says where a tensor from
+outside lies, :func:`address` where plain contiguous elements do (docs/design.md section 4). Triton
+asks for addresses itself, of tensors that :func:`memory` has seen.
 """
 
 from __future__ import annotations

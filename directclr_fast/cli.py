@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
-import importlib
 import io
 import os
 import sys
@@ -13,26 +12,34 @@ import warnings
 from collections.abc import Iterator
 from typing import IO, NoReturn
 
-from . import __version__
+from . import __version__, doctor
+from .bench import command as bench
+from .paper import commands as paper
+from .train import commands as train
 from .train import job, supervise
 
-COMMANDS = {  # name: its module, what adds its flags there, what runs it, a word on it
-    "train": ("train.commands", "add_train", "run_train",
-              "train an encoder: DirectCLR or another mode"),
-    "probe": ("train.commands", "add_probe", "run_probe",
-              "linear probe and kNN accuracy of a run, a network, features"),
-    "spectrum": ("paper.commands", "add_spectrum", "run_spectrum",
-                 "collapsed dimensions of runs, networks, features"),
-    "toy": ("paper.commands", "add_toy", "run_toy",
-            "the paper's two mechanisms of collapse, as figures"),
-    "compare": ("paper.commands", "add_compare", "run_compare",
-                "the paper's comparison of projectors in small"),
-    "demo": ("paper.commands", "add_demo", "run_demo",
-             "train, probe and draw on handwritten digits"),
-    "bench": ("bench.command", "add_arguments", "run",
-              "time the loss beside its peers, on this machine"),
-    "doctor": ("doctor", "add_arguments", "run", "versions, devices, backends and why not"),
-}  # fmt: skip
+COMMANDS = {  # name: what adds its flags, what runs it, a word on it
+    "train": (train.add_train, train.run_train, "train an encoder: DirectCLR or another mode"),
+    "probe": (
+        train.add_probe,
+        train.run_probe,
+        "linear probe and kNN accuracy of a run, a network, features",
+    ),
+    "spectrum": (
+        paper.add_spectrum,
+        paper.run_spectrum,
+        "collapsed dimensions of runs, networks, features",
+    ),
+    "toy": (paper.add_toy, paper.run_toy, "the paper's two mechanisms of collapse, as figures"),
+    "compare": (
+        paper.add_compare,
+        paper.run_compare,
+        "the paper's comparison of projectors in small",
+    ),
+    "demo": (paper.add_demo, paper.run_demo, "train, probe and draw on handwritten digits"),
+    "bench": (bench.add_arguments, bench.run, "time the loss beside its peers, on this machine"),
+    "doctor": (doctor.add_arguments, doctor.run, "versions, devices, backends and why not"),
+}
 
 
 class _Display:
@@ -148,25 +155,6 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"directclr-fast: error: {message}\n")
 
 
-class _Command(_Parser):
-    """Of one command, ``where`` in COMMANDS: imports its module once it is asked for."""
-
-    def __init__(self, where: tuple[str, str, str], **settings) -> None:
-        super().__init__(**settings)
-        self.where = where
-
-    def parse_known_args(self, args=None, namespace=None):
-        name, flags, body = self.where
-        try:
-            module = importlib.import_module(f".{name}", __package__)
-        except ImportError as error:  # torch, in an installation that is not whole
-            self.error(str(error))
-        if self.get_default("run") is None:
-            getattr(module, flags)(self)
-            self.set_defaults(run=getattr(module, body))
-        return super().parse_known_args(args, namespace)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="directclr-fast",
@@ -174,7 +162,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Command)
-    for name, (*where, text) in COMMANDS.items():
-        commands.add_parser(name, help=text, where=where)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, (add_flags, run, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text)
+        add_flags(command)
+        command.set_defaults(run=run)
     return parser

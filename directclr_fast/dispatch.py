@@ -10,9 +10,8 @@ torch      the five stages in blocked PyTorch, O(N d) memory    always available
 reference  the formula, materialises the N x N matrix           options nothing faster has
 ========== ==================================================== ===============================
 
-A backend is a :class:`backends.base.Backend`, the ``BACKEND`` of its module. Automatic
-choice walks :data:`PRIORITY` and takes the first without a reason against it; a backend named by
-the caller either runs or fails with its reasons.
+A backend is the ``BACKEND`` of its module. Automatic choice takes the first of :data:`PRIORITY`
+without a reason against it; one named by the caller runs, or fails with its reasons.
 """
 
 from __future__ import annotations

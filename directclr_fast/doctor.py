@@ -1,4 +1,7 @@
-"""``directclr-fast doctor``: what is installed, what each backend says, and why it is not used."""
+"""``directclr-fast doctor``: what is installed, what each backend says, and why it is not used.
+
+What loads torch is imported by the bodies.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,7 @@ import inspect
 import json
 import platform
 
-from . import __version__, dispatch, machine
-from .problem import Problem
+from . import __version__
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,9 +22,11 @@ def run(arguments: argparse.Namespace) -> None:
     print(json.dumps(values, indent=2) if arguments.json else text(values))
 
 
-def _problem(device_type: str, precision: str = "auto") -> Problem:
+def _problem(device_type: str):
     """The paper's loss at batch 4096: what the backends are asked about."""
     import torch
+
+    from .problem import Problem
 
     return Problem(
         rows=4096,
@@ -32,15 +36,17 @@ def _problem(device_type: str, precision: str = "auto") -> Problem:
         dtype=torch.float32,
         device_type=device_type,
         temperature=0.1,
-        precision=precision,
         differentiable=True,
     )
 
 
 def report() -> dict:
     """Versions, devices and backends as plain values; opens no CUDA context on a CPU machine."""
-    devices = machine.devices()
-    kinds = sorted({entry["device"].partition(":")[0] for entry in devices})
+    from . import dispatch
+    from .machine import devices, packages
+
+    here = devices()
+    kinds = sorted({entry["device"].partition(":")[0] for entry in here})
     backends = {}
     for name in dispatch.PRIORITY:
         backend = dispatch.load(name)
@@ -53,8 +59,8 @@ def report() -> dict:
         "directclr_fast": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": machine.packages(),
-        "devices": devices,
+        "packages": packages(),
+        "devices": here,
         "backends": backends,
         "chosen": {kind: dispatch.choose(_problem(kind)).backend for kind in kinds},
     }

@@ -2,11 +2,9 @@
 
 c = M N d is the unit of docs/design.md section 3: one tile product S = z1 z2^T is 2c operations.
 
-Counted is what the loss needs, with a view's products with itself as triangles, so that a rate says
-how fast the result is had. A backend may run more, which its rate then pays for: d padded to whole
-vectors, tiles on an edge or a diagonal in full. Of the GPUs' backends "cuda" runs the triangles in
-both passes (csrc/cuda/README.md); "triton" does forward, but backward it computes S whole in the
-super-blocks on the diagonal: with one of them, up to N = 8192, 4c a view in place of 3c.
+Counted is what the loss needs, with a view's products with itself as triangles. A backend may run
+more, which its rate then pays for: d padded to whole vectors, tiles on an edge or a diagonal in
+full; "triton" backward computes S whole in the super-blocks on the diagonal.
 """
 
 from __future__ import annotations
@@ -17,29 +15,13 @@ def unit(rows: int, candidates: int, dim: int) -> int:
     return rows * candidates * dim
 
 
-def forward(rows: int, candidates: int, dim: int, negatives: str = "cross") -> int:
-    """Operations of the forward pass: one tile product, and two triangular ones for "both"."""
-    operations = 2 * unit(rows, candidates, dim)
+def total(rows: int, candidates: int, dim: int, negatives: str = "cross") -> int:
+    """Operations of forward (S) and backward (S again, two products): 8c for "cross", 16c for
+    "both", at M = N."""
+    operations = 8 * unit(rows, candidates, dim)
     if negatives == "both":
-        operations += unit(rows, rows, dim) + unit(candidates, candidates, dim)
+        operations += 4 * (unit(rows, rows, dim) + unit(candidates, candidates, dim))
     return operations
-
-
-def backward(
-    rows: int, candidates: int, dim: int, negatives: str = "cross", kept: float = 0.0
-) -> int:
-    """Operations of the backward pass: recompute (less the fraction ``kept``) and two products."""
-    operations = round((6 - 2 * kept) * unit(rows, candidates, dim))
-    if negatives == "both":
-        operations += 3 * (unit(rows, rows, dim) + unit(candidates, candidates, dim))
-    return operations
-
-
-def total(rows: int, candidates: int, dim: int, negatives: str = "cross", kept: float = 0.0) -> int:
-    """Operations of forward and backward: 8c for "cross", 16c for "both", at M = N."""
-    return forward(rows, candidates, dim, negatives) + backward(
-        rows, candidates, dim, negatives, kept
-    )
 
 
 def distributed(rows: int, dim: int, processes: int, negatives: str = "cross") -> int:

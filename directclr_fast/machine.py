@@ -51,17 +51,13 @@ def devices(gpu: bool | None = None) -> list[dict]:
     cores, threads = os.cpu_count(), torch.get_num_threads()
     cpu = {"device": "cpu", "name": processor(), "cores": cores, "threads": threads}
     count = torch.cuda.device_count() if gpu is not False and torch.cuda.is_available() else 0
-    return [cpu, *map(_gpu, range(count))]
-
-
-def _gpu(index: int) -> dict:
-    properties = torch.cuda.get_device_properties(index)
-    return {
-        "device": f"cuda:{index}",
-        "name": properties.name,
-        "capability": f"{properties.major}.{properties.minor}",
-        "memory_gib": round(properties.total_memory / 2**30, 1),
-    }
+    gpus = []
+    for index, of in enumerate(map(torch.cuda.get_device_properties, range(count))):
+        gpus.append({
+            "device": f"cuda:{index}", "name": of.name, "capability": f"{of.major}.{of.minor}",
+            "memory_gib": round(of.total_memory / 2**30, 1),
+        })  # fmt: skip
+    return [cpu, *gpus]
 
 
 def describe(values: dict) -> str:
@@ -129,32 +125,28 @@ def commit() -> dict:
     DIRECTCLR_COMMIT names the commit of a tree that was copied without its history.
     """
     root = Path(__file__).resolve().parents[1]
-    top = _git(root, "rev-parse", "--show-toplevel")
+    top = _printed("git", "rev-parse", "--show-toplevel", at=root)
     if top is None or Path(top).resolve() != root:
         named = os.environ.get("DIRECTCLR_COMMIT")
         return {"commit": named, "dirty": None} if named else {}
-    changed = _git(root, "status", "--porcelain", "--untracked-files=no")
-    return {"commit": _git(root, "rev-parse", "HEAD"), "dirty": bool(changed)}
+    changed = _printed("git", "status", "--porcelain", "--untracked-files=no", at=root)
+    return {"commit": _printed("git", "rev-parse", "HEAD", at=root), "dirty": bool(changed)}
 
 
-def _git(root: Path, *words: str) -> str | None:
+def _printed(*words: str, at: Path | None = None) -> str | None:
+    """What a command prints; None where it is not there or fails."""
     try:
-        return subprocess.run(
-            ["git", *words], capture_output=True, text=True, check=True, cwd=root
-        ).stdout.strip()
+        done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=at)
+        return done.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
 def _card() -> dict:
     """The card's name, driver, power limit, and its clocks at this moment."""
-    command = ["nvidia-smi", f"--query-gpu={','.join(_GPU_FIELDS)}", "--format=csv,noheader"]
-    try:
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return {}
-    first = text.strip().splitlines()[0] if text.strip() else ""
-    return dict(zip(_GPU_FIELDS, (part.strip() for part in first.split(","))))
+    query = f"--query-gpu={','.join(_GPU_FIELDS)}"
+    first = (_printed("nvidia-smi", query, "--format=csv,noheader") or "").partition("\n")[0]
+    return dict(zip(_GPU_FIELDS, map(str.strip, first.split(",")))) if first else {}
 
 
 def short_name(gpu: str) -> str:

@@ -1,20 +1,34 @@
-"""The one place that touches matplotlib: a figure that opens without a screen and saves itself."""
+"""What reports are made of: tables, and figures that open without a screen and save themselves.
+
+The one place that touches matplotlib.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+
+def markdown(head: Iterable, rows: Iterable[Iterable]) -> str:
+    """A table in Markdown."""
+    line, *lines = (f"| {' | '.join(map(str, cells))} |" for cells in (head, *rows))
+    return "\n".join([line, "|---" * len([*head]) + "|", *lines])
 
 
 @contextlib.contextmanager
 def panels(
-    path: str | Path, columns: int, title: str = "", size: tuple[float, float] = (7.0, 4.2)
-) -> Iterator[list]:
-    """Yields the axes of a new figure, side by side, and writes it to ``path`` afterwards.
+    path: str | Path,
+    columns: int,
+    title: str = "",
+    size: tuple[float, float] = (7.0, 4.2),
+    rows: int | None = None,
+) -> Iterator:
+    """Yields the axes (columns,), or (rows, columns), of a new figure and writes it to ``path``
+    afterwards.
 
-    ``size``: of each, inches.
+    ``size``: of each, inches. What has a label gets a legend.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -24,13 +38,16 @@ def panels(
             f"plots: expected matplotlib, got {error}; "
             "install it with: pip install 'directclr-fast[plot]'"
         ) from error
-    drawing = Figure(figsize=(columns * size[0], size[1]), layout="constrained")
+    drawing = Figure(figsize=(columns * size[0], (rows or 1) * size[1]), layout="constrained")
     FigureCanvasAgg(drawing)
-    row = list(drawing.subplots(1, columns, squeeze=False)[0])
-    for axes in row:
+    drawing.suptitle(title, fontsize="medium")
+    grid = drawing.subplots(rows or 1, columns, squeeze=False)
+    for axes in grid.flat:
         axes.grid(alpha=0.3)
-    row[0].set_title(title, fontsize="medium")
-    yield row
+    yield grid[0] if rows is None else grid
+    for axes in grid.flat:
+        if axes.get_legend_handles_labels()[1] and axes.get_legend() is None:
+            axes.legend(fontsize="x-small")
     drawing.savefig(path, dpi=120)
 
 
@@ -49,11 +66,9 @@ def curves(log: str | Path, path: str | Path, title: str = "") -> None:
     with figure(path, title) as axes:
         loss = [float(record["loss"]) for record in records]
         (line,) = axes.plot(steps, loss, label="loss")
-        axes.set_xlabel("step")
-        axes.set_ylabel("loss (nats)")
+        axes.set(xlabel="step", ylabel="loss (nats)")
         other = axes.twinx()
         accuracy = [100 * float(record["accuracy"]) for record in records]
         (second,) = other.plot(steps, accuracy, color="tab:orange", label="online accuracy")
-        other.set_ylabel("online linear head on training views, %")
-        other.set_ylim(0, 100)
+        other.set(ylabel="online linear head on training views, %", ylim=(0, 100))
         axes.legend(handles=[line, second], loc="center right")

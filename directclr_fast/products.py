@@ -1,8 +1,7 @@
 """How torch multiplies fp32 matrices: the one place that asks its switches, and that turns them.
 
-``torch.get_float32_matmul_precision`` raises once one of the newer switches
-(``torch.backends.fp32_precision``, ``torch.backends.cuda.matmul.fp32_precision``, ...) says
-anything but "ieee". Those know what the older one was set to, so they alone are read.
+The newer switches (``torch.backends.*.fp32_precision``) know what the older one was set to, which
+raises once one of them says anything but "ieee".
 """
 
 from __future__ import annotations

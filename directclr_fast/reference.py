@@ -33,7 +33,7 @@ dz1 += a (H1 + H1^T) z1 and sum_ij H1_ij s11_ij, and the same for view 2 with v 
 
 This module materialises S. It is what every backend is tested against, and what runs the options
 no fast backend has. :func:`loss` is made of differentiable operations (any order of derivative);
-:func:`gradients` is the closed form above, checked against it by ``gradcheck`` in the tests.
+tests/test_loss_formula.py holds the closed form above to it.
 """
 
 from __future__ import annotations
@@ -171,62 +171,3 @@ def row_weights(problem: Problem, dloss: Tensor) -> Tensor:
     """The upstream gradient as one weight per row: (M,), the reduction's factor included."""
     weights = dloss.expand(problem.rows)
     return weights / problem.rows if problem.reduction == "mean" else weights
-
-
-def gradients(
-    problem: Problem,
-    r1: Tensor,
-    r2: Tensor,
-    dloss: Tensor,
-    columns: Tensor | None = None,
-    temperature: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dr1, dr2, dtemperature) by the closed form of the module's docstring.
-
-    For negatives "cross" and "both". ``dloss`` is the upstream gradient, scalar or (M,). The
-    returned gradients are (M, width), (N, width) and 0-dim, in the compute dtype.
-    """
-    if problem.negatives == "same":
-        raise ValueError("negatives: expected 'cross' or 'both' in the closed form, got 'same'")
-    x1, x2 = take_columns(r1, problem, columns), take_columns(r2, problem, columns)
-    a = torch.as_tensor(_scale(problem, temperature, x1), dtype=x1.dtype, device=x1.device)
-    _, row_lse, col_lse, *_ = loss(problem, r1, r2, columns, temperature)
-    z1, z2 = _unit_rows(x1, problem.eps), _unit_rows(x2, problem.eps)
-
-    own = slice(problem.row_offset, problem.row_offset + problem.rows)
-    w = row_weights(problem, dloss.to(x1.dtype)).expand(problem.groups, -1)
-    v = torch.zeros(problem.groups, problem.candidates, dtype=x1.dtype, device=x1.device)
-    if problem.symmetric:
-        w = 0.5 * w
-        v[:, own] = w
-    else:
-        col_lse = torch.zeros_like(v)
-
-    s = z1 @ z2.mT
-    g = w[..., None] * torch.exp(a * s - row_lse[..., None])
-    g += v[:, None, :] * torch.exp(a * s - col_lse[:, None, :])
-    torch.diagonal(g, problem.row_offset, -2, -1).sub_(w + v[:, own])
-    dz1, dz2, da = a * (g @ z2), a * (g.mT @ z1), (g * s).sum()
-    if problem.negatives == "both":
-        for z, dz, weight, lse in ((z1, dz1, w, row_lse), (z2, dz2, v, col_lse)):
-            s = z @ z.mT
-            h = weight[..., None] * torch.exp(a * s - lse[..., None])
-            torch.diagonal(h, 0, -2, -1).zero_()
-            dz += a * ((h + h.mT) @ z)
-            da += (h * s).sum()
-
-    def through_normalisation(x: Tensor, z: Tensor, dz: Tensor, rows: int) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        dot = torch.where(norm >= problem.eps, (z * dz).sum(-1, keepdim=True), 0.0)
-        dx = (dz - z * dot) / norm.clamp_min(problem.eps)
-        dr = torch.zeros(rows, problem.width, dtype=x.dtype, device=x.device)
-        if columns is None:
-            dr[:, : problem.dim] = dx[0]
-            return dr
-        for group, index in enumerate(columns.reshape(problem.groups, -1)):
-            dr.index_add_(1, index, dx[group])
-        return dr
-
-    dr1 = through_normalisation(x1, z1, dz1, problem.rows)
-    dr2 = through_normalisation(x2, z2, dz2, problem.candidates)
-    return dr1, dr2, -a * a * da

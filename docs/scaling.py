@@ -25,6 +25,7 @@ no stragglers, no contention and no clock that falls under load.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from directclr_fast import flops
-from directclr_fast.plots import figure
+from directclr_fast.plots import figure, markdown
 
 DIM = 360
 ROWS = tuple(2**k for k in range(12, 23))  # 4k to 4M
@@ -54,16 +55,11 @@ class Machine:
 
     def collective(self, processes: int) -> float:
         """beta: rings over all ports of a node, as NCCL lays them."""
-        return self.near if processes <= self.per_node else min(self.near, self.all_far)
+        return self.near if processes <= self.per_node else min(self.near, self.far * self.per_node)
 
     def hop(self, processes: int) -> float:
         """b: all blocks move in step, so the slowest link of the ring sets the pace."""
         return self.near if processes <= self.per_node else self.far
-
-    @property
-    def all_far(self) -> float:
-        """Bytes/s a whole node sends."""
-        return self.far * self.per_node
 
     def latency(self, processes: int) -> float:
         """lambda: a ring through the devices of a node, then through the nodes."""
@@ -155,24 +151,22 @@ def sent_bytes(
 
 def table() -> str:
     """Markdown: ms of a step and GiB held, per N and W; the faster of both ways to gather."""
-    lines = ["| N | W | all, ms | ring, ms | all, GiB held | ring, GiB held | efficiency |"]
-    lines.append("|---" * 7 + "|")
-    for rows in (2**12, 2**15, 2**18, 2**20, 2**22):
-        for processes in PROCESSES:
-            all_, ring = (step_time(rows, DIM, processes, way) for way in ("all", "ring"))
-            share = ring.compute / min(all_.total, ring.total)
-            cells = [f"{rows:,}", f"{processes}"]
-            cells += [f"{1e3 * step.total:.3g}" for step in (all_, ring)]
-            cells += [f"{step.held_bytes / 2**30:.3f}" for step in (all_, ring)]
-            lines.append("| " + " | ".join([*cells, f"{100 * share:.0f} %"]) + " |")
-    return "\n".join(lines)
+    head = ("N", "W", "all, ms", "ring, ms", "all, GiB held", "ring, GiB held", "efficiency")
+    rows = []
+    for n, processes in itertools.product((2**12, 2**15, 2**18, 2**20, 2**22), PROCESSES):
+        steps = all_, ring = [step_time(n, DIM, processes, way) for way in ("all", "ring")]
+        cells = [f"{1e3 * step.total:.3g}" for step in steps]
+        cells += [f"{step.held_bytes / 2**30:.3f}" for step in steps]
+        share = ring.compute / min(all_.total, ring.total)
+        rows.append([f"{n:,}", processes, *cells, f"{100 * share:.0f} %"])
+    return markdown(head, rows)
 
 
 def measured(path: str) -> str:
     """Markdown: the times in a file of `bench.processes`, and the model with its constants."""
-    heads = ("N", "gather", "one process, ms", "two, ms", "faster")
-    heads += ("processor seconds of each, less", "model, ms", "model, faster")
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    head = ("N", "gather", "one process, ms", "two, ms", "faster")
+    head += ("processor seconds of each, less", "model, ms", "model, faster")
+    rows = []
     for case in json.loads(Path(path).read_text())["cases"]:
         here = Machine(**case["constants"], source=path)
         one, busy = case["variants"]["one"]["median"], case["processor_seconds"]
@@ -180,36 +174,34 @@ def measured(path: str) -> str:
             two = case["variants"][way]["median"]
             size = (case["rows"], case["dim"], case["processes"])
             model = step_time(*size, way, here, itemsize=4).total
-            cells = [f"{case['rows']}", way, f"{1e3 * one:.0f}", f"{1e3 * two:.0f}"]
-            cells += [f"{one / two:.2f}x", f"{busy['one'] / busy[way]:.2f}x"]
+            cells = [f"{1e3 * one:.0f}", f"{1e3 * two:.0f}", f"{one / two:.2f}x"]
+            cells += [f"{busy['one'] / busy[way]:.2f}x"]
             cells += [f"{1e3 * model:.0f}", f"{one / model:.2f}x"]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            rows.append([case["rows"], way, *cells])
+    return markdown(head, rows)
 
 
 def over_hosts(path: str) -> tuple[str, str]:
     """Markdown: bytes and times in a file of tests/hosts/cost.py beside the model's; and what the
     model says of more such hosts, with its constants at 1 Gbit/s."""
     cases = json.loads(Path(path).read_text())["cases"]
-    heads = ("hosts", "gather", "Gbit/s", "MB sent", "of the model's", "ms", "model, ms")
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    rows = []
     for case in cases:
-        cells = [str(case["hosts"]), case["gather"], f"{case['gbit_s']:g}"]
+        cells = [case["hosts"], case["gather"], f"{case['gbit_s']:g}"]
         cells += [f"{case['sent_bytes'] / 1e6:.2f}"]
         cells += [f"{case['sent_bytes'] / case['model_bytes']:.3f}"]
         cells += [f"{1e3 * statistics.median(case['seconds']):.0f}"]
-        lines.append("| " + " | ".join([*cells, f"{1e3 * case['model_seconds']:.0f}"]) + " |")
+        rows.append([*cells, f"{1e3 * case['model_seconds']:.0f}"])
+    head = ("hosts", "gather", "Gbit/s", "MB sent", "of the model's", "ms", "model, ms")
     known = next(c["constants"] for c in reversed(cases) if c["gbit_s"] == 1.0)
-    heads = ("N", "W", "all, s", "ring, s", "efficiency")
-    more = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for rows in (2**14, 2**16, 2**18):
-        for size in (8, 64, 1024):
-            here = Machine(**{**known, "per_node": size}, source=path)
-            all_, ring = (step_time(rows, DIM, size, way, here, 4) for way in ("all", "ring"))
-            share = all_.compute / min(all_.total, ring.total)
-            cells = [f"{rows:,}", str(size), f"{all_.total:.3g}", f"{ring.total:.3g}"]
-            more.append("| " + " | ".join([*cells, f"{100 * share:.0f} %"]) + " |")
-    return "\n".join(lines), "\n".join(more)
+    more = []
+    for n, size in itertools.product((2**14, 2**16, 2**18), (8, 64, 1024)):
+        here = Machine(**{**known, "per_node": size}, source=path)
+        all_, ring = (step_time(n, DIM, size, way, here, 4) for way in ("all", "ring"))
+        share = all_.compute / min(all_.total, ring.total)
+        cells = [f"{step.total:.3g}" for step in (all_, ring)]
+        more.append([f"{n:,}", size, *cells, f"{100 * share:.0f} %"])
+    return markdown(head, rows), markdown(("N", "W", "all, s", "ring, s", "efficiency"), more)
 
 
 def draw(path: str) -> None:
@@ -234,7 +226,6 @@ def draw(path: str) -> None:
             fontsize="small",
         )
         axes.set_ylabel("ms")
-        axes.legend(fontsize="small")
 
 
 def main() -> None:

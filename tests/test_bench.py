@@ -14,6 +14,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import types
@@ -285,12 +286,20 @@ def test_ratios_are_taken_round_by_round():
 
 @linux
 def test_what_does_not_fit_is_a_result_and_the_next_one_runs(monkeypatch):
-    jobs = [(Case(4096, width=360), name) for name in ("eager", "torch")]
-    seen = []
+    case = Case(4096, width=360)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # the limit counts stacks as well
-    results = memory.in_processes(jobs, lambda i, row: seen.append(i), limit=180 * 2**20)
+    results = [memory.of_step(case, name, 180 * 2**20) for name in ("eager", "torch")]
     assert results[0]["out_of_memory"] and "peak_mib" not in results[0]
-    assert 30 < results[1]["peak_mib"] < 180 and seen == [0, 1]
+    assert 30 < results[1]["peak_mib"] < 180
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@linux
+def test_a_process_that_the_system_ends_is_a_result():
+    assert memory.isolated(die) == {"failed": "its process ended with -9", "out_of_memory": True}
 
 
 @linux
@@ -298,19 +307,15 @@ def test_a_variant_that_ran_out_of_memory_is_not_tried_at_a_larger_size(monkeypa
     """Peaks by N above what a step must hold, or the reason."""
     asked = []
 
-    def in_processes(jobs):
-        asked.append([(case.rows, name) for case, name in jobs])
-        fits = {"peak_mib": 1.0}
-        return [
-            fits if case.rows < 64 or name == "torch" else {"failed": "boom"} for case, name in jobs
-        ]
+    def of_step(case, name):
+        asked.append((case.rows, name))
+        return {"peak_mib": 1.0} if case.rows < 64 or name == "torch" else {"failed": "boom"}
 
-    monkeypatch.setattr(memory, "in_processes", in_processes)
+    monkeypatch.setattr(memory, "of_step", of_step)
     words = "--rows 64 32 128 --variants eager torch nobody".split()
     cases = [case for case, _ in memory.measure(study.parser(memory).parse_args(words))]
-    assert asked == [
-        [(n, v) for v in ("eager", "torch") if v == "torch" or n < 128] for n in (32, 64, 128)
-    ]
+    names = ("eager", "torch")
+    assert asked == [(n, v) for n in (32, 64, 128) for v in names if v == "torch" or n < 128]
     assert [case["failed"].get("eager") for case in cases] == [None, "boom", "failed at N = 64"]
     assert cases[0]["peak_mib"] == {"eager": 1.0, "torch": 1.0}
     assert cases[2]["gradients_mib"] == 2.0

@@ -205,7 +205,9 @@ def test_every_command_has_its_help(command, capsys):
     assert capsys.readouterr().out.startswith(f"usage: directclr-fast {command} [-h]")
 
 
-@pytest.mark.parametrize("command", ["train", "probe x", "spectrum x", "toy x", "compare", "bench"])
+@pytest.mark.parametrize(
+    "command", ["train", "probe x", "spectrum x", "toy x", "compare", "demo", "bench", "doctor"]
+)
 def test_flags_are_read_without_torch(command):
     """What restarts a run is a small process, and a help text is there at once."""
     code = "import sys; from directclr_fast import cli; cli._parser().parse_args(sys.argv[1:]); "
@@ -214,8 +216,8 @@ def test_flags_are_read_without_torch(command):
 
 
 def test_a_command_that_cannot_be_imported_is_a_sentence(capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "directclr_fast.doctor", None)
-    assert "directclr_fast.doctor" in error_of(capsys, "doctor")
+    monkeypatch.setitem(sys.modules, "directclr_fast.machine", None)
+    assert "directclr_fast.machine" in error_of(capsys, "doctor")
 
 
 def test_module_is_the_same_command():

@@ -159,7 +159,7 @@ def test_the_committed_report_is_that_of_the_committed_numbers():
         accuracies = [row["accuracy"]["r"][measure] for measure in ("linear", "knn")]
         assert all(f"| {report._percent(values)} |" in line for values in accuracies), mode
         rank = row["spectra"]["representation"]["effective_rank"]
-        assert f"| {report._number(rank)} |" in line, mode
+        assert f"| {report._shown(rank)} |" in line, mode
 
 
 @of_whole
@@ -430,6 +430,6 @@ def test_directclr_leaves_r_more_directions_than_no_projector(run_dir, one_threa
         model = trainer.model.eval()
         features, _ = probe.encode(model.encoder, images, 8)
         spectra = spectrum.of_model(model, features)
-        ranks[mode] = {name: values["effective_rank"] for name, values in spectra.items()}
+        ranks[mode] = {name: report.effective_rank for name, report in spectra.items()}
     assert ranks["directclr"]["representation"] > 1.12 * ranks["baseline"]["representation"]
     assert ranks["directclr"]["sub-vector"] < 0.7 * ranks["directclr"]["representation"]

@@ -44,12 +44,29 @@ if _build.CUDA.nvcc() is None:
 pytestmark = pytest.mark.xdist_group("cuda host")  # one build for all
 
 
+def commands(output: Path, fragments: bool) -> list[list[str]]:
+    """Builds ``_cuda`` with the kernels' functions run on the CPU (csrc/cuda/stages_host.cu);
+    ``fragments`` adds a check against CUTLASS's own description of the accumulators."""
+    cuda = _build.CUDA
+    base = [cuda.compiler(), *cuda.flags, "-O2", "-diag-suppress", "20011,20014"]
+    base += _build._python_headers()
+    if fragments:
+        base += ["-DDIRECTCLR_CHECK_FRAGMENT", "-isystem", str(cuda.cutlass())]
+    built, objects = [], []
+    for name in ("stages_host.cu", "bindings.cpp"):
+        source = CSRC / "cuda" / name
+        objects.append(str(output.with_suffix(f".{source.stem}.o")))
+        built.append([*base, "-c", str(source), "-o", objects[-1]])
+    link = cuda.link_command()[:-1]  # tests call into its C functions
+    return [*built, [*link, *objects, "-o", str(output)]]
+
+
 @pytest.fixture(scope="module")
 def library(tmp_path_factory) -> Path:
     """The module built for the CPU, and, with CUTLASS's headers, its check of the accumulators."""
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     output = tmp_path_factory.mktemp("cuda_host") / f"_cuda{suffix}"
-    for command in _build.CUDA.host_commands(output, _build.CUDA.cutlass() is not None):
+    for command in commands(output, _build.CUDA.cutlass() is not None):
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0 and "warning" not in done.stderr, done.stderr[-3000:]
     return output

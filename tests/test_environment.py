@@ -17,8 +17,8 @@ import pytest
 from test_train_run import TINY, log_of, train
 
 from directclr_fast import cli
-from directclr_fast.train import checkpoint, job, logger
-from directclr_fast.train.logger import Logger
+from directclr_fast.train import checkpoint, job
+from directclr_fast.train.log import PACKAGES, Logger
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MEETING = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}
@@ -257,9 +257,9 @@ def test_a_logger_that_does_not_start_is_a_sentence(wandb, run_dir, capsys):
     assert capsys.readouterr().err == text
 
 
-@pytest.mark.parametrize("name", logger.PACKAGES)
+@pytest.mark.parametrize("name", PACKAGES)
 def test_a_missing_logger_has_a_hint(name, run_dir, monkeypatch, capsys):  # P5
-    monkeypatch.setitem(sys.modules, logger.PACKAGES[name][0], None)
+    monkeypatch.setitem(sys.modules, PACKAGES[name][0], None)
     assert cli.main(flags(run_dir, logger=name)) == 2
     errors = capsys.readouterr().err
     assert errors.startswith(f"directclr-fast: error: logger: expected {name}, got ")

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from directclr_fast import DirectCLRLoss, fast_directclr_loss, info_nce
 from directclr_fast.problem import Problem
-from directclr_fast.reference import gradients, loss
+from directclr_fast.reference import loss, row_weights
 from directclr_fast.testing import evaluate, make_views, relative_error
 
 BACKENDS = ["reference", "torch"]
@@ -143,6 +143,47 @@ def test_extra_candidates_are_negatives_only():
 def problem(**options) -> Problem:
     given = {"rows": 6, "candidates": 6, "width": 8, "dim": 5, "device_type": "cpu"} | options
     return Problem(dtype=torch.float64, temperature=None, **given)
+
+
+def gradients(problem, r1, r2, dloss, columns, temperature):
+    """(dr1, dr2, dtemperature) by the closed form in the docstring of ``reference``."""
+    x1, x2 = (
+        r[None, :, : problem.dim] if columns is None else r[:, columns].movedim(0, 1)
+        for r in (r1, r2)
+    )
+    a = 1.0 / temperature
+    _, row_lse, col_lse, *_ = loss(problem, r1, r2, columns, temperature)
+    z1, z2 = (F.normalize(x, dim=-1) for x in (x1, x2))
+    own = slice(problem.row_offset, problem.row_offset + problem.rows)
+    w = row_weights(problem, dloss).expand(problem.groups, -1)
+    v = torch.zeros(problem.groups, problem.candidates, dtype=x1.dtype)
+    if problem.symmetric:
+        w = 0.5 * w
+        v[:, own] = w
+    else:
+        col_lse = torch.zeros_like(v)
+    s = z1 @ z2.mT
+    g = w[..., None] * torch.exp(a * s - row_lse[..., None])
+    g += v[:, None, :] * torch.exp(a * s - col_lse[:, None, :])
+    torch.diagonal(g, problem.row_offset, -2, -1).sub_(w + v[:, own])
+    dz1, dz2, da = a * (g @ z2), a * (g.mT @ z1), (g * s).sum()
+    if problem.negatives == "both":
+        for z, dz, weight, lse in ((z1, dz1, w, row_lse), (z2, dz2, v, col_lse)):
+            s = z @ z.mT
+            h = weight[..., None] * torch.exp(a * s - lse[..., None])
+            torch.diagonal(h, 0, -2, -1).zero_()
+            dz += a * ((h + h.mT) @ z)
+            da += (h * s).sum()
+
+    def through_normalisation(r, x, z, dz):
+        norm = x.norm(dim=-1, keepdim=True)
+        dot = torch.where(norm >= problem.eps, (z * dz).sum(-1, keepdim=True), 0.0)
+        dx = (dz - z * dot) / norm.clamp_min(problem.eps)
+        index = torch.arange(problem.dim) if columns is None else columns.flatten()
+        return torch.zeros_like(r).index_add_(1, index, dx.movedim(0, 1).flatten(1))
+
+    dr1, dr2 = through_normalisation(r1, x1, z1, dz1), through_normalisation(r2, x2, z2, dz2)
+    return dr1, dr2, -a * a * da
 
 
 @pytest.mark.parametrize("negatives", ["cross", "both"])

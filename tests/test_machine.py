@@ -33,7 +33,7 @@ def test_the_commit_is_that_of_the_checkout(monkeypatch):
     monkeypatch.setenv("DIRECTCLR_COMMIT", "of a copy")
     commit = machine.commit()
     assert commit["commit"] == head() and isinstance(commit["dirty"], bool)
-    monkeypatch.setattr(machine, "_git", lambda *_: None)
+    monkeypatch.setattr(machine, "_printed", lambda *_, **__: None)
     assert machine.commit() == {"commit": "of a copy", "dirty": None}
 
 

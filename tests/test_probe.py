@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -168,8 +169,9 @@ def test_load_features():
     assert features.train.shape == features.test.shape == (40, 64) and features.classes == 10
     assert not torch.equal(features.train, features.test)
     assert torch.equal(features.columns(slice(0, 5)).test, features.test[:, :5])
-    other = probe.load_features(nn.Flatten(), config, spec="fake:n=30,size=8,classes=4")
+    other = replace(config, data="fake:n=30,size=8,classes=4")
+    other = probe.load_features(nn.Flatten(), other)
     assert other.train.shape == (30, 3 * 64) and other.classes == 4
     with pytest.raises(ValueError, match="^data: expected images of 1 channels, .* got 3 in fake$"):
-        probe.load_features(None, config, spec="fake", channels=1)
-    assert probe.scores(features, epochs=2, k=3).keys() == {"linear", "knn"}
+        probe.load_features(None, replace(config, data="fake"), channels=1)
+    assert probe.scores(features).keys() == {"linear", "knn"}

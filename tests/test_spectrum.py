@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import directclr_fast
-from directclr_fast import collapse_report, plots
+from directclr_fast import CollapseReport, collapse_report, plots
 from directclr_fast.paper import spectrum
 from directclr_fast.train.config import TrainConfig
 from directclr_fast.train.loop import Model
@@ -26,7 +27,7 @@ def randn(*shape, seed=0):
 def test_spectrum_is_that_of_the_covariance(n, width, dtype):
     x = (randn(n, width) * torch.logspace(0, -4, width) + 7).to(dtype)
     want = torch.linalg.eigvalsh(torch.cov(x.double().T).reshape(width, width)).flip(0)
-    got = spectrum.covariance_spectrum(x)
+    got = spectrum.spectra(x)[0]
     assert got.dtype == torch.float64 and got.shape == (width,)
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-14)
     assert (got[:-1] >= got[1:]).all()
@@ -35,7 +36,7 @@ def test_spectrum_is_that_of_the_covariance(n, width, dtype):
 def test_known_spectrum():
     """Orthogonal directions of chosen variance: a Hadamard pattern has exactly this covariance."""
     x = torch.tensor([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]], dtype=torch.float64)
-    got = spectrum.covariance_spectrum(x * torch.tensor([3.0, 1.0, 1e-7]) + 100)
+    got = spectrum.spectra(x * torch.tensor([3.0, 1.0, 1e-7]) + 100)[0]
     want = torch.tensor([12.0, 4 / 3, 4e-14 / 3], dtype=torch.float64)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
 
@@ -44,11 +45,11 @@ def test_known_spectrum():
 @pytest.mark.parametrize("rank", [0, 1, 7, 19, 20])
 def test_collapsed_directions_are_counted(rank, dtype):
     x = (randn(300, rank) @ randn(rank, 20, seed=1) + 10 * randn(1, 20, seed=2)).to(dtype)
-    values = spectrum.describe(x)
-    assert values["collapsed"] == 20 - rank
-    assert values["dimensions"] == 20 and values["samples"] == 300
-    assert values["threshold"] == spectrum.THRESHOLD
-    json.dumps(values, allow_nan=False)
+    values = collapse_report(x)
+    assert values.collapsed == 20 - rank
+    assert values.dimensions == 20 and values.samples == 300
+    assert values.threshold == spectrum.THRESHOLD
+    assert CollapseReport(**json.loads(json.dumps(asdict(values), allow_nan=False))) == values
 
 
 def test_threshold():
@@ -96,7 +97,7 @@ def test_noise_is_that_of_rounding():
         x = randn(4000, 32) * scale + shift
         kind, noise = spectrum.precision(x.bfloat16().float())
         assert kind == torch.bfloat16
-        added = spectrum.covariance_spectrum(x.bfloat16().double() - x)[0].item()
+        added = spectrum.spectra(x.bfloat16().double() - x)[0][0].item()
         assert 0.3 * noise < added < noise
     for exact in (torch.arange(12).view(6, 2), torch.zeros(4, 3), torch.ones(4, 3) > 0):
         assert spectrum.precision(exact)[1] == 0
@@ -199,7 +200,7 @@ def test_report_errors(source, options, error, text):
 )
 def test_bad_features(features, text):
     with pytest.raises(ValueError, match=f"^{text}"):
-        spectrum.covariance_spectrum(features)
+        spectrum.spectra(features)
 
 
 @pytest.mark.parametrize(("mode", "width"), [("directclr", 45), ("baseline", 256), ("simclr", 128)])
@@ -209,20 +210,18 @@ def test_of_model(mode, width):
     r = randn(300, 256).float().relu()
     spectra = spectrum.of_model(model, r)
     assert list(spectra) == ["representation", *["sub-vector"] * (mode == "directclr"), "embedding"]
-    assert spectra["embedding"]["dimensions"] == width
+    assert spectra["embedding"].dimensions == width
     embedded = F.normalize(model.objective.embed(r), dim=1)
-    assert spectra["embedding"] == spectrum.describe(embedded.detach())
+    assert spectra["embedding"] == collapse_report(embedded.detach())
     if mode == "directclr":
-        assert spectra["sub-vector"] == spectrum.describe(r[:, :45])
-        assert spectra["representation"] == spectrum.describe(r)
+        assert spectra["sub-vector"] == collapse_report(r[:, :45])
+        assert spectra["representation"] == collapse_report(r)
 
 
 def test_files(tmp_path):
     pytest.importorskip("matplotlib")
     live = randn(40, 6)
-    spectra = {"live": spectrum.describe(live), "point": spectrum.describe(torch.ones(40, 6))}
-    spectrum.save(spectra, tmp_path / "spectrum.json")
-    assert json.loads((tmp_path / "spectrum.json").read_text()) == spectra
+    spectra = {"live": collapse_report(live), "point": collapse_report(torch.ones(40, 6))}
     spectrum.plot(spectra, tmp_path / "spectrum.png", "title")
     lines = [{"step": i, "loss": 5 / i, "accuracy": 0.1 * i} for i in range(1, 5)]
     lines.append({"step": 5, "loss": "nan", "accuracy": 0.1})
@@ -239,4 +238,4 @@ def test_missing_matplotlib_names_the_extra(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"^plots: expected matplotlib, got .*directclr-fast\[pl"):
-        spectrum.plot({"live": spectrum.describe(randn(40, 6))}, tmp_path / "spectrum.png")
+        spectrum.plot({"live": collapse_report(randn(40, 6))}, tmp_path / "spectrum.png")

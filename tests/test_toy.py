@@ -92,7 +92,7 @@ def test_training_is_plain_sgd_of_each_network(name, loss):
                 for name, columns in (("clean", product[:, :8]), ("noisy", product[:, 8:])):
                     want = torch.linalg.svdvals(columns).mean()
                     torch.testing.assert_close(measured[name][-1, v, seed], want)
-            want = spectrum.covariance_spectrum(draws.fresh[seed] @ product.T)
+            want = spectrum.spectra(draws.fresh[seed] @ product.T)[0]
             got = measured["embedding"][-1, v, seed]
             torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-12)
             assert measured["collapsed"][-1, v, seed] == (want < math.exp(-10)).sum()

@@ -316,6 +316,7 @@ def test_resume_of_a_finished_run_changes_nothing(run_dir):
     before = (run_dir / "run" / "log.jsonl").read_bytes()
     trainer, result = train(run_dir, "run", max_steps=3, resume=True)
     assert result["step"] == 3 and trainer.run()["step"] == 3
+    assert train(run_dir, "run", max_steps=2, resume=True)[1]["step"] == 3
     assert (run_dir / "run" / "log.jsonl").read_bytes() == before
 
 

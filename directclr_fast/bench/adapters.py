@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 
 import torch
 from torch import Tensor, nn
@@ -103,13 +101,9 @@ def _step(
 
 
 def _peak(module: str, name: str, rows: int, dim: int) -> dict:
-    """{"peak_mib"} or a failure."""
-    try:
-        with memory.limited():
-            _step(module, name, memory.WARM_ROWS, dim)()
-            return {"peak_mib": memory.peak(_step(module, name, rows, dim)) / memory.MIB}
-    except Exception as error:
-        return timing.failure(error)
+    with memory.limited():
+        _step(module, name, memory.WARM_ROWS, dim)()
+        return {"peak_mib": memory.peak(_step(module, name, rows, dim)) / memory.MIB}
 
 
 def measure(arguments: argparse.Namespace) -> Iterator[tuple[dict, str]]:
@@ -132,10 +126,7 @@ def _pair(
 ) -> tuple[dict, str]:
     asked = {side: (module, name, rows, arguments.dim) for side, module in sides.items()}
     case = {"name": name, "rows": rows, "dim": arguments.dim}
-    case |= {side: {} for side in asked}
-    for side, which in asked.items():
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            case[side] = pool.submit(_peak, *which).result()
+    case |= {side: memory.isolated(_peak, *which) for side, which in asked.items()}
     steps = {side: _step(*which) for side, which in asked.items() if "failed" not in case[side]}
     # The tests hold both sides' fp64 to each other.
     truth = _step(*asked["ours"], torch.float64)()

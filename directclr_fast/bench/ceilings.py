@@ -39,24 +39,24 @@ def fma_peak(rounds: int = 9) -> float | None:
     return statistics.median(rates)
 
 
-def _rate(operations: int, call: Callable[[], object], device: str, rounds: int) -> float | None:
-    """``operations`` over the median seconds of ``call``. None if it fails."""
-    times = interleaved({"call": call}, rounds, warmup=2, device=device)["call"]
+def _rate(
+    operations: int, call: Callable[[], object], device: str, precision: str = "", rounds: int = 5
+) -> float | None:
+    """``operations`` over the median seconds of ``call``, in which fp32 products of the library run
+    in TF32 where ``precision`` says so. None if it fails."""
+    with fp32_products(device, "tf32" if precision == "tf32" else "ieee"):
+        times = interleaved({"call": call}, rounds, warmup=2, device=device)["call"]
     return operations / times["median"] if "median" in times else None
 
 
-def square_rate(precision: str, device: str = "cpu", rounds: int = 5) -> float | None:
+def square_rate(precision: str, device: str = "cpu") -> float | None:
     """Operations per second of a large square library product. None where there is none."""
     side, dtype = SQUARE[device], _DTYPES[precision]
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    # Lets fp32 products of the library run in TF32 where `precision` says so.
-    with fp32_products(device, "tf32" if precision == "tf32" else "ieee"):
-        return _rate(2 * side**3, lambda: a @ b, device, rounds)
+    return _rate(2 * side**3, lambda: a @ b, device, precision)
 
 
-def products_rate(
-    precision: str, rows: int, dim: int, device: str = "cpu", rounds: int = 5
-) -> float | None:
+def products_rate(precision: str, rows: int, dim: int, device: str) -> float | None:
     """Operations per second of z1 z2^T, G z2 and G^T z1 by the library, fp32 results of the last
     two where the library has them."""
     rows, dtype = min(rows, PRODUCT_ROWS), _DTYPES[precision]
@@ -76,29 +76,24 @@ def products_rate(
         product(s, z2)
         product(s.T, z1)
 
-    # Lets fp32 products of the library run in TF32 where `precision` says so.
-    with fp32_products(device, "tf32" if precision == "tf32" else "ieee"):
-        rate = _rate(6 * rows * rows * dim, all_three, device, rounds)
-        if wide and rate is None:  # this library has no such product
-            wide, out = False, out.to(dtype)
-            rate = _rate(6 * rows * rows * dim, all_three, device, rounds)
+    work = (6 * rows * rows * dim, all_three, device, precision, 3)
+    rate = _rate(*work)
+    if wide and rate is None:  # this library has no such product
+        wide, out = False, out.to(dtype)
+        rate = _rate(*work)
     return rate
 
 
-def copy_rate(device: str = "cpu", rounds: int = 5) -> float | None:
-    """Bytes per second of a large copy, counting those read and those written. None if it fails."""
+def measure(device: str) -> dict[str, float]:
+    """Ceilings that do not depend on the case: operations/s by name, and "copy" in bytes/s, read
+    and written."""
     source = torch.zeros(COPY_BYTES[device] // 4, device=device).normal_()
     target = torch.empty_like(source)
-    return _rate(2 * COPY_BYTES[device], lambda: target.copy_(source), device, rounds)
-
-
-def measure(device: str, rounds: int = 5) -> dict[str, float]:
-    """Ceilings that do not depend on the case: operations/s by name, and "copy" in bytes/s."""
-    rates = {"copy": copy_rate(device, rounds)}
+    rates = {"copy": _rate(2 * COPY_BYTES[device], lambda: target.copy_(source), device)}
     if device == "cpu":
         rates["fma fp32"] = fma_peak()
     for precision in PRECISIONS[device]:
-        rates[f"square {precision}"] = square_rate(precision, device, rounds)
+        rates[f"square {precision}"] = square_rate(precision, device)
     return {name: rate for name, rate in rates.items() if rate is not None}
 
 

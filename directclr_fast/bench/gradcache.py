@@ -2,24 +2,21 @@
 
     python -m directclr_fast.bench.gradcache --out gradcache_memory.json
 
-Runs `train` on N = 16,384 made-up 32 x 32 colour images in chunks of 512, two steps of the whole
-batch, and prints the resident peak of the process (ru_maxrss: interpreter, libraries, images and
-checkpoint included) beside the same at smaller N and beside steps without chunks. Linux.
+Two steps of all of N made-up 32 x 32 colour images, in chunks and without: the resident peak of the
+process (ru_maxrss: interpreter, libraries, images and checkpoint included). Linux.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 
 from ..train.config import TrainConfig
 from ..train.loop import Trainer
-from . import memory, study, timing
+from . import memory, study
 
 FLAGS = {
     "--rows": {"type": int, "nargs": "+", "default": [2048, 16384]},
@@ -55,12 +52,11 @@ def measure(arguments: argparse.Namespace) -> Iterator[tuple[dict, str]]:
         rule = arguments.cache_bn if chunk else None
         chunks = {"chunk_size": chunk, "cache_bn": rule} if chunk else {}
         case = {"rows": n, "chunk_size": chunk, "cache_bn": rule, "encoder": arguments.encoder}
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            try:
-                case |= pool.submit(train, n, arguments.encoder, chunks, arguments.gib).result()
-                shown = f"peak {case['peak_mib']:.0f} MiB, {case['seconds_per_step']:.1f} s a step"
-            except Exception as error:  # out of memory, or a process that the system ended
-                case["failed"] = shown = timing.failure(error)["failed"]
+        case |= memory.isolated(train, n, arguments.encoder, chunks, arguments.gib)
+        if "failed" in case:
+            shown = case["failed"]
+        else:
+            shown = f"peak {case['peak_mib']:.0f} MiB, {case['seconds_per_step']:.1f} s a step"
         how = f"chunks of {chunk}" if chunk else "no chunks"
         yield case, f"N {n}, {arguments.encoder}, {how}: {shown}"
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import statistics
 import sys
 from collections.abc import Callable, Iterable
 
@@ -49,7 +50,12 @@ def run(
     }
     progress("ceilings", 0.0)
     result["ceilings"] = ceilings.measure(settings.device)
-    rows = [{v.name: _row(v, v.why_not(case)) for v in plan} for case, plan in zip(cases, plans)]
+    rows = []
+    for case, plan in zip(cases, plans):
+        rows.append({v.name: {"family": v.family, "precision": v.precision} for v in plan})
+        reasons = {v.name: v.why_not(case) for v in plan}
+        for name in filter(reasons.get, reasons):
+            rows[-1][name]["why_not"] = reasons[name]
     # The share of the work that is done is guessed: peaks are a quarter, where there are any; a
     # case costs its operations and a fixed part for checks and compilers.
     begin = 0.0
@@ -73,27 +79,17 @@ def run(
     return result
 
 
-def _row(variant: Variant, reasons: list[str]) -> dict:
-    row = {"family": variant.family, "precision": variant.precision}
-    return {**row, "why_not": reasons} if reasons else row
-
-
 def _peaks(cases: list[Case], rows: list[dict], tick: Callable[[str, float], None]) -> None:
     """Writes the peak of every variant that can run into its row; Linux, CPU."""
-    places = [
-        (number, name)
-        for number, of_case in enumerate(rows)
+    asked = [
+        (case, name, row)
+        for case, of_case in zip(cases, rows)
         for name, row in of_case.items()
         if "why_not" not in row
     ]
-
-    def write(job: int, peak: dict) -> None:
-        number, name = places[job]
-        rows[number][name].update(peak)
-        tick(f"memory: N {cases[number].rows}, {name}", (job + 1) / len(places))
-
-    tick("memory", 0.0)
-    memory.in_processes([(cases[number], name) for number, name in places], write)
+    for number, (case, name, row) in enumerate(asked):
+        tick(f"memory: N {case.rows}, {name}", number / len(asked))
+        row.update(memory.of_step(case, name))
 
 
 def _measure(
@@ -136,40 +132,32 @@ def _measure(
             loss.backward()
             values[name] = loss.detach()
 
-        before = _fma(device)
+        def peak() -> float | None:
+            return ceilings.fma_peak(5) if device == "cpu" else None
+
         calls = {name: lambda name=name: step(name) for name in functions}
-        times = timing.interleaved(
-            calls,
-            settings.rounds,
-            device=device,
-            warm_seconds=0.2,
-            budget=settings.budget,
-            after=tick,
-        )
-        after = _fma(device)
+        how = {"device": device, "warm_seconds": 0.2, "budget": settings.budget, "after": tick}
+        before = peak()
+        times = timing.interleaved(calls, settings.rounds, **how)
+        after = peak()
         if device == "cuda":
             _device_only(calls, times, rows, settings.rounds)
         r1.grad = r2.grad = None
-    own = _own_ceilings(case, {v.precision for v in plan if v.name in functions})
+    own = _own_ceilings(case, {rows[name]["precision"] for name in functions})
     if before and after:
         own["fma fp32"] = (before + after) / 2
-    precisions = {v.name: v.precision for v in plan}
-    for name, row in times.items():
-        row = rows[name] | row
+    for name, of_turns in times.items():
+        row = rows[name]
+        row |= of_turns
         if "median" in row:
             row["loss"] = float(values[name])
             row["rate"] = case.work / row["median"]
-            roof = ceilings.roof({**shared, **own}, precisions[name])
+            roof = ceilings.roof({**shared, **own}, row["precision"])
             row["of_roof"] = row["rate"] / roof if roof else None
-            products = own.get(f"products {ceilings.unit_of(precisions[name])}")
+            products = own.get(f"products {ceilings.unit_of(row['precision'])}")
             row["of_library"] = row["rate"] / products if products else None
-        rows[name] = row
-    _disqualify(rows, {v.name: v for v in plan})
+    _disqualify(rows)
     return {**dataclasses.asdict(case), "work": case.work, "ceilings": own, "variants": rows}
-
-
-def _fma(device: str) -> float | None:
-    return ceilings.fma_peak(5) if device == "cpu" else None
 
 
 def _own_ceilings(case: Case, precisions: set[str]) -> dict[str, float]:
@@ -179,7 +167,7 @@ def _own_ceilings(case: Case, precisions: set[str]) -> dict[str, float]:
         if case.device == "cpu" and unit not in ceilings.PRECISIONS["cpu"]:
             continue
         try:
-            rate = ceilings.products_rate(unit, case.rows, case.dim, case.device, rounds=3)
+            rate = ceilings.products_rate(unit, case.rows, case.dim, case.device)
         except Exception as error:
             if not timing.out_of_memory(error):
                 raise
@@ -219,14 +207,14 @@ def _check(case: Case, variant: Variant, function, checked: dict[tuple, dict]) -
     return check
 
 
-def errors(case: Case, function, rows: int, seed: int = 1, copies: bool = False) -> dict:
+def errors(case: Case, function, rows: int, copies: bool = False) -> dict:
     """{"error", "value_error"}: relative errors of the gradient of both views and of the loss.
 
     ``copies``: for half inputs also "error_fp32", the error of the gradient for fp32 copies of the
     same values, which no rounding of the gradient itself hides. It is for functions whose products
     have the same precision either way.
     """
-    r1, r2 = case.views(rows, seed)
+    r1, r2 = case.views(rows, seed=1)
     options = {"negatives": case.negatives, "temperature": case.temperature}
     truth = evaluate(
         fast_directclr_loss, r1.double(), r2.double(), case.dim, backend="reference", **options
@@ -245,15 +233,15 @@ def errors(case: Case, function, rows: int, seed: int = 1, copies: bool = False)
     return relative
 
 
-def _disqualify(rows: dict[str, dict], plan: dict[str, Variant]) -> None:
+def _disqualify(rows: dict[str, dict]) -> None:
     """Removes the time of a variant whose loss at full size disagrees with the rest."""
-    timed = {n: r for n, r in rows.items() if "loss" in r and plan[n].family != "neighbour"}
+    timed = [row for row in rows.values() if "loss" in row and row["family"] != "neighbour"]
     if len(timed) < 2:
         return
-    middle = float(torch.tensor([r["loss"] for r in timed.values()], dtype=torch.float64).median())
-    for name, row in timed.items():
+    middle = statistics.median_low(row["loss"] for row in timed)
+    for row in timed:
         off = abs(row["loss"] - middle) / max(abs(middle), 1e-30)
-        if not off < ALLOWED[plan[name].precision]:
+        if not off < ALLOWED[row["precision"]]:
             for key in ("median", "quartiles", "seconds", "rate", "of_roof", "of_library"):
                 row.pop(key, None)
             row["failed"] = f"not the loss of the others at this size: off by {off:.1e}"

@@ -21,6 +21,8 @@ from .. import dispatch, driver
 from ..problem import Problem
 from ..world import ALONE
 from . import study
+from .timing import FLUSH_BYTES
+from .variants import Case
 
 FLAGS = {
     "--rows": {"type": int, "nargs": "+", "default": [4096, 32768]},
@@ -31,7 +33,6 @@ FLAGS = {
     "--device": {"default": "cuda", "help": "cpu: a rehearsal, kernels interpreted, no times"},
 }
 SIMILARITY = ("sums", "weights", "product")  # 2 M N d operations in all of a step, each
-FLUSH_BYTES = 2**28
 
 
 class Spans:
@@ -101,10 +102,8 @@ def measure(arguments: argparse.Namespace) -> Iterator[tuple[dict, str]]:
     """Every backend at every size; one that cannot run is a case with its reasons."""
     device = arguments.device
     for rows, dim, name in itertools.product(arguments.rows, arguments.dim, arguments.backend):
-        problem = Problem(
-            rows=rows, candidates=rows, width=dim, dim=dim, dtype=torch.float32, temperature=0.1,
-            device_type=device, differentiable=True, precision=arguments.precision, backend=name,
-        )  # fmt: skip
+        problem = Case(rows, dim, dim, device=device).problem(arguments.precision)
+        problem = problem.replace(backend=name)
         case = {"rows": rows, "dim": dim, "backend": name, "precision": arguments.precision}
         title = f"{name}, N = {rows}, d = {dim}, {arguments.precision}"
         if reasons := dispatch.load(name).why_not(problem):

@@ -3,9 +3,8 @@
     python -m directclr_fast.bench.memory --out memory.json
 
 On a GPU the allocator reports it. On the CPU the system does (VmHWM, Linux): every step runs in a
-process of its own, forked from one that has imported torch and computed nothing, so that memory of
-an earlier step hides none. The process may take what the machine has free and no more, so a step
-that does not fit becomes a result and does not bring the machine down.
+process of its own, forked from one that has imported torch and computed nothing. It may take what
+the machine has free and no more: a step that does not fit is a result.
 """
 
 from __future__ import annotations
@@ -13,12 +12,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
-import dataclasses
-import json
+import multiprocessing
 import os
-import subprocess
+import re
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 
@@ -52,37 +51,42 @@ def supported() -> bool:
     return sys.platform.startswith("linux") and os.path.exists("/proc/self/clear_refs")
 
 
-def in_processes(
-    jobs: list[tuple[Case, str]],
-    after: Callable[[int, dict], None] | None = None,
-    limit: int | None = None,
-) -> list[dict]:
-    """{"peak_mib"} or a failure, for each (case, name of a variant) on the CPU.
+def of_step(case: Case, name: str, limit: int | None = None) -> dict:
+    """{"peak_mib"} of a step of the variant ``name`` on the CPU, or a failure. ``limit``: bytes the
+    process may take; None takes what the machine has free."""
+    return isolated(_of_step, case, name, limit, torch.get_num_threads())
 
-    ``limit``: bytes a process may take; None takes what the machine has free. ``after`` is called
-    with the number of each job and its result, as soon as the job ends.
-    """
-    asked = {
-        "jobs": [(dataclasses.asdict(case), name) for case, name in jobs],
-        "limit": limit or int(0.9 * machine.available_memory()) or None,
-        "threads": torch.get_num_threads(),
-    }
-    results: list[dict] = []
-    with subprocess.Popen(
-        [sys.executable, "-c", f"from {__spec__.name} import _serve; _serve()"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,  # compilers talk there
-        text=True,
-    ) as child:
-        child.stdin.write(json.dumps(asked))
-        child.stdin.close()
-        for line in child.stdout:
-            results.append(json.loads(line))
-            if after is not None:
-                after(len(results) - 1, results[-1])
-    lost = {"failed": f"the measuring process ended with code {child.returncode}"}
-    return results + [{**lost, "out_of_memory": False}] * (len(jobs) - len(results))
+
+def isolated(function: Callable[..., dict], *args) -> dict:
+    """What ``function(*args)`` returns in a process of its own, on Linux forked from one that has
+    imported torch and computed nothing; a failure where it raises or is killed."""
+    context = multiprocessing.get_context("forkserver" if supported() else "spawn")
+    if supported():
+        context.set_forkserver_preload([variants.__name__])
+    reader, writer = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(writer, function, args))
+    process.start()
+    writer.close()
+    try:
+        result = reader.recv()
+    except EOFError:
+        result = None
+    process.join()
+    if result is not None:
+        return result
+    killed = process.exitcode == -9
+    return {"failed": f"its process ended with {process.exitcode}", "out_of_memory": killed}
+
+
+def _send(writer, function: Callable[..., dict], args: tuple) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)  # compilers talk
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
+    try:
+        result = function(*args)
+    except BaseException as error:
+        result = timing.failure(error)
+    writer.send(result)
 
 
 @contextlib.contextmanager
@@ -99,28 +103,31 @@ def limited(limit: int | None = None) -> Iterator[None]:
     if not free:
         yield
         return
-    bound = free + (_status("VmData") or 0)
-    resource.setrlimit(resource.RLIMIT_DATA, (_lesser(bound, before[1]), before[1]))
+    bound, hard = free + (status("VmData") or 0), before[1]
+    bound = bound if hard == resource.RLIM_INFINITY else min(bound, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (bound, hard))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
-def _lesser(bound: int, hard: int) -> int:
-    return bound if hard < 0 else min(bound, hard)  # RLIM_INFINITY is -1
+def reset_peak() -> int:
+    """Lets VmHWM begin anew; the bytes resident now."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    return status("VmRSS")
 
 
-def _status(key: str) -> int | None:
+def status(key: str) -> int | None:
     """Bytes that /proc/self/status gives for ``key``."""
     try:
-        with open("/proc/self/status") as file:
-            for line in file:
-                if line.startswith(key):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
+        text = Path("/proc/self/status").read_text()
+        return int(re.search(rf"^{key}:\s+(\d+)", text, re.M)[1]) * 1024
+    except (OSError, TypeError):
+        return None
 
 
 # ------------------------------------------------------------------------ the study
@@ -136,7 +143,8 @@ def measure(arguments: argparse.Namespace) -> Iterator[tuple[dict, str]]:
         names = [v.name for v in variants.catalogue(case) if not v.why_not(case)]
         names = [n for n in arguments.variants or names if n in names and n not in gone]
         peaks, failed = {}, dict(gone)
-        for name, result in zip(names, in_processes([(case, name) for name in names])):
+        for name in names:
+            result = of_step(case, name)
             if "peak_mib" in result:
                 peaks[name] = result["peak_mib"]
             else:
@@ -160,59 +168,24 @@ def measure(arguments: argparse.Namespace) -> Iterator[tuple[dict, str]]:
 # ------------------------------------------------------------------------ the measuring process
 
 
-def _serve() -> None:
-    asked = json.loads(sys.stdin.read())
-    for fields, name in asked["jobs"]:
-        print(json.dumps(_forked(Case(**fields), name, asked)), flush=True)
-
-
-def _forked(case: Case, name: str, asked: dict) -> dict:
-    """The result of one job, measured by a fork of this process."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(reader)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        try:
-            torch.set_num_threads(asked["threads"])
-            with limited(asked["limit"]):
-                result = {"peak_mib": round(_peak(case, name) / MIB, 2)}
-        except BaseException as error:
-            result = timing.failure(error)
-        with os.fdopen(writer, "w") as pipe:
-            pipe.write(json.dumps(result))
-        os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader) as pipe:
-        text = pipe.read()
-    _, status = os.waitpid(child, 0)
-    if text:
-        return json.loads(text)
-    killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == 9
-    return {"failed": f"the process ended with status {status}", "out_of_memory": killed}
-
-
-def _peak(case: Case, name: str) -> int:
-    """Bytes of one step in this process above what stands before it."""
+def _of_step(case: Case, name: str, limit: int | None, threads: int) -> dict:
+    torch.set_num_threads(threads)
     variant = next(v for v in variants.catalogue(case) if v.name == name)
-    function: Loss = variant.build(case)
-    r1, r2 = (r.requires_grad_() for r in case.views())
-    # A compiled function serves one shape, so it warms up with the whole step.
-    warm = case.rows if "compiled" in name else min(WARM_ROWS, case.rows)
-    function(r1[:warm], r2[:warm]).backward()
-    r1.grad = r2.grad = None
-    return peak(lambda: function(r1, r2).backward())
+    with limited(limit):
+        function: Loss = variant.build(case)
+        r1, r2 = (r.requires_grad_() for r in case.views())
+        # A compiled function serves one shape, so it warms up with the whole step.
+        warm = case.rows if "compiled" in name else min(WARM_ROWS, case.rows)
+        function(r1[:warm], r2[:warm]).backward()
+        r1.grad = r2.grad = None
+        return {"peak_mib": round(peak(lambda: function(r1, r2).backward()) / MIB, 2)}
 
 
 def peak(step: Callable[[], object]) -> int:
     """Bytes that ``step`` takes in this process at most, above what stands before it."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
-    before = _status("VmRSS")
+    before = reset_peak()
     step()
-    return _status("VmHWM") - before
+    return status("VmHWM") - before
 
 
 if __name__ == "__main__":

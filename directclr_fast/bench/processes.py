@@ -4,9 +4,7 @@
 
 One process with all rows and two with half of them each ("all", "ring") take turns. The result also
 has the constants with which docs/scaling.py models two processes: the rate of the one, and the link
-as the two see it. Two threads of one processor share its caches and its memory, of which the model
-knows nothing. On a machine with other work, processor seconds of the first process say more than
-the clock.
+as the two see it.
 """
 
 from __future__ import annotations

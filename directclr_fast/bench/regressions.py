@@ -1,9 +1,8 @@
 """Compares two results and says what moved.
 
-Times are compared as shares of the time of eager PyTorch in the same run, so that a faster machine
-or a busy one changes nothing; where a run has no eager time, as shares of the roof it measured. A
-figure has moved when it changed by more than a relative and an absolute threshold together, peaks
-of memory and errors likewise by their own.
+Times are compared as shares of eager PyTorch's in the same run, or, where it has none, of the roof
+it measured. A figure has moved when it changed by more than a relative and an absolute threshold
+together, peaks of memory and errors likewise by their own.
 """
 
 from __future__ import annotations
@@ -55,12 +54,11 @@ def compare(
     *,
     relative: float = RELATIVE,
     absolute: float = ABSOLUTE,
-    base: str = "eager",
     milliseconds: bool = False,
 ) -> list[Change]:
     """What moved from ``old`` to ``new``, the worst first.
 
-    ``relative``: share of the old figure. ``absolute``: of the figure itself, in times of ``base``.
+    ``relative``: share of the old figure. ``absolute``: of the figure, in times of eager PyTorch.
     ``milliseconds`` compares plain times, for runs on one quiet machine; ``absolute`` is then in
     milliseconds. ValueError for thresholds below 0 and for results without a common case.
     """
@@ -75,7 +73,7 @@ def compare(
     changes = [
         change
         for key in common
-        for change in _case(before[key], after[key], relative, absolute, base, milliseconds)
+        for change in _case(before[key], after[key], relative, absolute, milliseconds)
     ]
     rank = {True: 0, False: 1, None: 2}
     return sorted(changes, key=lambda c: (rank[c.worse], -_size(c)))
@@ -99,7 +97,7 @@ def _size(change: Change) -> float:
     return abs(change.new / change.old - 1)
 
 
-def _case(old: dict, new: dict, relative, absolute, base, milliseconds) -> Iterator[Change]:
+def _case(old: dict, new: dict, relative, absolute, milliseconds) -> Iterator[Change]:
     text = f"N {new['rows']}, d {new['dim']}, {new['dtype']}, {new['negatives']}"
     for name, was in old["variants"].items():
         row = new["variants"].get(name)
@@ -114,10 +112,10 @@ def _case(old: dict, new: dict, relative, absolute, base, milliseconds) -> Itera
             continue
         if "median" in row and "failed" in was:
             yield Change(text, name, "runs now, failed before", None, None, False)
-        if "median" in was and "median" in row and (name != base or milliseconds):
-            what, a, b, threshold = _times(old, new, name, base, milliseconds, absolute)
+        if "median" in was and "median" in row and (name != "eager" or milliseconds):
+            what, a, b, threshold = _times(old, new, name, milliseconds, absolute)
             if a is None or b is None:
-                yield Change(text, name, f"no time of {base} to compare", None, None, None)
+                yield Change(text, name, "no time of eager to compare", None, None, None)
             elif _moved(a, b, relative, threshold):
                 yield Change(text, name, what, a, b, b > a)
         if was.get("peak_mib") and row.get("peak_mib"):
@@ -130,16 +128,15 @@ def _case(old: dict, new: dict, relative, absolute, base, milliseconds) -> Itera
                 yield Change(text, name, "error", a, b, b > a)
 
 
-def _times(old, new, name, base, milliseconds, absolute) -> tuple:
+def _times(old, new, name, milliseconds, absolute) -> tuple:
     """(what is compared, the old and the new figure, the absolute threshold); more is slower."""
     if milliseconds:
         a, b = (1e3 * case["variants"][name]["median"] for case in (old, new))
         return "ms", a, b, absolute
-    a, b = (
-        timing.ratio(case["variants"][name], case["variants"].get(base, {})) for case in (old, new)
-    )
+    rows = [case["variants"] for case in (old, new)]
+    a, b = (timing.ratio(of_case[name], of_case.get("eager", {})) for of_case in rows)
     if a is not None and b is not None:
-        return f"time / {base}'s", a, b, absolute
+        return "time / eager's", a, b, absolute
     shares = [case["variants"][name].get("of_roof") for case in (old, new)]
     if all(shares):
         return "roof / rate", 1 / shares[0], 1 / shares[1], absolute

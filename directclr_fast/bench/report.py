@@ -48,26 +48,18 @@ def load(paths: Iterable[str | Path]) -> dict:
     return whole
 
 
-def ours_beside(case: dict, name: str) -> str | None:
-    """This package's variant that ``name`` is held against: what a user gets by default.
+def speedup(case: dict, name: str) -> tuple[float, str] | None:
+    """(how many times longer ``name``, which has a time, took than ours, which of ours).
 
-    The backend that dispatch prefers among those timed; with fp32 products where the peer computes
-    in fp32, with rounded ones where it rounds.
+    Ours is what a user gets by default: the backend that dispatch prefers among those timed; with
+    fp32 products where the peer computes in fp32, with rounded ones where it rounds.
     """
     rows = case["variants"]
     rounds = rows[name]["precision"] != "fp32"
     for own, row in rows.items():  # in the order of dispatch
         if row["family"] == "ours" and "median" in row and (row["precision"] != "fp32") == rounds:
-            return own
+            return timing.ratio(rows[name], row), own
     return None
-
-
-def speedup(case: dict, name: str) -> tuple[float, str] | None:
-    """(how many times longer ``name`` took than ours, which of ours)."""
-    ours = ours_beside(case, name)
-    if ours is None or "median" not in case["variants"][name]:
-        return None
-    return timing.ratio(case["variants"][name], case["variants"][ours]), ours
 
 
 # ------------------------------------------------------------------------ text
@@ -97,8 +89,7 @@ def table(result: dict) -> str:
             lines.append(f"  {name:<22}" + _figures(case, name, scale))
     if any((r.get("of_roof") or 0) > 1.2 for c in result["cases"] for r in c["variants"].values()):
         lines += ["", "a rate above its roof: the machine was busy while one of them was measured"]
-    missing = absent(result["cases"])
-    if missing:
+    if missing := absent(result["cases"]):
         lines += ["", "not here:"]
         lines += [f"  {name}: {'; '.join(reasons)}" for name, reasons in missing.items()]
     return "\n".join(lines)
@@ -129,24 +120,18 @@ def _figures(case: dict, name: str, scale: float) -> str:
         return f"{'-':>10}  {what}"
     low, high = (1e3 * q for q in row["quartiles"])
     quartiles = f"{low:.4g} to {high:.4g}"
-    text = f"{1e3 * row['median']:10.4g}{quartiles:>19}{row['rate'] / scale:9.4g}"
-    text += _percent(row.get("of_roof"), 8) + _number(row.get("of_library"), 7)
+    roof, library = row.get("of_roof"), row.get("of_library")
+    roof = "-" if roof is None else f"{100 * roof:.0f} %"
+    library = "-" if library is None else f"{library:.2f}"
     error = f"{row['error']:.1e}" if "error" in row else "-"
-    text += f"{peak:>10}{error:>9}"
+    text = f"{1e3 * row['median']:10.4g}{quartiles:>19}{row['rate'] / scale:9.4g}"
+    text += f"{roof:>8}{library:>7}{peak:>10}{error:>9}"
     if row["family"] == "ours":
         return text
     if row["family"] == "neighbour":
         return text + "  another loss"
     ratio = speedup(case, name)
     return text + (f"  {ratio[0]:.2f}x {ratio[1]}" if ratio else "")
-
-
-def _percent(share: float | None, width: int) -> str:
-    return f"{'-' if share is None else f'{100 * share:.0f} %':>{width}}"
-
-
-def _number(value: float | None, width: int) -> str:
-    return f"{'-' if value is None else f'{value:.2f}':>{width}}"
 
 
 # ------------------------------------------------------------------------ figures
@@ -157,18 +142,21 @@ def figures(result: dict, folder: str | Path, stem: str = "bench") -> list[Path]
 
     ImportError without matplotlib.
     """
-    written = []
     cases = main_cases(result)
-    for name, draw in (
-        ("time", draw_time),
-        ("memory", draw_memory),
-        ("roofline", draw_roofline),
-        ("accuracy", draw_accuracy),
-    ):
-        path = Path(folder) / f"{stem}-{name}.png"
-        if draw(result, cases, path):
-            written.append(path)
-    return written
+    rows = [row for case in cases for row in case["variants"].values()]
+    several = len(cases) > 1
+    wanted = {
+        "time": (draw_time, several and _series(cases, "median")),
+        "memory": (draw_memory, several and _series(cases, "peak_mib")),
+        "roofline": (draw_roofline, "copy" in result["ceilings"] and _series(cases, "rate")),
+        "accuracy": (draw_accuracy, any("median" in r and r.get("error") for r in rows)),
+    }
+    files = []
+    for name, (draw, points) in wanted.items():
+        if points:
+            files.append(Path(folder) / f"{stem}-{name}.png")
+            draw(result, cases, files[-1])
+    return files
 
 
 def main_cases(result: dict) -> list[dict]:
@@ -214,25 +202,17 @@ def _against_rows(axes, cases: list[dict], key: str, scale: float, label: str) -
         rows, values = zip(*points)
         axes.plot(rows, [scale * v for v in values], label=name, **_style(cases, name))
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xlabel("N, rows of each view")
-    axes.set_ylabel(label)
-    axes.legend(fontsize="small")
+    axes.set(xlabel="N, rows of each view", ylabel=label, yscale="log")
 
 
-def draw_time(result: dict, cases: list[dict], path: Path) -> bool:
+def draw_time(result: dict, cases: list[dict], path: Path) -> None:
     """Milliseconds of a step against N, both on log scales."""
-    if len(cases) < 2 or not _series(cases, "median"):
-        return False
     with figure(path, _title(result, cases, "Loss, forward + backward")) as axes:
         _against_rows(axes, cases, "median", 1e3, "ms")
-    return True
 
 
-def draw_memory(result: dict, cases: list[dict], path: Path) -> bool:
+def draw_memory(result: dict, cases: list[dict], path: Path) -> None:
     """Peak MiB of a step above its inputs against N; the N beyond which it ran out of memory."""
-    if len(cases) < 2 or not _series(cases, "peak_mib"):
-        return False
     with figure(path, _title(result, cases, "Peak memory above the inputs")) as axes:
         _against_rows(axes, cases, "peak_mib", 1.0, "MiB")
         itemsize = 4 if cases[0]["dtype"] == "float32" else 2
@@ -242,14 +222,10 @@ def draw_memory(result: dict, cases: list[dict], path: Path) -> bool:
         full = [c["rows"] for c in cases for r in c["variants"].values() if r.get("out_of_memory")]
         if full:
             axes.axvline(min(full), color="0.5", linestyle=":", label="first out of memory")
-        axes.legend(fontsize="small")
-    return True
 
 
-def draw_roofline(result: dict, cases: list[dict], path: Path) -> bool:
+def draw_roofline(result: dict, cases: list[dict], path: Path) -> None:
     """Rate, counting 8 N^2 d operations, against those per byte that the problem must move."""
-    if not _series(cases, "rate") or "copy" not in result["ceilings"]:
-        return False
     gpu = "gpu" in result["machine"]
     unit, scale = ("TFLOP/s", 1e12) if gpu else ("GFLOP/s", 1e9)
     itemsize = 4 if cases[0]["dtype"] == "float32" else 2
@@ -266,7 +242,6 @@ def draw_roofline(result: dict, cases: list[dict], path: Path) -> bool:
         edges = [min(by_rows.values()) / 2, max(by_rows.values()) * 2]
         fills = [result["ceilings"]["copy"] * x / scale for x in edges]
         rates = {n: r / scale for n, r in result["ceilings"].items() if n != "copy"}
-        top = max(rates.values()) * 1.5
         axes.plot(edges, fills, color="0.3", linewidth=1, linestyle="--")
         meets = min(max(rates.values()) * scale / result["ceilings"]["copy"], edges[1])
         height = min(fills[0] * meets / edges[0], max(rates.values()))
@@ -275,19 +250,12 @@ def draw_roofline(result: dict, cases: list[dict], path: Path) -> bool:
             axes.axhline(rate, color="0.6", linewidth=0.8)
             where = (edges[1], rate)
             axes.annotate(name, where, fontsize="x-small", color="0.3", va="bottom", ha="right")
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_xlim(*edges)
-        axes.set_ylim(top=top)
-        axes.set_xlabel(
-            "8 N² d operations per byte that must move (slices read, gradients written)"
-        )
-        axes.set_ylabel(unit)
-        axes.legend(fontsize="small")
-    return True
+        label = "8 N² d operations per byte that must move (slices read, gradients written)"
+        axes.set(xlabel=label, ylabel=unit, xscale="log", yscale="log")
+        axes.set(xlim=edges, ylim=(None, max(rates.values()) * 1.5))
 
 
-def draw_accuracy(result: dict, cases: list[dict], path: Path) -> bool:
+def draw_accuracy(result: dict, cases: list[dict], path: Path) -> None:
     """Relative error of the gradient against ms, at the largest N that most variants completed."""
     points: dict[str, tuple[float, float]] = {}
     for case in cases:
@@ -298,8 +266,6 @@ def draw_accuracy(result: dict, cases: list[dict], path: Path) -> bool:
         }
         if completed and len(completed) >= len(points):
             points, rows = completed, case["rows"]
-    if not points:
-        return False
     title = _title(result, cases, f"Error against time, N = {rows}")
     with figure(path, title) as axes:
         for number, (name, (ms, error)) in enumerate(sorted(points.items(), key=lambda p: p[1])):
@@ -310,9 +276,6 @@ def draw_accuracy(result: dict, cases: list[dict], path: Path) -> bool:
                 name, (ms, error), fontsize="small", ha="center", va="bottom" if above else "top",
                 xytext=(0, 7 if above else -7), textcoords="offset points",
             )  # fmt: skip
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.margins(x=0.25, y=0.15)
-        axes.set_xlabel("ms, forward + backward")
+        axes.set(xscale="log", yscale="log", xlabel="ms, forward + backward")
         axes.set_ylabel("relative error of the gradient against fp64")
-    return True
+        axes.margins(x=0.25, y=0.15)

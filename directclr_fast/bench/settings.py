@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from ..train.config import resolve_device
+
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -57,8 +59,6 @@ class Settings:
 
     def resolved(self) -> Settings:
         """With the device and dtype of this machine. ValueError for what cannot be."""
-        import torch
-
         for field in dataclasses.fields(self):
             low, choices = field.metadata["low"], field.metadata["choices"]
             value = getattr(self, field.name)
@@ -70,11 +70,7 @@ class Settings:
                     raise ValueError(f"{field.name}: expected {expected}, got {one!r}")
         if not self.rows or not self.dims:
             raise ValueError("rows: expected at least one size, got none")
-        device = self.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device: expected one of this machine, got 'cuda'")
+        device = resolve_device(self.device)
         dtype = self.dtype or ("bfloat16" if device == "cuda" else "float32")
         return dataclasses.replace(self, device=device, dtype=dtype)
 

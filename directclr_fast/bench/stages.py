@@ -15,9 +15,12 @@ from collections.abc import Iterator
 
 import torch
 
+from .. import dispatch
+from ..backends.base import Pair
 from ..machine import processor
 from . import study
 from .timing import interleaved
+from .variants import Case
 
 FLAGS = {
     "--n": {"type": int, "default": 4096},
@@ -31,67 +34,40 @@ FLAGS = {
 }
 
 
-def stages(args):
+def stages(args: argparse.Namespace) -> list[tuple]:
     """(name, operations, bytes that must move, call) of each stage."""
     from .. import _cpu
 
-    n, d, width, threads = args.n, args.d, args.width, args.threads
-    eps, scale = 1e-12, 10.0
-    pitch = _cpu.pitch(d)
-    x1, x2 = torch.randn(n, width), torch.randn(n, width)
-    z1, z2, dz1, dz2 = (torch.zeros(n, pitch) for _ in range(4))
+    backend, n, d, width, scale = dispatch.load("cpu"), args.n, args.d, args.width, 10.0
+    problem = Case(n, width, d, temperature=1 / scale).problem("bf16" if args.bf16 else "auto")
+    problem = problem.replace(workspace_bytes=int(args.keep * _cpu.workspace_bytes(n, n)))
+    views = [torch.randn(n, width) for _ in range(2)]
+    lse, weight, diagonal = (torch.full((n,), x, dtype=torch.float64) for x in (12, 5 / n, -5 / n))
+    pair = Pair(weight, lse, weight, lse, diagonal)
+
+    def normalize() -> list:
+        return [backend.normalize(problem, r, None) for r in views]
+
+    (z1, rnorm1), (z2, rnorm2) = normalize()
+    kept, logits = backend.kept_buffer(problem, z1), torch.empty_like(lse)
+
+    def sums() -> None:
+        backend.sums(problem, z1, z2, scale, kept, logits)
+
+    def products() -> tuple:
+        return backend.products(problem, z1, z2, scale, pair, kept, (True, True))
+
+    sums()
+    dz1, dz2 = products()
     grads = [torch.zeros(n, width) for _ in range(2)]
-    rnorm1, rnorm2 = (torch.zeros(n) for _ in range(2))
-    wide = [torch.full((n,), x, dtype=torch.float64) for x in (0, 12, 5 / n, -5 / n)]
-    pos, lse, weight, diagonal = wide
-    acc = torch.zeros(4, n, dtype=torch.float64)
-    kept = torch.empty(int(args.keep * _cpu.workspace_bytes(n, n)) // 4)
-    keep = dict(
-        workspace=kept.data_ptr() if len(kept) else 0, workspace_bytes=4 * len(kept), bf16=args.bf16
-    )
-    arrays = dict(
-        z1=z1, z2=z2, rnorm1=rnorm1, rnorm2=rnorm2, dz1=dz1, dz2=dz2, row_lse=lse,
-        col_lse=lse, row_weight=weight, col_weight=weight, diagonal=diagonal,
-    )  # fmt: skip
-    views = [(x.data_ptr(), _cpu.FLOAT32, width, 1, 0) for x in (x1, x2)]
-    specs = [(g.data_ptr(), _cpu.FLOAT32, width, 1, 0, width, True) for g in grads]
-    arrays.update(x1=x1, x2=x2, grad1=grads[0], grad2=grads[1], kept=kept)  # kept alive by `of`
-    shape = dict(m=n, n=n, d=d, row_offset=0, scale=scale, threads=threads)
-
-    def of(*names):
-        return {name: arrays[name].data_ptr() for name in names}
-
-    weights = of("row_lse", "col_lse", "row_weight", "col_weight", "diagonal")
-
-    def sums():
-        acc.zero_()
-        a = acc.data_ptr()
-        row = dict(row_sum=a, row_ref=a + 8 * n, col_sum=a + 16 * n, col_ref=a + 24 * n)
-        _cpu.sums(**of("z1", "z2"), **shape, upper=False, **keep, **row, logits=pos.data_ptr())
-
-    def normalize(i):
-        _cpu.normalize(
-            x=views[i], rows=n, d=d, eps=eps, z=(z1, z2)[i].data_ptr(),
-            rnorm=(rnorm1, rnorm2)[i].data_ptr(), threads=threads,
-        )  # fmt: skip
-
-    def finish(i):
-        _cpu.finish(
-            z=(z1, z2)[i].data_ptr(), dz=(dz1, dz2)[i].data_ptr(),
-            rnorm=(rnorm1, rnorm2)[i].data_ptr(), rows=n, d=d, eps=eps, grad=specs[i],
-            threads=threads,
-        )  # fmt: skip
-
-    normalize(0), normalize(1), sums()
+    sides = ((z1, rnorm1, dz1, grads[0]), (z2, rnorm2, dz2, grads[1]))
     c = 2.0 * n * n * d
-    pair = of("z1", "z2")
     return [
-        ("normalize", 8.0 * n * d, 16 * n * d, lambda: [normalize(0), normalize(1)]),
+        ("normalize", 8.0 * n * d, 16 * n * d, normalize),
         ("sums", c, 8 * n * d, sums),
-        ("products", (3 - args.keep) * c, 24 * n * d,
-         lambda: _cpu.products(**pair, **shape, upper=False, **keep, **weights,
-                               **of("dz1", "dz2"))),
-        ("finish", 12.0 * n * d, n * (16 * d + 8 * width), lambda: [finish(0), finish(1)]),
+        ("products", (3 - args.keep) * c, 24 * n * d, products),
+        ("finish", 12.0 * n * d, n * (16 * d + 8 * width),
+         lambda: [backend.finish(problem, *side, None) for side in sides]),
     ]  # fmt: skip
 
 
@@ -100,9 +76,9 @@ def measure(args: argparse.Namespace) -> Iterator[tuple[dict, str]]:
     from .. import _cpu
 
     _cpu.force_isa(args.isa)
+    torch.set_num_threads(args.threads)
     table = stages(args)
-    iterations = 500_000
-    calls = {"peak": lambda: _cpu.fma_peak(threads=args.threads, iterations=iterations)}
+    calls = {"peak": lambda: _cpu.fma_peak(threads=args.threads, iterations=500_000)}
     operations = calls["peak"]()
     calls |= {name: call for name, _, _, call in table}
     medians = {name: times["median"] for name, times in interleaved(calls, args.rounds).items()}

@@ -8,14 +8,14 @@ yields each case as plain values with the text to print of it. It runs as
 from __future__ import annotations
 
 import argparse
-import json
-import os
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 from ..machine import machine
+from ..train import checkpoint
 
 
 def parser(study: ModuleType) -> argparse.ArgumentParser:
@@ -45,13 +45,5 @@ def main(study: ModuleType, argv: list[str] | None = None) -> None:
 
 def writer(path: str | Path) -> Callable[[dict], None]:
     """A function that writes a result to ``path``, whole each time. Raises now if it cannot."""
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial.touch()
-
-    def write(result: dict) -> None:
-        partial.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(partial, path)
-
-    return write
+    checkpoint.writable("out", Path(path).parent)
+    return functools.partial(checkpoint.write_json, path, indent=1)

@@ -1,9 +1,8 @@
 """One way to time: every variant in one process, in turn, after a warm-up; medians and quartiles.
 
-Machines drift; variants that take turns drift together, so their ratio holds where single times do
-not. On a GPU the clock is that of device events, and a buffer larger than its L2 cache is written
-before every call, so inputs are cold; on a CPU the caches are as the variant before left them. A
-variant that fails (out of memory) is recorded as that, not left out.
+Variants that take turns drift together with their machine, so their ratio holds. On a GPU the clock
+is that of device events, and a buffer larger than its L2 cache is written before every call, so
+inputs are cold; on a CPU the caches are as the variant before left them.
 """
 
 from __future__ import annotations
@@ -57,8 +56,7 @@ def interleaved(
         device: "cuda" takes device events and flushes the cache; other devices the host's clock.
         warm_seconds: warm up at least this long.
         budget: seconds after which no further round starts, once 3 are done. None: all rounds.
-        backlog: keep the GPU busy until a call's kernels are queued, so that they are timed and
-            not the gaps between their launches.
+        backlog: keep the GPU busy until a call's kernels are queued: no gaps between launches.
         after: called with the name after each call.
 
     The order turns by one from round to round, so that no variant always follows the same other.

@@ -2,16 +2,14 @@
 
     python -m directclr_fast.bench.trainer --rows 4096 8192 16384 --out trainer.json
 
-On made-up images, variants in turn in one process: the step (batch, views, both encodings, loss,
-head, backward, optimiser) with the fast loss and with loss=reference; the encoder's two forward
-and backward passes alone, on views of the same batch; each loss alone, on representations of that
-batch; and the views. An image is one of the batch, seen in two views.
+On made-up images, in turn in one process: the step with the fast loss and with loss=reference; the
+encoder's two forward and backward passes alone; each loss alone; and the views. An image is one of
+the batch, seen in two views.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -53,15 +51,10 @@ def trainer(loss: str, rows: int, arguments: argparse.Namespace, folder: str) ->
     return made
 
 
-def step(run: Trainer) -> Callable[[], None]:
+def step(run: Trainer) -> Callable[[], tuple]:
     """A call of one whole step, the reading of its batch included."""
-    batches = itertools.chain.from_iterable(run.batches for _ in itertools.count())
-
-    def call() -> None:
-        images, labels, _ = next(batches)
-        run.train_step(images, labels)
-
-    return call
+    batches = run.endless()
+    return lambda: run.train_step(*next(batches)[:2])
 
 
 def backward(run: Trainer, function: Callable, leaves: list[torch.Tensor], upstream=None):

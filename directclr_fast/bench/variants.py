@@ -12,6 +12,7 @@ import dataclasses
 import importlib.util
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -134,32 +135,23 @@ def plain(case: Case) -> Iterator[Variant]:
         suffix = " bf16" if autocast and case.dtype == "float32" else ""
         precision = "bf16" if autocast else "fp32"
         for name in ("released", "eager", "compiled"):
-            why_not = _cross_only if name == "released" else _nothing
-            yield Variant(name + suffix, "plain", precision, _plain(name, autocast), why_not)
+            build = partial(_plain, name, autocast)
+            negatives = "cross" if name == "released" else None
+            why_not = partial(_lacks, None, negatives, None)
+            yield Variant(name + suffix, "plain", precision, build, why_not)
 
 
-def _nothing(case: Case) -> list[str]:
-    return []
+def _plain(name: str, autocast: bool, case: Case) -> Loss:
+    function, options = released_loss, {}
+    if name != "released":
+        function, options = eager_loss, {"negatives": case.negatives}
+    if name == "compiled":
+        function = torch.compile(function, dynamic=False)
 
+    def run(a: Tensor, b: Tensor) -> Tensor:
+        return function(a, b, case.dim, case.temperature, **options)
 
-def _cross_only(case: Case) -> list[str]:
-    return [] if case.negatives == "cross" else ["it has negatives 'cross' only"]
-
-
-def _plain(name: str, autocast: bool) -> Callable[[Case], Loss]:
-    def build(case: Case) -> Loss:
-        function, options = released_loss, {}
-        if name != "released":
-            function, options = eager_loss, {"negatives": case.negatives}
-        if name == "compiled":
-            function = torch.compile(function, dynamic=False)
-
-        def run(a: Tensor, b: Tensor) -> Tensor:
-            return function(a, b, case.dim, case.temperature, **options)
-
-        return torch.autocast(case.device, torch.bfloat16)(run) if autocast else run
-
-    return build
+    return torch.autocast(case.device, torch.bfloat16)(run) if autocast else run
 
 
 # ------------------------------------------------------------------------ this package
@@ -181,7 +173,7 @@ def ours(case: Case, precisions: tuple[str, ...]) -> Iterator[Variant]:
             runs_in = _precision(backend, case, precision)
             # "auto" follows the inputs' dtype: named, so that fp32 copies are computed alike.
             asked = runs_in if precision == "auto" and runs_in != "fp32" else precision
-            build, why_not = _ours(backend, asked), _our_reasons(backend, asked)
+            build, why_not = (partial(f, backend, asked) for f in (_ours, _our_reasons))
             yield Variant(name, "ours", runs_in, build, why_not)
 
 
@@ -193,31 +185,24 @@ def _precision(backend: str, case: Case, asked: str) -> str:
     return "fp32" if asked == "highest" else asked
 
 
-def _ours(backend: str, precision: str) -> Callable[[Case], Loss]:
-    def build(case: Case) -> Loss:
-        return lambda a, b: fast_directclr_loss(
-            a,
-            b,
-            case.dim,
-            case.temperature,
-            negatives=case.negatives,
-            precision=precision,
-            backend=backend,
-        )
-
-    return build
+def _ours(backend: str, precision: str, case: Case) -> Loss:
+    return partial(
+        fast_directclr_loss,
+        dim=case.dim,
+        temperature=case.temperature,
+        negatives=case.negatives,
+        precision=precision,
+        backend=backend,
+    )
 
 
-def _our_reasons(backend: str, precision: str) -> Callable[[Case], list[str]]:
-    def why_not(case: Case) -> list[str]:
-        module, problem = dispatch.load(backend), case.problem(precision)
-        # They go into result files, which are no place for this machine's folders.
-        reasons = [re.sub(r" \(/[^()]*\)", "", reason) for reason in module.why_not(problem)]
-        if not reasons and case.device == "cpu" and module.why_not_unasked(problem):
-            reasons.append("interpreted kernels are not for timing")
-        return reasons
-
-    return why_not
+def _our_reasons(backend: str, precision: str, case: Case) -> list[str]:
+    module, problem = dispatch.load(backend), case.problem(precision)
+    # They go into result files, which are no place for this machine's folders.
+    reasons = [re.sub(r" \(/[^()]*\)", "", reason) for reason in module.why_not(problem)]
+    if not reasons and case.device == "cpu" and module.why_not_unasked(problem):
+        reasons.append("interpreted kernels are not for timing")
+    return reasons
 
 
 # ------------------------------------------------------------------------ peers
@@ -227,30 +212,32 @@ def peers(case: Case) -> list[Variant]:
     """Other projects' losses, at the settings that are best for them."""
     own = {"float32": "tf32", "bfloat16": "bf16", "float16": "fp16"}[case.dtype]
     as_given = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[case.dtype]
-    both = _needs("lightly", "both")
-    metric = _needs("pytorch_metric_learning", "both")
+    both = partial(_lacks, "lightly", "both", None)
+    metric = partial(_lacks, "pytorch_metric_learning", "both", None)
+    memeff, inf_cl, siglip = (
+        partial(_lacks, name, "cross", "cuda") for name in ("memeff", "inf_cl", "siglip_kernel")
+    )
+    metrics = {n: partial(_metric_learning, n) for n in ("SupConLoss", "NTXentLoss")}
     return [
         Variant("lightly", "peer", as_given, _lightly, both),
-        Variant("metric-learning", "peer", as_given, _metric_learning("SupConLoss"), metric),
-        Variant("metric-learning ntxent", "peer", as_given, _metric_learning("NTXentLoss"), metric),
-        Variant("memeff", "peer", own, _memeff, _needs("memeff", "cross", "cuda")),
-        Variant("inf_cl", "peer", "tf32", _inf_cl, _needs("inf_cl", "cross", "cuda")),
-        Variant("siglip", "neighbour", own, _siglip, _needs("siglip_kernel", "cross", "cuda")),
+        Variant("metric-learning", "peer", as_given, metrics["SupConLoss"], metric),
+        Variant("metric-learning ntxent", "peer", as_given, metrics["NTXentLoss"], metric),
+        Variant("memeff", "peer", own, _memeff, memeff),
+        Variant("inf_cl", "peer", "tf32", _inf_cl, inf_cl),
+        Variant("siglip", "neighbour", own, _siglip, siglip),
     ]
 
 
-def _needs(module: str, negatives: str, device: str | None = None):
-    def why_not(case: Case) -> list[str]:
-        reasons = []
-        if device is not None and case.device != device:
-            reasons.append(f"it needs {device}, got {case.device}")
-        if case.negatives != negatives:
-            reasons.append(f"it has negatives {negatives!r} only")
-        if importlib.util.find_spec(module) is None:
-            reasons.append(f"{module} is not installed")
-        return reasons
-
-    return why_not
+def _lacks(module: str | None, negatives: str | None, device: str | None, case: Case) -> list[str]:
+    """Why a case is not for what needs this module, these negatives, this device."""
+    reasons = []
+    if device not in (None, case.device):
+        reasons.append(f"it needs {device}, got {case.device}")
+    if negatives not in (None, case.negatives):
+        reasons.append(f"it has negatives {negatives!r} only")
+    if module is not None and importlib.util.find_spec(module) is None:
+        reasons.append(f"{module} is not installed")
+    return reasons
 
 
 def _lightly(case: Case) -> Loss:
@@ -260,17 +247,13 @@ def _lightly(case: Case) -> Loss:
     return lambda a, b: module(a[:, : case.dim], b[:, : case.dim])
 
 
-def _metric_learning(name: str) -> Callable[[Case], Loss]:
+def _metric_learning(name: str, case: Case) -> Loss:
     """With two views the supervised contrastive loss is NT-Xent, from one matrix; its NTXentLoss
     lists every pair of pairs, 8 N^3 entries."""
+    from pytorch_metric_learning import losses
 
-    def build(case: Case) -> Loss:
-        from pytorch_metric_learning import losses
-
-        module = losses.SelfSupervisedLoss(getattr(losses, name)(temperature=case.temperature))
-        return lambda a, b: module(a[:, : case.dim], b[:, : case.dim])
-
-    return build
+    module = losses.SelfSupervisedLoss(getattr(losses, name)(temperature=case.temperature))
+    return lambda a, b: module(a[:, : case.dim], b[:, : case.dim])
 
 
 def _memeff(case: Case) -> Loss:

@@ -6,6 +6,7 @@ What loads torch is imported by the bodies, so that a help text stays light.
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 
 
@@ -29,6 +30,7 @@ def add_spectrum(parser: argparse.ArgumentParser) -> None:
 
 
 def run_spectrum(arguments: argparse.Namespace) -> None:
+    from ..train.checkpoint import write_json
     from ..train.commands import folder_of, outputs_of
     from . import spectrum
 
@@ -37,16 +39,16 @@ def run_spectrum(arguments: argparse.Namespace) -> None:
         raise ValueError("source: expected runs, files, or --encoder, got none")
     sources = arguments.source or [None]
     folder_of(arguments)
-    found, titles = {}, []
+    reports, titles = {}, []
     for source in sources:
         spectra, title = _spectra_of(source, arguments)
         titles.append(title)
         start = f"{title}, " if len(sources) > 1 else ""
-        found |= {_unlike(f"{start}{name}", found): values for name, values in spectra.items()}
+        reports |= {_unlike(f"{start}{name}", reports): values for name, values in spectra.items()}
     picture, numbers = outputs_of(arguments, "spectrum.png", "spectrum.json")
-    spectrum.save(found, numbers)
-    spectrum.plot(found, picture, titles[0] if len(titles) == 1 else "")
-    print("\n".join(spectrum.lines(found)))
+    write_json(numbers, {name: asdict(report) for name, report in reports.items()}, indent=1)
+    spectrum.plot(reports, picture, titles[0] if len(titles) == 1 else "")
+    print(*(f"{name}: {report}" for name, report in reports.items()), sep="\n")
     print(f"written to {numbers} and {picture}")
 
 
@@ -56,12 +58,11 @@ def _unlike(name: str, others) -> str:
     return next(n for n in names if n not in others)
 
 
-def _spectra_of(source: str | None, arguments) -> tuple[dict[str, dict], str]:
+def _spectra_of(source: str | None, arguments) -> tuple[dict, str]:
     """Spectra by name of a run or of a file, and what to call it; None is the encoder alone."""
     from ..train import foreign, probe
-    from ..train.commands import load_foreign
+    from ..train.commands import load_foreign, load_run
     from ..train.config import resolve_device
-    from ..train.loop import load_model
     from . import spectrum
 
     threshold = arguments.threshold
@@ -69,27 +70,19 @@ def _spectra_of(source: str | None, arguments) -> tuple[dict[str, dict], str]:
     if not run and arguments.encoder is None:
         parts = foreign.features_in(source, arguments.key, arguments.trust_pickle)
         names = ["features"] if len(parts) == 1 else [f"features, {part}" for part in parts]
-        spectra = [spectrum.describe(values.features, threshold) for values in parts.values()]
-        return dict(zip(names, spectra)), Path(source).name
+        reports = [
+            spectrum.collapse_report(p.features, threshold=threshold) for p in parts.values()
+        ]
+        return dict(zip(names, reports)), Path(source).name
     device = resolve_device(arguments.device)
-    place = {name: getattr(arguments, name) for name in ("workers", "skip_unreadable")}
-    place["device"] = device
     if not run:
         config, encoder = load_foreign(arguments, source, device)
-        features, *_ = probe.load_part(encoder, config, False, **place)
-        spectra = {"representation": spectrum.describe(features, threshold)}
+        features, *_ = probe.load_part(encoder, config, False)
+        report = spectrum.collapse_report(features, threshold=threshold)
         name = arguments.encoder if source is None else Path(source).name
-        return spectra, f"{name} on {config.data}"
-    config, model, state = load_model(source, device)
-    features, *_ = probe.load_part(
-        model.encoder,
-        config,
-        False,
-        spec=arguments.data,
-        root=arguments.data_root,
-        channels=state["channels"],
-        **place,
-    )
+        return {"representation": report}, f"{name} on {config.data}"
+    config, model, state = load_run(arguments, source, device)
+    features, *_ = probe.load_part(model.encoder, config, False, channels=state["channels"])
     spectra = spectrum.of_model(model, features, threshold)
     alone = len(arguments.source) == 1
     return spectra, f"{config.mode} on {config.data}" if alone else config.name
@@ -180,18 +173,14 @@ def run_demo(arguments: argparse.Namespace) -> None:
     model = trainer.model.eval()
 
     state = {"channels": trainer.channels, "classes": trainer.classes}
-    device = config.device
-    encoders = {"trained encoder": model.encoder} | baselines(config, state, device)
-    features = {
-        name: probe.load_features(encoder, config, device=device)
-        for name, encoder in encoders.items()
-    }
-    accuracy = {name: probe.scores(part, device=device) for name, part in features.items()}
+    encoders = {"trained encoder": model.encoder} | baselines(config, state, config.device)
+    features = {name: probe.load_features(each, config) for name, each in encoders.items()}
+    accuracy = {name: probe.scores(part, device=config.device) for name, part in features.items()}
     spectra = spectrum.of_model(model, features["trained encoder"].test)
 
     metrics = {
         "accuracy": accuracy,
-        "spectra": spectra,
+        "spectra": {name: asdict(report) for name, report in spectra.items()},
         "images_per_second": result["images_per_second"],
         "loss_backend": result["backend"],
         "final_loss": result["loss"],
@@ -205,8 +194,7 @@ def run_demo(arguments: argparse.Namespace) -> None:
     print(f"\n{'held-out accuracy':<20}{'linear probe':>14}{'kNN (k=200)':>14}")
     for name, values in accuracy.items():
         print(f"{name:<20}{100 * values['linear']:>12.1f} %{100 * values['knn']:>12.1f} %")
-    print()
-    print("\n".join(spectrum.lines(spectra)))
+    print(*(f"\n{name}: {report}" for name, report in spectra.items()), sep="")
     print(
         f"{result['images_per_second']:.0f} images per second, loss backend {result['backend']}\n"
         f"config.json, log.jsonl, checkpoint.pt, metrics.json, curves.png, spectrum.png in {out}"

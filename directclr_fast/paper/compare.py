@@ -1,10 +1,8 @@
 """The paper's comparison of projectors in small: every mode, several seeds, one command.
 
-Each mode gets the same budget and the same search: its learning rate is that of three which scores
-best, on a seed of its own, in a probe inside the training part (probe.held_out). Then it is trained
-with each seed at that rate, and only these runs are tested on the test part. Beside them: the
-untrained encoder and raw pixels; DirectCLR over d0; DirectCLR again with the reference loss, and
-from weights moved by one rounding error, which is what any difference is to be held against.
+Each mode's learning rate is that of three which scores best, on a seed of its own, in a probe
+inside the training part (probe.held_out). Then it is trained with each seed at that rate, and only
+these runs are tested on the test part. docs/paper.md says what stands beside them.
 
 Every finished run has a file of its own, so the same command continues a stopped comparison,
 trainings from their checkpoints, and it may ask for more seeds or modes.
@@ -187,11 +185,11 @@ def run(out: str | Path, plan: Plan, *, jobs: int | None = None, progress: bool 
     out = checkpoint.writable("out", out)
     _same_settings(out, plan)
     # Downloads here, not in several processes at a time.
-    root, download = settings["data_root"], settings["download"]
-    data.load(settings["data"], root=root, train=True, download=download)
+    images = TrainConfig(seed=SEARCH_SEED, **settings).images(True, settings["download"])
     settings["download"] = False
     done = _finished(out, plan)
-    steps = _steps(plan)
+    steps = settings["epochs"] * (len(images) // settings["batch_size"])
+    steps = min(steps, settings["max_steps"] or steps)
     with _Shown(progress, plan, done, steps) as show:
         side_by_side(plan.known, done, jobs, settings, out, show.steps, show.finished)
     shutil.rmtree(out / "work", ignore_errors=True)
@@ -200,19 +198,6 @@ def run(out: str | Path, plan: Plan, *, jobs: int | None = None, progress: bool 
     numbers["seconds"] = round(sum(result["seconds"] for result in done.values()))
     report.write(numbers, out)
     return numbers
-
-
-def _steps(plan: Plan) -> int:
-    """Optimiser steps of every training."""
-    settings = plan.settings
-    images = data.load(
-        settings["data"],
-        root=settings["data_root"],
-        train=True,
-        image_size=settings["image_size"],
-    )
-    steps = settings["epochs"] * (len(images) // settings["batch_size"])
-    return min(steps, settings["max_steps"] or steps)
 
 
 def _same_settings(out: Path, plan: Plan) -> None:
@@ -272,20 +257,14 @@ class _Shown(Progress):
         self.done += 1
         if Run(**result["run"]).trains:
             self.steps(name, self.each)
-        self.say(f"{self.done:>4}/{self.runs}  {name}: {_words(result)}{self._left()}")
-
-    def _left(self) -> str:
-        taken = sum(self.now.values())
-        if not taken:
-            return ""
-        rate = taken / (time.monotonic() - self.begin)
-        left = (self.total - self.before - taken) / rate
-        return f"  ({left / 60:.0f} min left)" if left > 90 else f"  ({left:.0f} s left)"
-
-
-def _words(result: dict) -> str:
-    if result["diverged"]:
-        return "diverged"
-    if "held_out" in result:
-        return f"inside the training part {100 * result['held_out']:.1f} %"
-    return f"linear probe {100 * result['accuracy']['r']['linear']:.1f} %"
+        if result["diverged"]:
+            text = "diverged"
+        elif "held_out" in result:
+            text = f"inside the training part {100 * result['held_out']:.1f} %"
+        else:
+            text = f"linear probe {100 * result['accuracy']['r']['linear']:.1f} %"
+        if taken := sum(self.now.values()):
+            steps = self.total - self.before - taken
+            left = steps * (time.monotonic() - self.begin) / taken
+            text += f"  ({left / 60:.0f} min left)" if left > 90 else f"  ({left:.0f} s left)"
+        self.say(f"{self.done:>4}/{self.runs}  {name}: {text}")

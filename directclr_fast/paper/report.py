@@ -234,11 +234,11 @@ def table(numbers: dict) -> str:
             cells += _accuracies(row.get("accuracy", {}).get(part, {}))
         for part in ("representation", "embedding"):
             values = row.get("spectra", {}).get(part)
-            cells += [_number(values["effective_rank"]), _few(values)] if values else ["", ""]
+            cells += [_shown(values["effective_rank"]), _few(values)] if values else ["", ""]
         paper = f"{PAPER[mode]}" if mode in PAPER else ""
         cells.append(f"{paper} ({PAPER_SUB_VECTOR} of r[:, :d0])" if mode == "directclr" else paper)
         lines.append(cells)
-    return _markdown(head, lines)
+    return plots.markdown(head, lines)
 
 
 def _order_table(numbers: dict) -> str:
@@ -253,12 +253,12 @@ def _order_table(numbers: dict) -> str:
             "" if correlation is None else f"{correlation:.2f}",
             *(f"{count[verdict]}" for verdict in ("above", "below", "undecided")),
         ])  # fmt: skip
-    return _markdown(head, lines)
+    return plots.markdown(head, lines)
 
 
 def _sweep_table(numbers: dict) -> str:
     head = ("d0", "linear, r", "kNN, r", "linear, r[:, :d0]", "kNN, r[:, :d0]")
-    return _markdown(head, [
+    return plots.markdown(head, [
         [line["dim"], *(c for p in ("r", "sub-vector") for c in _accuracies(line["accuracy"][p]))]
         for line in numbers["sweep"]
     ])  # fmt: skip
@@ -276,7 +276,7 @@ def _agreement_table(numbers: dict) -> str:
         apart = f"{weights[kind]['mean']:.2g}" if kind in weights else ""
         lines.append([name, _percent(values), of_seeds, apart])
     head = ("", "linear, r", "by seed", "final weights apart from the fast loss's")
-    return _markdown(head, lines)
+    return plots.markdown(head, lines)
 
 
 def _search_table(numbers: dict) -> str:
@@ -286,12 +286,7 @@ def _search_table(numbers: dict) -> str:
         scores = [search[_INSIDE].get(rate) for rate in rates]
         cells = ["diverged" if score is None else f"{100 * score:.1f}" for score in scores]
         lines.append([mode, *cells, f"{search['chosen']:g}"])
-    return _markdown(("mode", *rates, "chosen"), lines)
-
-
-def _markdown(head, lines) -> str:
-    rows = [head, ["---"] * len(head), *lines]
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
+    return plots.markdown(("mode", *rates, "chosen"), lines)
 
 
 def _accuracies(of_part: dict) -> list[str]:
@@ -299,18 +294,15 @@ def _accuracies(of_part: dict) -> list[str]:
 
 
 def _percent(values: dict | None) -> str:
-    """In percent; empty for None."""
-    if values is None:
-        return ""
-    deviation = values["deviation"]
-    text = f"{100 * values['mean']:.1f}"
-    return text if deviation is None else f"{text} ± {100 * deviation:.1f}"
+    """Empty for None."""
+    return "" if values is None else _shown(values, 100)
 
 
-def _number(values: dict) -> str:
+def _shown(values: dict, unit: int = 1) -> str:
+    """Mean, and deviation where there is one, ``unit`` times as large."""
+    text = f"{unit * values['mean']:.1f}"
     deviation = values["deviation"]
-    text = f"{values['mean']:.1f}"
-    return f"{text} ± {deviation:.1f}" if deviation else text
+    return text if deviation is None else f"{text} ± {unit * deviation:.1f}"
 
 
 def _few(spectrum: dict) -> str:
@@ -371,22 +363,19 @@ def _draw_accuracy(numbers: dict, path: Path) -> None:
             )  # fmt: skip
         axes.set_yticks(range(len(modes)), modes)
         axes.set_xlabel("accuracy on the test part, %")
-        axes.legend(fontsize="x-small")
 
 
 def _draw_spectra(numbers: dict, path: Path) -> None:
+    titles = {"representation": "representation r", "embedding": "what the loss sees"}
     with plots.panels(path, 2, size=(5.6, 4.2)) as panels:
-        for axes, part in zip(panels, ("representation", "embedding")):
+        for axes, (part, title) in zip(panels, titles.items()):
             for mode, row in numbers["rows"].items():
                 if mode != "pixels" and part in row.get("spectra", {}):
                     logs = row["spectra"][part]["log10"]
                     axes.plot(range(1, len(logs) + 1), logs, label=mode, **_style(mode))
-            name = {"representation": "representation r", "embedding": "what the loss sees"}[part]
-            axes.set_title(name, fontsize="medium")
+            axes.set_title(title, fontsize="medium")
             axes.set_ylim(-8, 0.3)  # below lie only directions that are nothing but rounding
-            axes.set_xlabel("rank of the eigenvalue")
-            axes.set_ylabel("log10 eigenvalue / largest")
-            axes.legend(fontsize="x-small")
+            axes.set(xlabel="rank of the eigenvalue", ylabel="log10 eigenvalue / largest")
 
 
 def _draw_sweep(numbers: dict, path: Path) -> None:
@@ -404,9 +393,7 @@ def _draw_sweep(numbers: dict, path: Path) -> None:
                 )  # fmt: skip
         axes.set_xscale("log", base=2)
         axes.set_xticks([line["dim"] for line in lines], [str(line["dim"]) for line in lines])
-        axes.set_xlabel("d0, columns that the loss reads")
-        axes.set_ylabel("accuracy on the test part, %")
-        axes.legend(fontsize="x-small")
+        axes.set(xlabel="d0, columns that the loss reads", ylabel="accuracy on the test part, %")
 
 
 def _draw_agreement(numbers: dict, path: Path) -> None:
@@ -420,21 +407,16 @@ def _draw_agreement(numbers: dict, path: Path) -> None:
                 steps[::every], reference[::every], ".", color=f"C{i}", markersize=5,
                 label=f"reference, seed {seed}",
             )  # fmt: skip
-        curves.set_xlabel("step")
-        curves.set_ylabel("loss (nats)")
-        curves.legend(fontsize="x-small")
-        colours = {"reference": "C3", "rounded": "C7"}
-        labels = {"reference": "fast against reference", "rounded": "fast against rounded start"}
+        curves.set(xlabel="step", ylabel="loss (nats)")
+        styles = {"reference": ("C3", "reference"), "rounded": ("C7", "rounded start")}
         for kind, of_seeds in agreement["loss apart"].items():
+            colour, other = styles[kind]
             for i, values in enumerate(of_seeds):
                 apart.plot(
                     range(1, len(values) + 1), [max(v, 1e-9) for v in values], linewidth=0.8,
-                    color=colours[kind], label=labels[kind] if i == 0 else None,
+                    color=colour, label=None if i else f"fast against {other}",
                 )  # fmt: skip
-        apart.set_yscale("log")
-        apart.set_xlabel("step")
-        apart.set_ylabel("relative difference of the loss")
-        apart.legend(fontsize="x-small")
+        apart.set(xlabel="step", ylabel="relative difference of the loss", yscale="log")
 
 
 # ---------------------------------------------------------------- the report

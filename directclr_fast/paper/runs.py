@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..train import checkpoint, data, probe, supervise
+from ..train import checkpoint, probe, supervise
 from ..train.config import TrainConfig
 from ..train.loop import Model, Trainer, TrainingDiverged
 from ..train.objective import default_dim
@@ -85,8 +85,7 @@ def execute(run: Run, settings: dict, out: Path, on_step: Callable[[dict], None]
     result = {"run": asdict(run), "diverged": False}
     if run.trains:
         folder = Path(config.checkpoint_dir) / config.name
-        path = folder / "checkpoint.pt"
-        resume = path.exists() or checkpoint.previous(path).exists()
+        resume = checkpoint.exists(folder / "checkpoint.pt")
         trainer = Trainer(config, resume=resume, overwrite=not resume, progress=False)
         if run.rounded and trainer.step == 0:
             _round(trainer.model, run.seed)
@@ -95,9 +94,12 @@ def execute(run: Run, settings: dict, out: Path, on_step: Callable[[dict], None]
             trainer.run(on_step)
         except TrainingDiverged as error:
             result |= {"diverged": True, "why": str(error).partition(";")[0]}
-        result["loss"] = losses_of(folder)
+        lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+        result["loss"] = [line["loss"] for line in lines if "loss" in line]  # text if not finite
     else:
-        model, channels = _untrained(config)
+        images = config.images(False)
+        channels = images.shape[0]
+        model = Model(config, channels, images.num_classes).to(config.device)
     if not result["diverged"]:
         encoder = None if run.mode == "pixels" else model.eval().encoder
         result |= _measure(run, config, model, encoder, channels)
@@ -126,9 +128,9 @@ def side_by_side(
     ``settings``, ``out``: as for :func:`execute`. ``on_step(name, step)`` is called now and then
     with a run's step, ``on_result(name, result)`` at the end of each run.
 
-    A process has one thread: on small models several do more than one with all cores, and results
-    do not depend on how many there are. RuntimeError names a run that failed. A signal is passed on
-    to the runs, which save, and raises TrainingStopped; a second Ctrl-C ends them at once.
+    A process has one thread, so no result depends on how many there are. RuntimeError names a run
+    that failed. A signal is passed on to the runs, which save, and raises TrainingStopped; a second
+    Ctrl-C ends them at once.
     """
     context = multiprocessing.get_context("spawn")
     steps = context.SimpleQueue()
@@ -206,28 +208,6 @@ def _in_pool(run: Run, settings: dict, out: Path) -> dict:
         raise RuntimeError(f"{type(error).__name__}: {error}") from None  # can always be sent
 
 
-def losses_of(folder: Path) -> list[float | str]:
-    """The training loss of every step, from a run's log; one that is not finite as text."""
-    lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-    return [line["loss"] for line in lines if "loss" in line]
-
-
-def _load(config: TrainConfig, train: bool):
-    return data.load(
-        config.data,
-        root=config.data_root,
-        train=train,
-        image_size=config.image_size,
-        seed=config.seed,
-    )
-
-
-def _untrained(config: TrainConfig) -> tuple[Model, int]:
-    images = _load(config, train=False)
-    channels = images.shape[0]
-    return Model(config, channels, images.num_classes).to(config.device), channels
-
-
 def _round(model: torch.nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for p in model.parameters():
@@ -239,17 +219,17 @@ def _measure(run: Run, config: TrainConfig, model, encoder, channels: int) -> di
     """Probes of r and r[:, :d0] and spectra, or of a search the probe inside the training part."""
     device = config.device
     if run.search:
-        images = _load(config, train=True)
+        images = config.images(True)
         features, labels = probe.encode(encoder, images, config.image_size, device)
         inside = probe.held_out(features, labels, images.num_classes)
         return {"held_out": probe.linear_probe(inside, device=device)}
-    features = probe.load_features(encoder, config, channels=channels, device=device)
+    features = probe.load_features(encoder, config, channels)
     seeded = {"seed": run.seed, "device": device}
     result = {"accuracy": {"r": probe.scores(features, **seeded)}}
     if run.trains:
         spectra = spectrum.of_model(model, features.test)
     else:
-        spectra = {"representation": spectrum.describe(features.test)}
+        spectra = {"representation": spectrum.collapse_report(features.test)}
     if run.mode != "pixels":
         result["dim"] = run.dim or default_dim(model.width)
         part = features.columns(slice(0, result["dim"]))
@@ -259,12 +239,13 @@ def _measure(run: Run, config: TrainConfig, model, encoder, channels: int) -> di
     return result
 
 
-def _short(values: dict) -> dict:
+def _short(report: spectrum.CollapseReport) -> dict:
     """A spectrum as log10 relative to its largest eigenvalue, to three digits."""
-    eigenvalues = torch.tensor(values["spectrum"], dtype=torch.float64)
+    eigenvalues = torch.tensor(report.spectrum, dtype=torch.float64)
     logs = (eigenvalues / eigenvalues[0].clamp_min(1e-300)).clamp_min(1e-18).log10()
+    names = ("dimensions", "samples", "collapsed", "effective_rank")
+    same = {name: getattr(report, name) for name in names}
     small = spectrum.collapsed(eigenvalues, SMALL)
-    same = {k: values[k] for k in ("dimensions", "samples", "collapsed", "effective_rank")}
     return {**same, "small": small, "log10": [round(v, 3) for v in logs.tolist()]}
 
 

@@ -1,29 +1,25 @@
 """Dimensional collapse, measured: the covariance spectrum of representations and embeddings.
 
-As in figures 2 and 9 of arXiv 2110.09348: C = cov(features) over a set of images, its eigenvalues
-(the singular values of C) sorted and shown on a log scale. A direction counts as collapsed where
-its eigenvalue is below ``threshold`` times the largest one; which threshold is always stated. By
-default it is 1e-8, or what rounding to the features' own precision leaves in an empty direction,
-where that is more: bf16 leaves some 1e-6.
+As in figures 2 and 9 of arXiv 2110.09348. A direction counts as collapsed where its eigenvalue is
+at most ``threshold`` times the largest one: by default 1e-8, or what rounding to the features' own
+precision leaves in an empty direction, where that is more (bf16: some 1e-6).
 
-Beside that count, which depends on a threshold, stand three that do not. The effective rank is exp
-of the entropy of the eigenvalues (Roy and Vetterli 2007); RankMe is the same of the singular values
-of the features as they are, not centred (Garrido et al. 2023); the participation ratio is the
-square of the eigenvalues' sum over the sum of their squares.
+The effective rank is exp of the entropy of the eigenvalues (Roy and Vetterli 2007); RankMe is the
+same of the singular values of the features as they are, not centred (Garrido et al. 2023); the
+participation ratio is the square of the eigenvalues' sum over the sum of their squares.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..train.checkpoint import write_json
 from ..train.foreign import as_rows, as_tensor
 
 # In units of the largest eigenvalue. fp32 features leave rounding noise near 1e-14 of it, live
@@ -90,8 +86,7 @@ def collapse_report(
     """
     check(threshold)
     features = _features(source, encoder, samples)
-    centred, plain = _singular_values(features)
-    spectrum = _eigenvalues(centred, features)
+    spectrum, values = spectra(features)
     kind, noise = precision(features)
     rounding = min(noise / spectrum[0].item(), 0.5) if spectrum[0] > 0 else 0.0
     threshold = max(THRESHOLD, rounding) if threshold is None else threshold
@@ -104,7 +99,7 @@ def collapse_report(
         threshold=threshold,
         collapsed=collapsed(spectrum, threshold),
         effective_rank=effective_rank(spectrum),
-        rankme=effective_rank(plain),
+        rankme=effective_rank(values),
         participation_ratio=total**2 / spectrum.square().sum().item() if total else 0.0,
         spectrum=spectrum.tolist(),
     )
@@ -147,8 +142,13 @@ def _features(source, encoder, samples: int | None) -> Tensor:
     return torch.cat(parts)[:samples]
 
 
-def _singular_values(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Singular values, descending, fp64, of the centred features and of the features (n, R)."""
+def spectra(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues of the covariance of ``features`` (n, R), and their singular values as they are,
+    not centred: fp64 (R,), descending.
+
+    The eigenvalues are squared singular values of the centred features, which keeps small ones
+    exact; with n <= R the last R - n + 1 are zero whatever the features are.
+    """
     if features.dim() != 2 or features.shape[0] < 2:
         raise ValueError(
             f"features: expected shape (n, R) with n >= 2, got {tuple(features.shape)}"
@@ -158,30 +158,17 @@ def _singular_values(features: Tensor) -> tuple[Tensor, Tensor]:
     x = features.detach().to("cpu", torch.float64)
     if not x.isfinite().all():
         raise ValueError("features: expected finite numbers, got nan or inf")
-    mean = x.mean(0, keepdim=True)
+    n, width = x.shape
+    eps, mean = torch.finfo(x.dtype).eps, x.mean(0, keepdim=True)
     r = torch.linalg.qr(x - mean, mode="r").R
+    centred = torch.linalg.svdvals(r)
+    # Equal rows leave the rounding of their mean, which is nothing and not a direction.
+    eigenvalues = torch.where(centred > 2 * eps * x.norm(), centred, 0).square() / (n - 1)
     # The mean goes back in by x'x = r'r + n mean'mean. Squares will do there: an
     # entropy does not hear of values below 1e-8 of the largest, which are rounding.
-    squares = torch.linalg.eigvalsh(r.T @ r + len(x) * mean.T @ mean).flip(0)
-    noise = len(squares) * torch.finfo(x.dtype).eps * squares[:1]
-    return torch.linalg.svdvals(r), torch.where(squares > noise, squares, 0).sqrt()
-
-
-def _eigenvalues(centred: Tensor, features: Tensor) -> Tensor:
-    n, width = features.shape
-    # Equal rows leave the rounding of their mean, which is nothing and not a direction.
-    noise = 2 * torch.finfo(torch.float64).eps * torch.linalg.norm(features.double()).cpu()
-    values = torch.where(centred > noise, centred, 0).square() / (n - 1)
-    return nn.functional.pad(values, (0, width - len(values)))
-
-
-def covariance_spectrum(features: Tensor) -> Tensor:
-    """Eigenvalues, descending, fp64 (R,), of the covariance of ``features`` (n, R).
-
-    Computed as squared singular values of the centred features in fp64, which keeps small ones
-    exact; with n <= R the last R - n + 1 are zero whatever the features are.
-    """
-    return _eigenvalues(_singular_values(features)[0], features)
+    squares = torch.linalg.eigvalsh(r.T @ r + n * mean.T @ mean).flip(0)
+    squares = torch.where(squares > width * eps * squares[:1], squares, 0)
+    return nn.functional.pad(eigenvalues, (0, width - len(eigenvalues))), squares.sqrt()
 
 
 def precision(features: Tensor) -> tuple[torch.dtype, float]:
@@ -229,13 +216,10 @@ def collapsed(spectrum: Tensor, threshold: float = THRESHOLD) -> int:
     return int((spectrum <= threshold * spectrum[0]).sum())
 
 
-def describe(features: Tensor, threshold: float | None = None) -> dict:
-    """:func:`collapse_report` of ``features`` (n, R), as plain values."""
-    return asdict(collapse_report(features, threshold=threshold))
-
-
 @torch.no_grad()
-def of_model(model, representation: Tensor, threshold: float | None = None) -> dict[str, dict]:
+def of_model(
+    model, representation: Tensor, threshold: float | None = None
+) -> dict[str, CollapseReport]:
     """Spectra of the representation (n, R), of its sub-vector and of the embedding.
 
     ``model`` is a :class:`directclr_fast.train.loop.Model` in eval mode. The embedding is what the
@@ -245,41 +229,29 @@ def of_model(model, representation: Tensor, threshold: float | None = None) -> d
     objective = model.objective
     device = next(model.parameters()).device
     embedding = objective.embed(representation.to(device)).cpu()
-    result = {"representation": describe(representation, threshold)}
+    parts = {"representation": representation}
     if objective.dim is not None:
-        result["sub-vector"] = describe(representation[:, objective.sub_vector], threshold)
-    result["embedding"] = describe(nn.functional.normalize(embedding, dim=1), threshold)
-    return result
+        parts["sub-vector"] = representation[:, objective.sub_vector]
+    parts["embedding"] = nn.functional.normalize(embedding, dim=1)
+    return {name: collapse_report(part, threshold=threshold) for name, part in parts.items()}
 
 
-def save(spectra: dict[str, dict], path: str | Path) -> None:
-    """``spectra`` of :func:`of_model` as JSON."""
-    write_json(path, spectra, indent=1)
-
-
-def lines(spectra: dict[str, dict]) -> list[str]:
-    """A sentence on each of ``spectra``."""
-    return [f"{name}: {CollapseReport(**values)}" for name, values in spectra.items()]
-
-
-def plot(spectra: dict[str, dict], path: str | Path, title: str = "") -> None:
+def plot(spectra: dict[str, CollapseReport], path: str | Path, title: str = "") -> None:
     """Draws the spectra, log10 of the eigenvalue against its rank, as a picture at ``path``."""
     from ..plots import figure
 
     with figure(path, title) as axes:
-        for name, values in spectra.items():
-            spectrum = torch.tensor(values["spectrum"], dtype=torch.float64)
+        for name, report in spectra.items():
+            spectrum = torch.tensor(report.spectrum, dtype=torch.float64)
             floor = max(spectrum[0] * 1e-18, 1e-300)
-            dead, total = values["collapsed"], values["dimensions"]
+            dead, total = report.collapsed, report.dimensions
             (line,) = axes.plot(
                 range(1, total + 1),
                 spectrum.clamp_min(floor).log10(),
                 label=f"{name}: {dead} of {total} collapsed, "
-                f"effective rank {values['effective_rank']:.1f}",
+                f"effective rank {report.effective_rank:.1f}",
             )
             if dead and spectrum[0] > 0:
-                level = math.log10(values["threshold"] * spectrum[0] or floor)
+                level = math.log10(report.threshold * spectrum[0] or floor)
                 axes.axhline(level, color=line.get_color(), linestyle=":", linewidth=0.8)
-        axes.set_xlabel("rank of the eigenvalue")
-        axes.set_ylabel("log10 eigenvalue of the covariance")
-        axes.legend(fontsize="small")
+        axes.set(xlabel="rank of the eigenvalue", ylabel="log10 eigenvalue of the covariance")

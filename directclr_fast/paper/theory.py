@@ -17,35 +17,17 @@ d_ij = x_i - x_j, each squared distance is |P d|^2 / 2 with gradient P d d^T, so
     dl_i/dP = P d_i d_i^T - a_ii P d_i d_i^T - sum_{j != i} a_ij P d_ij d_ij^T
     dl/dP   = -P X,   X = 1/N sum_i [ sum_{j != i} a_ij d_ij d_ij^T - (1 - a_ii) d_i d_i^T ]
 
-X is symmetric, the weighted covariance of negative pairs minus that of positive pairs. It has a
-negative eigenvalue where augmentation outweighs the spread of the data: then gradient flow with X
-held fixed, dW/dt = W X, shrinks W along it, W(t) = W(0) exp(X t) (**theorem 1**).
+X is symmetric, the weighted covariance of negative pairs minus that of positive pairs.
 
 The first sum needs no N x N x n array: it is x^T (diag(row sums + column sums) - a - a^T) x, the
 quadratic form of a graph Laplacian, with a taken without its diagonal.
 
 **Several layers.** dP is the gradient by the product, so dW_l = (W_L...W_{l+1})^T dP
-(W_{l-1}...W_1)^T. Then W_l^T dW_l = dW_{l-1} W_{l-1}^T, and what gradient flow conserves is
-
-.. code-block:: text
-
-    C_l = W_l W_l^T - W_{l+1}^T W_{l+1}
-
-(steps of length r change it by r^2 (dW_l dW_l^T - dW_{l+1}^T dW_{l+1}) each, O(r) over a fixed
-time). Layers that grew from small weights are therefore aligned, W_l W_l^T close to
+(W_{l-1}...W_1)^T. Layers that grew from small weights are aligned, W_l W_l^T close to
 W_{l+1}^T W_{l+1}: the alignment matrix V_{l+1}^T U_l is block diagonal, a block for each set of
 equal singular values (**theorem 2**; within a block the singular vectors are arbitrary).
 
-**Theorem 3.** A simple singular value moves by ds_l = u_l^T (dW_l/dt) v_l. With layers aligned,
-u_l = v_{l+1} and -dP = P X, the factors outside collapse to singular values:
-
-.. code-block:: text
-
-    ds_l^k/dt = (u_l^k)^T (W_L..W_{l+1})^T P X (W_{l-1}..W_1)^T v_l^k        any layers
-              = s_l^k prod_{m != l} (s_m^k)^2  (v_1^k)^T X v_1^k              aligned layers
-
-so a small singular value grows at a rate that vanishes with it, the faster the more layers there
-are: the collapse of section 5.
+Theorems 1 and 3 and what gradient flow conserves are in tests/test_theory.py.
 
 Where there are several layers, ``weights`` are square, (..., L, n, n), W_1 first.
 """
@@ -78,11 +60,6 @@ def lemma2_matrix(x1: Tensor, x2: Tensor, a: Tensor) -> Tensor:
     return (spread - cross - cross.mT - pull) / x1.shape[-2]
 
 
-def one_layer(weight: Tensor, x: Tensor, time: float) -> Tensor:
-    """Theorem 1: W(time) = W(0) exp(X time) under dW/dt = W X with X (..., n, n) held fixed."""
-    return weight @ torch.linalg.matrix_exp(x * time)
-
-
 def products(weights: Tensor) -> list[Tensor]:
     """[1, W_1, W_2 W_1, ..., P], each (..., n, n)."""
     chain = [torch.eye(weights.shape[-1]).to(weights).expand_as(weights[..., 0, :, :])]
@@ -101,49 +78,23 @@ def layer_gradients(weights: Tensor, before: list[Tensor], dp: Tensor) -> Tensor
     return torch.stack(gradients[::-1], -3)
 
 
-def conserved(weights: Tensor) -> Tensor:
-    """C_l = W_l W_l^T - W_{l+1}^T W_{l+1} of neighbouring layers, (..., L - 1, n, n)."""
-    lower, upper = weights[..., :-1, :, :], weights[..., 1:, :, :]
-    return lower @ lower.mT - upper.mT @ upper
-
-
-def growth_rates(weights: Tensor, x: Tensor) -> Tensor:
-    """ds_l^k/dt (..., L, n) of every layer's singular values, descending, under -dP = P X.
-
-    The general form of theorem 3, for layers aligned or not; singular values must be simple.
-    """
-    before = products(weights)
-    u, _, vh = torch.linalg.svd(weights)
-    flow = layer_gradients(weights, before, before[-1] @ x)
-    return torch.einsum("...ik,...ij,...kj->...k", u, flow, vh)
-
-
-def aligned_growth_rates(values: Tensor, curvature: Tensor) -> Tensor:
-    """Theorem 3: the rates (..., L, n) of aligned layers with singular values ``values``.
-
-    ``curvature`` (..., n) holds (v_1^k)^T X v_1^k.
-    """
-    total = values.prod(-2, keepdim=True)
-    return total.square() / values * curvature[..., None, :]
-
-
 # Neighbouring singular values nearer than this ratio count as equal: noise of the gradient keeps
 # a converged group apart by a few per cent.
 EQUAL = 0.1
 
 
-def alignment(lower: Tensor, upper: Tensor, equal: float = EQUAL) -> tuple[Tensor, ...]:
+def alignment(lower: Tensor, upper: Tensor) -> tuple[Tensor, ...]:
     """How well ``upper`` (..., n, n) reads what ``lower`` writes: the alignment of theorem 2.
 
     A = V_upper^T U_lower is compared per group of nearly equal singular values: k and k + 1 are
-    in different groups where in both layers log s_k - log s_{k+1} > ``equal``. Returns A
+    in different groups where in both layers log s_k - log s_{k+1} > EQUAL. Returns A
     (..., n, n); per direction k the part (..., n) of row k of A^2 that falls in its own group, 1
     where aligned; and what unrelated layers would score there, group size / n.
     """
     u, s1, _ = torch.linalg.svd(lower)
     _, s2, vh = torch.linalg.svd(upper)
     tiny = torch.finfo(s1.dtype).tiny
-    gaps = [-s.clamp_min(tiny).log().diff(dim=-1) > equal for s in (s1, s2)]
+    gaps = [-s.clamp_min(tiny).log().diff(dim=-1) > EQUAL for s in (s1, s2)]
     label = torch.nn.functional.pad((gaps[0] & gaps[1]).cumsum(-1), (1, 0))
     same = (label[..., :, None] == label[..., None, :]).to(s1.dtype)
     a = vh @ u

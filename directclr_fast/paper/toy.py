@@ -8,11 +8,9 @@ z = W_L ... W_1 x + b on Gaussian points x, two views x + k e with fresh noise e
     released   log sum_j exp(z_i . z'_j / t) - z_i . z'_i / t      t = 0.1, nothing normalised
     paper      Eq. 2: squared distances, negatives of the anchor's own view (theory.py)
 
-All variants of a task and all seeds train together, as one batch of matrices (variants, seeds,
-layers, n, n) with hand-written gradients: the loss reads the product P only, so dP and the chain
-rule of ``theory.layer_gradients`` are everything. Networks with fewer layers than the deepest of a
-task are filled up with identity layers that never move. All in fp64: the singular values followed
-here span e^-20 of the largest.
+All variants of a task and all seeds train together, as one batch of fp64 matrices (variants, seeds,
+layers, n, n) with hand-written gradients: the loss reads the product P only. Networks with fewer
+layers than the deepest of a task are filled up with identity layers that never move.
 
 A seed fixes the points, the starting weights, the batches and the noise; variants of one seed
 differ in nothing but what :class:`Variant` says.
@@ -211,11 +209,7 @@ def _as_linear(uniform: Tensor) -> Tensor:
 
 @torch.no_grad()
 def train(
-    task: Task,
-    loss: str,
-    seeds: int,
-    steps: int,
-    progress: Callable[[int], None] = lambda step: None,
+    task: Task, loss: str, seeds: int, steps: int, progress: Callable = lambda step: None
 ) -> tuple[list[int], dict[str, Tensor]]:
     """Trains all variants of ``task`` for ``steps`` SGD steps.
 
@@ -330,14 +324,8 @@ def run(
             raise ValueError(f"{setting}: expected at least 1, got {value}")
     out = writable("out", out)
     began, used = time.perf_counter(), time.process_time()
-
-    def progress(which: str, step: int) -> None:
-        if step and step * 10 // steps > (step - 1) * 10 // steps:
-            seconds = time.perf_counter() - began
-            say(f"toy {name}, {which} loss: step {step} of {steps}, {seconds:.0f} s")
-
     losses = LOSSES if loss == "both" else (loss,)
-    runs = _side_by_side(task, losses, seeds, steps, progress)
+    runs = _side_by_side(task, losses, seeds, steps, say)
     results = {
         "task": name,
         "title": task.title,
@@ -366,27 +354,23 @@ def run(
     return results
 
 
-def _side_by_side(
-    task: Task,
-    losses: tuple[str, ...],
-    seeds: int,
-    steps: int,
-    progress: Callable[[str, int], None],
-) -> list[tuple]:
+def _side_by_side(task: Task, losses: tuple, seeds: int, steps: int, say: Callable) -> list[tuple]:
     """:func:`train` for each loss, each in a thread of its own on one core.
 
     Steps are a few dozen operations of a tenth of a millisecond: shared out over cores one by one,
     they would wait for each other, and for long where other work runs.
     """
-    stop = threading.Event()
+    stop, began = threading.Event(), time.perf_counter()
 
     def one(which: str) -> tuple:
-        def watched(step: int) -> None:
+        def progress(step: int) -> None:
             if stop.is_set():
                 raise RuntimeError("stopped")
-            progress(which, step)
+            if step and step * 10 // steps > (step - 1) * 10 // steps:
+                seconds = time.perf_counter() - began
+                say(f"toy {task.name}, {which} loss: step {step} of {steps}, {seconds:.0f} s")
 
-        return train(task, which, seeds, steps, watched)
+        return train(task, which, seeds, steps, progress)
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

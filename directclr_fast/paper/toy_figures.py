@@ -11,27 +11,22 @@ from pathlib import Path
 
 import numpy as np
 
-from ..plots import figure
+from .. import plots
 
 _LOSS = {"released": "released loss", "paper": "the paper's Eq. 2"}
 
 
 @contextlib.contextmanager
-def _panels(path: Path, results: dict, columns: int, size: tuple[float, float]) -> Iterator:
-    """Axes (losses, columns) of one figure, rows titled by their loss."""
-    losses = list(results["losses"])
-    with figure(path, size=(size[0] * columns, size[1] * len(losses) + 0.4)) as axes:
-        drawing = axes.figure
-        axes.remove()
-        drawing.suptitle(
-            f"{results['title']}\n{results['seeds']} seeds, {results['steps']} steps, "
-            "mean and standard deviation",
-            fontsize="medium",
-        )
-        grid = drawing.subplots(len(losses), columns, squeeze=False)
-        for row, loss in zip(grid, losses):
+def _panels(path: Path, results: dict, columns: int, size: tuple[float, float]) -> Iterator[dict]:
+    """Axes (columns,) of one figure for each loss, titled by it."""
+    losses = results["losses"]
+    title = (
+        f"{results['title']}\n{results['seeds']} seeds, {results['steps']} steps, "
+        "mean and standard deviation"
+    )
+    with plots.panels(path, columns, title, size, rows=len(losses)) as grid:
+        for loss, row in zip(losses, grid):
             for panel in row:
-                panel.grid(alpha=0.3)
                 panel.set_title(_LOSS[loss], fontsize="small")
         yield dict(zip(losses, grid))
 
@@ -47,14 +42,15 @@ def _band(axes, x, values: dict, **style) -> None:
 
 def _time(axes, times: list[int], label: str) -> None:
     axes.set_xscale("symlog", linthresh=1)  # linear from step 0 to step 1
-    axes.set_xlim(0, times[-1])
-    axes.set_xlabel("SGD step")
-    axes.set_ylabel(label)
+    axes.set(xlim=(0, times[-1]), xlabel="SGD step", ylabel=label)
 
 
-def _rank(axes, results: dict) -> None:
-    axes.set_xlabel("rank")
-    axes.set_xticks(range(1, results["width"] + 1, 3))
+def _rank(axes, results: dict, label: str) -> None:
+    axes.set(xlabel="rank", xticks=range(1, results["width"] + 1, 3), ylabel=label)
+
+
+def _count(axes, results: dict, **labels) -> None:
+    axes.set(ylim=(-0.5, results["width"] + 0.5), **labels)
 
 
 def _colour(i: int, n: int):
@@ -77,11 +73,8 @@ def _augmentation(results: dict, path: Path) -> None:
                 _band(final, range(1, results["width"] + 1), weights, label=label, **style)
             over_time.set_yscale("log")
             _time(over_time, times, "singular values of W:\nclean columns (dashed), noisy (solid)")
-            final.set_yscale("log")
-            final.set_ylim(1e-2, None)
-            _rank(final, results)
-            final.set_ylabel("singular value of W at the end")
-            final.legend(fontsize="x-small")
+            final.set(yscale="log", ylim=(1e-2, None))
+            _rank(final, results, "singular value of W at the end")
             k = [row["strength"] for row in rows]
             for name, label in (
                 ("collapsed", "below e$^{-10}$"),
@@ -90,10 +83,8 @@ def _augmentation(results: dict, path: Path) -> None:
                 values = [row["final"][name] for row in rows]
                 mean, spread = ([v[part] for v in values] for part in ("mean", "spread"))
                 count.errorbar(k, mean, spread, marker="o", capsize=3, label=label)
-            count.set_ylim(-0.5, results["width"] + 0.5)
-            count.set_xlabel("augmentation strength k")
-            count.set_ylabel("eigenvalues of the embedding")
-            count.legend(fontsize="x-small")
+            x = "augmentation strength k"
+            _count(count, results, xlabel=x, ylabel="eigenvalues of the embedding")
 
 
 def _regularization(results: dict, path: Path) -> None:
@@ -148,13 +139,8 @@ def _depth(results: dict, path: Path) -> None:
                     _band(spectrum, ranks, values, **style)
                 spectrum.axhline(np.log(results["collapsed_below"]), color="tab:red", linestyle=":")
                 spectrum.set_title(f"{_LOSS[loss]}, {label}", fontsize="small")
-                _rank(spectrum, results)
-                spectrum.set_ylabel("log eigenvalue of the embedding, end")
-                spectrum.legend(fontsize="x-small")
-            count.set_ylim(-0.5, results["width"] + 0.5)
-            count.set_xlabel("linear layers")
-            count.set_ylabel("eigenvalues below e$^{-10}$")
-            count.legend(fontsize="x-small")
+                _rank(spectrum, results, "log eigenvalue of the embedding, end")
+            _count(count, results, xlabel="linear layers", ylabel="eigenvalues below e$^{-10}$")
 
 
 def _alignment(results: dict, path: Path) -> None:
@@ -174,7 +160,6 @@ def _alignment(results: dict, path: Path) -> None:
                 over_time, times, "live directions: alignment by group\n(dotted: mean |A$_{kk}$|)"
             )
             over_time.set_ylim(-0.1, 1.1)
-            over_time.legend(fontsize="x-small")
             for panel, row in zip(matrices, (rows[0], rows[-1])):
                 panel.grid(False)
                 panel.imshow(row["final"]["matrix"], vmin=0, vmax=1, cmap="magma")
@@ -182,8 +167,9 @@ def _alignment(results: dict, path: Path) -> None:
                     f"{_LOSS[loss]}: |A| at the end, start x {row['scale']:g}, seed 0",
                     fontsize="small",
                 )
-                panel.set_xlabel("left singular vector of W$_1$")
-                panel.set_ylabel("right singular vector of W$_2$")
+                panel.set(
+                    xlabel="left singular vector of W$_1$", ylabel="right singular vector of W$_2$"
+                )
 
 
 _DRAWINGS = {

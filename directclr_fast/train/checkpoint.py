@@ -1,8 +1,7 @@
 """Checkpoints that are whole or not there: written aside, synced, renamed, the last one kept.
 
-A checkpoint is one ``torch.save`` file of plain containers and tensors, so it loads with
-``weights_only=True``. Reading checks the CRC of every record in it. If the newest file is damaged,
-the previous one is loaded, with a warning.
+One ``torch.save`` file of plain containers and tensors, read with ``weights_only=True`` and checked
+by the CRC of every record.
 """
 
 from __future__ import annotations
@@ -36,12 +35,16 @@ def previous(path: Path) -> Path:
     return path.with_name(path.stem + PREVIOUS + path.suffix)
 
 
+def exists(path: Path) -> bool:
+    """Whether there is one at ``path``, or the one before it."""
+    return path.exists() or previous(path).exists()
+
+
 def save(path: str | os.PathLike, state: dict) -> None:
     """Writes ``state`` to ``path`` so that at every moment a whole checkpoint is on the disk.
 
-    The new file is written and synced beside the old one, takes its name, and only then the old
-    one becomes ``<stem>.previous<suffix>``: a damaged ``path`` never displaces a whole previous one
-    before a whole new one stands. A failure (full disk, read-only folder) raises OSError, leaves a
+    The new file takes the old one's name, and only then the old one becomes
+    ``<stem>.previous<suffix>``. A failure (full disk, read-only folder) raises OSError, leaves a
     whole checkpoint and no other file.
     """
     path = Path(path)

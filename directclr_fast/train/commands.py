@@ -11,7 +11,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from .config import TrainConfig
 
@@ -80,19 +80,30 @@ def add_foreign(parser: argparse.ArgumentParser) -> None:
 
 def load_foreign(arguments: argparse.Namespace, source: str | None, device: str):
     """(settings of the images, the network) of ``--encoder``; says where its weights are from."""
-    from . import data, foreign
+    from . import foreign
 
     if arguments.data is None:
         raise ValueError("data: expected a set for the encoder to see, got none; give --data")
-    settings = {"data": arguments.data, "image_size": arguments.image_size}
-    config = TrainConfig(**settings, data_root=arguments.data_root, device=device).resolve()
-    images = data.load(
-        config.data, root=config.data_root, train=False, image_size=config.image_size
-    )
+    config = TrainConfig(**_seen(arguments, device), image_size=arguments.image_size).resolve()
     encoder = foreign.load_encoder(arguments.encoder, source, arguments.trust_pickle).to(device)
-    encoder.check(images.shape[0], config.image_size)
+    encoder.check(config.images(False).shape[0], config.image_size)
     print(encoder.said)
     return config, encoder.eval()
+
+
+def load_run(arguments: argparse.Namespace, source: str, device: str):
+    """As :func:`.loop.load_model`, the settings of the images being those of the flags."""
+    from .loop import load_model
+
+    config, model, state = load_model(source, device)
+    return dataclasses.replace(config, **_seen(arguments, device)), model, state
+
+
+def _seen(arguments: argparse.Namespace, device: str) -> dict:
+    """The settings of TrainConfig that the flags have for the images."""
+    names = ("data", "data_root", "workers", "skip_unreadable")
+    given = {name: getattr(arguments, name) for name in names}
+    return {k: v for k, v in given.items() if v is not None and v is not False} | {"device": device}
 
 
 def add_probe(parser: argparse.ArgumentParser) -> None:
@@ -117,15 +128,6 @@ def add_probe(parser: argparse.ArgumentParser) -> None:
     add("--out", help="folder (default: that of the source)")
 
 
-class Subject(NamedTuple):
-    """What is probed: features by the name of their row, made when they are asked for; the columns
-    of the first row that have one of their own; what to say of it in the file."""
-
-    rows: dict[str, Callable[[], Features]]
-    sub_vector: slice | None
-    about: dict
-
-
 def run_probe(arguments: argparse.Namespace) -> None:
     from . import checkpoint, probe
     from .config import resolve_device
@@ -134,23 +136,23 @@ def run_probe(arguments: argparse.Namespace) -> None:
     vote = {"k": arguments.k, "temperature": arguments.temperature}
     probe.check(**linear, **vote)
     device = resolve_device(arguments.device)
-    subject = _subject(arguments, device)
+    rows, sub_vector, about = _subject(arguments, device)
     (out,) = outputs_of(arguments, "probe.json")
     schedules = probe.SCHEDULES if arguments.schedule == "both" else (arguments.schedule,)
     result = {
-        **subject.about,
+        **about,
         **linear,
         **vote,
         "features": "raw" if arguments.raw_features else "centred, divided by their rms",
         "accuracy": {},
     }
-    for name, make in subject.rows.items():
+    for name, make in rows.items():
         features = make()
         parts = {name: features}
         if name != "raw pixels" and arguments.dim is not None:
             parts[f"{name}, r[:, :{arguments.dim}]"] = features.columns(slice(0, arguments.dim))
-        if name == "trained" and subject.sub_vector is not None:
-            parts["trained, sub-vector"] = features.columns(subject.sub_vector)
+        if name == "trained" and sub_vector is not None:
+            parts["trained, sub-vector"] = features.columns(sub_vector)
         for part, values in parts.items():
             row = {
                 f"linear, {schedule} rate": probe.linear_probe(
@@ -169,9 +171,12 @@ def run_probe(arguments: argparse.Namespace) -> None:
     print(f"written to {out}")
 
 
-def _subject(arguments: argparse.Namespace, device: str) -> Subject:
+def _subject(
+    arguments: argparse.Namespace, device: str
+) -> tuple[dict[str, Callable[[], Features]], slice | None, dict]:
+    """What is probed: features by the name of their row, made when they are asked for; the columns
+    of the first row that have one of their own; what to say of it in the file."""
     from . import foreign, probe
-    from .loop import load_model
 
     if arguments.source is None and arguments.encoder is None:
         raise ValueError("source: expected a run, a file, or --encoder, got none")
@@ -184,15 +189,15 @@ def _subject(arguments: argparse.Namespace, device: str) -> Subject:
             raise ValueError(f"{name}: expected a file of features with it, got a network")
     if arguments.encoder is not None:
         config, encoder = load_foreign(arguments, arguments.source, device)
-        spec, channels, width = config.data, None, encoder.width
+        channels, width = None, encoder.width
         networks = {"encoder": encoder}
         if arguments.baselines:
             fresh = foreign.load_encoder(arguments.encoder).to(device).eval()
             networks |= {"untrained encoder": fresh, "raw pixels": None}
         about |= {"encoder": encoder.said}
     else:
-        config, model, state = load_model(arguments.source, device)
-        spec, channels, width = arguments.data, state["channels"], model.width
+        config, model, state = load_run(arguments, arguments.source, device)
+        channels, width = state["channels"], model.width
         networks = {"trained": model.encoder}
         if arguments.baselines:
             networks |= baselines(config, state, device)
@@ -200,23 +205,14 @@ def _subject(arguments: argparse.Namespace, device: str) -> Subject:
         columns = None if model.objective.dim is None else model.objective.sub_vector
     _check_dim(arguments, width, "the encoder's width")
 
-    def features(network) -> Features:
-        return probe.load_features(
-            network,
-            config,
-            spec=spec,
-            root=arguments.data_root,
-            channels=channels,
-            device=device,
-            workers=arguments.workers,
-            skip_unreadable=arguments.skip_unreadable,
-        )
-
-    rows = {name: functools.partial(features, network) for name, network in networks.items()}
-    return Subject(rows, columns, about | {"data": spec or config.data})
+    rows = {
+        name: functools.partial(probe.load_features, network, config, channels)
+        for name, network in networks.items()
+    }
+    return rows, columns, about | {"data": config.data}
 
 
-def _subject_of_features(arguments: argparse.Namespace) -> Subject:
+def _subject_of_features(arguments: argparse.Namespace) -> tuple:
     from . import foreign
 
     if arguments.baselines:
@@ -226,7 +222,7 @@ def _subject_of_features(arguments: argparse.Namespace) -> Subject:
     _check_dim(arguments, split.train.shape[1], "the features' width")
     about = {"data": arguments.source, "tested on": tested, "classes": split.classes}
     print(f"{split.classes} classes, {len(split.train)} features to train on, tested on {tested}")
-    return Subject({"features": lambda: split}, None, about)
+    return {"features": lambda: split}, None, about
 
 
 def _check_dim(arguments: argparse.Namespace, width: int, what: str) -> None:

@@ -194,7 +194,7 @@ class TrainConfig:
     logger: str = setting(
         "none",
         "none, tensorboard, wandb: beside log.jsonl (default none)",
-        choices=".logger:LOGGERS",
+        choices=".log:LOGGERS",
         resumed="free",
     )
     timeout: float = setting(
@@ -215,6 +215,20 @@ class TrainConfig:
     def folder(self) -> Path:
         """Where the run is kept."""
         return Path(self.given("checkpoint_dir")) / self.given("name")
+
+    def images(self, train: bool, download: bool = False):
+        """The part of the set to train on, or the one held out (:func:`.data.load`)."""
+        from . import data
+
+        return data.load(
+            self.data,
+            root=self.data_root,
+            download=download,
+            train=train,
+            image_size=self.image_size,
+            seed=self.seed,
+            skip_unreadable=self.skip_unreadable,
+        )
 
     def resolve(self) -> TrainConfig:
         """The same settings with every default filled in and checked.
@@ -292,11 +306,9 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
         """The settings of :meth:`to_dict`; ValueError for a name this version does not know."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ValueError(f"config: expected settings of this version, got {unknown[0]!r}")
         defaults = {field.name: field.metadata["default"] for field in dataclasses.fields(cls)}
+        if unknown := sorted(values.keys() - defaults.keys()):
+            raise ValueError(f"config: expected settings of this version, got {unknown[0]!r}")
         return cls(**{**defaults, **values})
 
 

@@ -76,12 +76,11 @@ class _Block(nn.Module):
 
 
 class SmallEncoder(nn.Module):
-    """A 3x3 stem, then a residual block per entry of `widths`; all but the first halve H and W."""
+    """A 3x3 stem, then four residual blocks; all but the first halve H and W."""
 
-    def __init__(
-        self, channels: int = 1, widths: tuple[int, ...] = (32, 64, 128, 256), stem_stride: int = 1
-    ):
+    def __init__(self, channels: int, stem_stride: int):
         super().__init__()
+        widths = (32, 64, 128, 256)
         self.width = widths[-1]
         self.stem = nn.Sequential(
             nn.Conv2d(channels, widths[0], 3, stem_stride, 1, bias=False),

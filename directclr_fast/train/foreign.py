@@ -1,12 +1,9 @@
 """What others made, for the probe and the spectrum: files of features, weights of other networks.
 
-A file is opened without running code that may be in it: NumPy's without pickled objects, PyTorch's
-with ``weights_only``. One that needs more is refused, unless it is trusted by name.
-
-Weights are found by their names. A checkpoint may hold several networks (MoCo's two encoders, a
-projector, an optimiser), each under a prefix of its own; taken is the prefix under which most of
-the encoder's tensors lie, in their shapes, the first of equals. All of them have to be there: half
-a network would give features that nobody made.
+A file is opened without running code that may be in it, and one that needs more is refused, unless
+it is trusted by name. Weights are found by their names: of a checkpoint's networks, each under a
+prefix of its own, the one is taken under whose prefix most of the encoder's tensors lie, in their
+shapes, the first of equals. All of them have to be there.
 """
 
 from __future__ import annotations
@@ -385,16 +382,12 @@ def _best(network: nn.Module, content) -> Match:
     best, most = Match("", {}, "", {}), -1
     for place, tensors in _states(content):
         for naming in ({k: k for k in wanted}, numbered):
-            by_end: dict[str, list[str]] = {}
-            for key, other in naming.items():
-                by_end.setdefault(other.rpartition(".")[2], []).append(key)
-            count: Counter[str] = Counter()
-            for name, tensor in tensors.items():
-                for key in by_end.get(name.rpartition(".")[2], ()):
-                    other = naming[key]
-                    whole = name == other or name.endswith("." + other)
-                    if whole and tensor.shape == wanted[key].shape:
-                        count[name[: len(name) - len(other)]] += 1
+            count = Counter(
+                name.removesuffix(other)
+                for name, tensor in tensors.items()
+                for key, other in naming.items()
+                if f".{name}".endswith(f".{other}") and tensor.shape == wanted[key].shape
+            )
             for prefix, _ in count.most_common(1):
                 there = {k: prefix + o for k, o in naming.items() if prefix + o in tensors}
                 fit = {k: n for k, n in there.items() if tensors[n].shape == wanted[k].shape}

@@ -4,10 +4,8 @@ Left out means that parameters, optimiser state and BatchNorm's running statisti
 the images and the step of the schedule are used up.
 
 On a CPU, and wherever a gradient scaler reads its own flag, the host looks and does not step. On a
-GPU it would wait there for the whole step, so there the optimiser steps in any case and what it
-changed is put back on the device: a copy of parameters and state and three passes over them. Only
-the counts are read, at the latest after as many steps as may be left out in a row. All ranks decide
-alike: the loss is everyone's, and so are gradients after DistributedDataParallel's mean.
+GPU it would wait for the whole step, so there the optimiser steps in any case and what it changed
+is put back on the device; only the counts are read. All ranks decide alike.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""log.jsonl of a run: a header line, then lines of steps.
+"""log.jsonl of a run: a header line, then lines of steps; TensorBoard, Weights & Biases beside it.
 
 A step's values stay on the device until lines are written: reading them waits for its queue.
 """
@@ -6,10 +6,12 @@ A step's values stay on the device until lines are written: reading them waits f
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
@@ -18,6 +20,8 @@ import torch
 from torch import Tensor
 
 READ_EVERY = 0.25  # seconds between reads of losses from the device
+PACKAGES = {"tensorboard": ("torch.utils.tensorboard", "tensorboard"), "wandb": ("wandb", "wandb")}
+LOGGERS = ("none", *PACKAGES)
 
 
 class Log:
@@ -102,3 +106,74 @@ class Log:
         os.fsync(self.file.fileno())
         self.kept = self.file.tell()
         return self.kept
+
+
+class Logger:
+    """Sends lines of the log to ``name``, one of LOGGERS. ImportError where its package is missing.
+
+    What fails there later is said once, and the training goes on without it.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name, self.id = name, None  # by which W&B knows a run again
+        self.writer = None
+        if name in PACKAGES:
+            module, package = PACKAGES[name]
+            try:
+                self.package = importlib.import_module(module)
+            except ImportError as error:
+                raise ImportError(
+                    f"logger: expected {package}, got {error}; "
+                    f"install it with: pip install {package}"
+                ) from error
+
+    def open(self, folder: Path, settings: dict, step: int) -> None:
+        """For the run in ``folder`` that goes on after ``step``; RuntimeError where it cannot."""
+        try:
+            self._open(folder, settings, step)
+        except Exception as error:  # a service's own, of any kind
+            raise RuntimeError(f"logger: expected to start {self.name}, got {error}") from error
+
+    def _open(self, folder: Path, settings: dict, step: int) -> None:
+        if self.name == "tensorboard":
+            # What an interrupted run sent after its checkpoint comes again.
+            self.writer = self.package.SummaryWriter(str(folder), purge_step=step + 1)
+        elif self.name == "wandb":
+            self.writer = self.package.init(
+                project="directclr-fast",
+                name=settings["name"],
+                dir=str(folder),
+                config=settings,
+                id=self.id,
+                resume="allow",
+            )
+            self.id = self.writer.id
+
+    def add(self, record: dict) -> None:
+        """A line of log.jsonl, as numbers at its step."""
+        values = {k: v for k, v in record.items() if k != "step" and v is not None}
+
+        def send(writer) -> None:
+            if self.name == "wandb":
+                writer.log(values, step=record["step"])
+                return
+            for key, value in values.items():
+                writer.add_scalar(key, value, record["step"])
+
+        self._try(send)
+
+    def close(self) -> None:
+        self._try(lambda writer: writer.finish() if self.name == "wandb" else writer.close())
+
+    def _try(self, call) -> None:
+        if self.writer is None:
+            return
+        try:
+            call(self.writer)
+        except Exception as error:  # a service's own, of any kind
+            self.writer = None
+            warnings.warn(
+                f"logger: {self.name} takes no more lines ({type(error).__name__}: {error}); "
+                "log.jsonl goes on",
+                stacklevel=2,
+            )

@@ -3,12 +3,8 @@
 A step draws a batch, makes two views of it on the device, encodes each in a call of its own (so
 that BatchNorm sees the views apart, as in the paper), takes the mode's loss, and adds the
 cross-entropy of a linear head on the detached representation of view 1, which only measures.
-Everything random comes from generators whose state the checkpoint holds, so a resumed run on the
-CPU is bitwise the run that was not interrupted.
 
-Under torchrun every rank runs this: it draws the batch and the views' parameters of all ranks,
-takes its rows, and meets the others in BatchNorm, the loss and the mean of the gradients, so that W
-ranks are one process up to rounding. Rank 0 alone reads and writes files and shows anything.
+Under torchrun every rank runs this; rank 0 alone writes files and shows anything.
 """
 
 from __future__ import annotations
@@ -16,10 +12,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import itertools
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -34,12 +31,13 @@ from .batchnorm import synchronise
 from .config import TrainConfig
 from .gradcache import GradientCache
 from .guard import Guard
-from .log import Log
-from .logger import Logger
+from .log import Log, Logger
 from .objective import Objective
 from .optim import build_optimizer, learning_rate
 from .ranks import Ranks, mean_in_order
 from .supervise import Signals, TrainingStopped
+
+STATEFUL = ("model", "optimizer", "scaler", "sampler")  # parts of a run that have a state dict
 
 
 class TrainingDiverged(RuntimeError):
@@ -136,7 +134,8 @@ class Trainer:
         self.progress = progress and ranks.rank == 0
         self.folder = config.folder
         self.path = self.folder / "checkpoint.pt"
-        state = ranks.first(self._saved) if resume else None
+        there = resume and ranks.first(lambda: checkpoint.exists(self.path))
+        state = ranks.first(lambda: checkpoint.load(self.path)) if there else None
         if state is not None:
             config = config.continuing(state["config"])
         self.config = config = config.resolve()
@@ -155,14 +154,9 @@ class Trainer:
         else:
             dataset = dataclasses.replace(dataset, crops=self.make_views.crops)
         self.dataset = dataset
-        self.sampler = data.EpochSampler(
-            len(dataset),
-            config.batch_size,
-            config.seed,
-            rank=ranks.rank,
-            world_size=ranks.size,
-            what=f"training images of {config.data}",
-        )
+        share = {"rank": ranks.rank, "world_size": ranks.size}
+        share["what"] = f"training images of {config.data}"
+        self.sampler = data.EpochSampler(len(dataset), config.batch_size, config.seed, **share)
         self.batches = data.Batches(dataset, self.sampler, self.device, config.workers)
         self.view_generator = torch.Generator(self.device).manual_seed(config.seed + 1)
 
@@ -202,24 +196,12 @@ class Trainer:
             self._restore(state)
 
     def _load_data(self, state: dict | None) -> data.ImageSet | data.FolderSet:
-        config, download = self.config, self.config.download
-
-        def load(download: bool):
-            return data.load(
-                config.data,
-                root=config.data_root,
-                download=download,
-                train=True,
-                image_size=config.image_size,
-                seed=config.seed,
-                skip_unreadable=config.skip_unreadable,
-            )
-
+        download = self.config.download
         if download and self.ranks.size > 1:  # one fetches, the others find it
-            self.ranks.first(lambda: load(True) and None)
+            self.ranks.first(lambda: self.config.images(True, download) and None)
             download = False
         try:
-            return load(download)
+            return self.config.images(True, download)
         except FileNotFoundError as error:
             if state is None:
                 raise
@@ -243,17 +225,19 @@ class Trainer:
         raise :class:`TrainingStopped` at the end of the step, after a checkpoint, unless that step
         was skipped.
         """
-        last = self.total_steps
-        if self.config.max_steps is not None:
-            last = min(last, self.config.max_steps)
+        last = min(self.total_steps, self.config.max_steps or self.total_steps)
         save_every = self.config.save_every or len(self.sampler)
         due = False
         self.logger.open(self.folder, self.config.to_dict(), self.step)
         self._begin()
         signals = Signals(impatient=self.ranks.size == 1)
         bar = {"start": self.step, "show": self.progress, "banner": self._banner()}
+
+        def kept() -> str:  # what a sentence about lost ranks ends with
+            return "; " + self._last_good() if self.ranks.rank == 0 else ""
+
         with (
-            self.ranks.watched(lambda: self.now, self._kept),
+            self.ranks.watched(lambda: self.now, kept),
             contextlib.closing(self.logger),
             self.log.open(self._header),
             Progress(last, **bar) as progress,
@@ -262,45 +246,43 @@ class Trainer:
             show = [lambda record: self._show(progress, record)]
             show += [self.logger.add, *([] if on_step is None else [on_step])]
             self.model.train()
-            while self.step < last:
-                for images, labels, _ in self.batches:
-                    self.now = f"in step {self.step + 1}"
-                    values = self.train_step(images, labels)
-                    self.step += 1
-                    self.log.tick()
-                    end = self.step == last
-                    if self.step % self.config.log_every == 0 or end:
-                        self.log.add(self.step, *values)
-                    due |= self.step % save_every == 0
-                    stop = self.ranks.any(signals.caught is not None)
-                    if due or stop or end or self.log.due:
-                        self.log.write(show)
-                    in_a_row = self._skipped_in_a_row(due or stop or end)
-                    # While steps are skipped nothing has proved the weights, so the last
-                    # checkpoint stays.
-                    if end or (due or stop) and not in_a_row:
-                        self._save()
-                        due = False
-                    if stop and not end:
-                        raise self._stopped(signals, saved=not in_a_row)
-                    if end:
-                        break
+            for images, labels, _ in itertools.islice(self.endless(), max(0, last - self.step)):
+                self.now = f"in step {self.step + 1}"
+                values = self.train_step(images, labels)
+                self.step += 1
+                self.log.tick()
+                end = self.step == last
+                if self.step % self.config.log_every == 0 or end:
+                    self.log.add(self.step, *values)
+                due |= self.step % save_every == 0
+                stop = self.ranks.any(signals.caught is not None)
+                if due or stop or end or self.log.due:
+                    self.log.write(show)
+                in_a_row = self._skipped_in_a_row(due or stop or end)
+                # While steps are skipped nothing has proved the weights, so the last checkpoint
+                # stays.
+                if end or (due or stop) and not in_a_row:
+                    self._save()
+                    due = False
+                if stop and not end:
+                    raise self._stopped(signals, saved=not in_a_row)
             if failed := self._unreadable():
                 self.log.end({"unreadable": failed})
         if failed := self._unreadable():
             warnings.warn(f"{folder.said_unreadable(failed)}; log.jsonl has all", stacklevel=2)
-        last_line = {**self.log.record, "step": self.step}
-        return {**last_line, "backend": last_backend(), "folder": str(self.folder)}
+        end = {"step": self.step, "backend": last_backend(), "folder": str(self.folder)}
+        return self.log.record | end
+
+    def endless(self) -> Iterator[tuple]:
+        """The batches of one epoch after the other, from where the run is."""
+        while True:
+            yield from self.batches
 
     def train_step(self, images, labels) -> tuple[float, torch.Tensor, torch.Tensor, torch.Tensor]:
         """One update; learning rate and, on the device, loss, online accuracy, steps skipped."""
         config = self.config
-        rate = learning_rate(
-            self.step,
-            self.total_steps,
-            config.warmup_epochs * len(self.sampler),
-            config.learning_rate,
-        )
+        warmup = config.warmup_epochs * len(self.sampler)
+        rate = learning_rate(self.step, self.total_steps, warmup, config.learning_rate)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         make = self.views_of(images)
@@ -377,10 +359,7 @@ class Trainer:
             "channels": self.channels,
             "classes": self.classes,
             "step": self.step,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "sampler": self.sampler.state_dict(),
+            **{name: getattr(self, name).state_dict() for name in STATEFUL},
             "skipped": self.guard.counts.cpu(),
             "unreadable": dict(self._unreadable()),
             "logger": self.logger.id,
@@ -392,37 +371,21 @@ class Trainer:
     def _diverged(self, how: str = "") -> TrainingDiverged:
         return TrainingDiverged(
             f"loss: expected finite numbers, got nan or inf {how}by step {self.step}; "
-            + self._last_checkpoint("the last good checkpoint is")
+            + self._last_good()
         )
 
     def _stopped(self, signals: Signals, saved: bool) -> TrainingStopped:
-        kept = "saved, continue with --resume:" if saved else "the last good checkpoint is"
+        kept = f"saved, continue with --resume: {self.path}" if saved else self._last_good()
         caught = signals.caught or "a signal to another rank"
-        return TrainingStopped(
-            f"stopped by {caught} after step {self.step}; {self._last_checkpoint(kept)}"
-        )
+        return TrainingStopped(f"stopped by {caught} after step {self.step}; {kept}")
 
-    def _kept(self) -> str:
-        """What a sentence about lost ranks ends with, on the rank that keeps the files."""
-        return (
-            "; " + self._last_checkpoint("the last good checkpoint is")
-            if self.ranks.rank == 0
-            else ""
-        )
-
-    def _last_checkpoint(self, introduction: str) -> str:
+    def _last_good(self) -> str:
         there = self.path.exists()
-        return f"{introduction} {self.path}" if there else "there is no checkpoint yet"
-
-    def _saved(self) -> dict | None:
-        """The checkpoint to continue from, if there is one."""
-        there = self.path.exists() or checkpoint.previous(self.path).exists()
-        return checkpoint.load(self.path) if there else None
+        return f"the last good checkpoint is {self.path}" if there else "there is no checkpoint yet"
 
     def _check_folder(self, state: dict | None, resume: bool, overwrite: bool) -> None:
         checkpoint.writable("checkpoint_dir", self.folder)
-        there = self.path.exists() or checkpoint.previous(self.path).exists()
-        if there and not (resume or overwrite):
+        if checkpoint.exists(self.path) and not (resume or overwrite):
             raise ValueError(
                 f"name: expected a folder without a checkpoint, got {self.folder}; "
                 "give --resume to continue it, --overwrite to start anew, or another --name"
@@ -431,10 +394,8 @@ class Trainer:
             warnings.warn(f"resume: no checkpoint in {self.folder}, starting anew", stacklevel=3)
 
     def _restore(self, state: dict) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.sampler.load_state_dict(state["sampler"])
+        for name in STATEFUL:
+            getattr(self, name).load_state_dict(state[name])
         self.step = state["step"]
         if self.step > self.total_steps:
             behind = -(-self.step // len(self.sampler))
@@ -445,13 +406,11 @@ class Trainer:
         self.guard.counts.copy_(state.get("skipped", torch.zeros(2)))
         self._unreadable().update(state.get("unreadable", {}))
         self.logger.id = state.get("logger")
-        random_states = [state["rng"], *state.get("rng_of_other_ranks", [])]
-        known = self.ranks.rank < len(random_states)
-        checkpoint.set_rng_state(
-            random_states[self.ranks.rank if known else 0], self.view_generator
-        )
-        if not known:  # more ranks than there were; the views are drawn alike by all
-            torch.manual_seed(self.config.seed + self.ranks.rank + self.step * self.ranks.size)
+        random_states = dict(enumerate([state["rng"], *state.get("rng_of_other_ranks", [])]))
+        rank = self.ranks.rank
+        checkpoint.set_rng_state(random_states.get(rank, state["rng"]), self.view_generator)
+        if rank not in random_states:  # more ranks than there were; views are drawn alike by all
+            torch.manual_seed(self.config.seed + rank + self.step * self.ranks.size)
         self.log.kept = state["log_bytes"]
 
     # ------------------------------------------------------------------------ what is shown
@@ -466,18 +425,17 @@ class Trainer:
                 path.unlink(missing_ok=True)
 
     def _header(self) -> dict:
-        files = {}
-        if isinstance(self.dataset, data.FolderSet):
-            files["files"] = {"taken": len(self.dataset), "left out": self.dataset.left_out}
-        return {
+        header = {
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             **machine(gpu=self.device.type == "cuda"),
             "device": str(self.device),
             "ranks": self.ranks.size,
-            **files,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "steps": self.total_steps,
         }
+        if isinstance(self.dataset, data.FolderSet):
+            header["files"] = {"taken": len(self.dataset), "left out": self.dataset.left_out}
+        return header
 
     def _show(self, progress: Progress, record: dict) -> None:
         rate = record["images_per_second"]

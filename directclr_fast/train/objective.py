@@ -21,12 +21,8 @@ embedding and changes no similarity, so only the dim columns of V that D keeps a
 same reason "orthogonal" has the loss and the gradient of "baseline" up to rounding, and its matrix
 has no gradient at all but rounding; it is there because the paper has it.
 
-The weight of "diagonal" is a (1, R) matrix on purpose: a projector like the others, it takes weight
-decay and LARS's adaptation, which leave vectors out.
-
-The permutation of "group", V of "lowrank" and the columns of "random" come from generators seeded
-by the run's seed, so they are the same on every process; the first two are kept in the checkpoint
-(the release draws another permutation on every rank), of the last the number of draws.
+The permutation of "group", V of "lowrank" and the columns of "random" are drawn from the run's
+seed, alike on every process.
 """
 
 from __future__ import annotations
@@ -57,7 +53,8 @@ def default_dim(width: int) -> int:
 
 
 class Diagonal(nn.Module):
-    """x (B, R) times a trained weight (1, R), one at the start."""
+    """x (B, R) times a trained weight (1, R), one at the start: a matrix, so that it takes weight
+    decay and LARS's adaptation as other projectors do."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -165,30 +162,25 @@ class Objective(nn.Module):
             "backend": backend,
             "group": group,
         }
-        self.projector = nn.Identity()
-        self.draw = None
-        columns = None
         generator = torch.Generator().manual_seed(seed)
-        if mode == "single":
-            self.projector = nn.Linear(width, EMBEDDING, bias=False)
-        elif mode == "simclr":
-            self.projector = nn.Sequential(
+        projectors = {
+            "single": lambda: nn.Linear(width, EMBEDDING, bias=False),
+            "simclr": lambda: nn.Sequential(
                 nn.Linear(width, width, bias=False),
                 nn.BatchNorm1d(width),
                 nn.ReLU(inplace=True),
                 nn.Linear(width, EMBEDDING, bias=False),
                 nn.BatchNorm1d(EMBEDDING),
-            )
-        elif mode == "diagonal":
-            self.projector = Diagonal(width)
-        elif mode == "orthogonal":
-            self.projector = Orthogonal(width)
-        elif mode == "lowrank":
-            self.projector = LowRank(width, dim, generator)
-        elif mode == "group":
+            ),
+            "diagonal": lambda: Diagonal(width),
+            "orthogonal": lambda: Orthogonal(width),
+            "lowrank": lambda: LowRank(width, dim, generator),
+        }
+        self.projector = projectors.get(mode, nn.Identity)()
+        self.draw = RandomColumns(width, dim, seed) if mode == "random" else None
+        columns = None
+        if mode == "group":
             columns = torch.randperm(width, generator=generator).view(GROUPS, -1)
-        elif mode == "random":
-            self.draw = RandomColumns(width, dim, seed)
         self.register_buffer("columns", columns)
 
     def as_in(self, names: Container[str]) -> None:

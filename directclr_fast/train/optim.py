@@ -1,8 +1,6 @@
 """Optimisers and the learning-rate schedule of the paper's recipe.
 
-LARS here is the variant of the DirectCLR release (docs/design.md section 8): weight decay joins the
-gradient first, the trust ratio scales the sum, momentum accumulates it and the learning rate comes
-last. Parameters of one dimension (biases, BatchNorm) take neither decay nor trust ratio.
+LARS is the variant of the DirectCLR release (docs/design.md section 8).
 """
 
 from __future__ import annotations
@@ -17,9 +15,8 @@ OPTIMIZERS = ("lars", "sgd", "adamw")
 
 
 class LARS(torch.optim.Optimizer):
-    r"""Layer-wise adaptive SGD, all parameters of a step updated by grouped (foreach) operations.
-
-    For a parameter w of two or more dimensions with gradient g, momentum buffer u:
+    r"""Layer-wise adaptive SGD. For a parameter w of two or more dimensions with gradient g and
+    momentum buffer u:
 
     .. code-block:: text
 
@@ -94,7 +91,7 @@ class LARS(torch.optim.Optimizer):
 
 
 def build_optimizer(
-    name: str, model: nn.Module, lr: float, weight_decay: float, momentum: float = 0.9
+    name: str, model: nn.Module, lr: float, weight_decay: float
 ) -> torch.optim.Optimizer:
     """The optimiser called ``name`` for every trainable parameter of ``model``.
 
@@ -102,13 +99,13 @@ def build_optimizer(
     """
     params = [p for p in model.parameters() if p.requires_grad]
     if name == "lars":
-        return LARS(params, lr, momentum, weight_decay)
+        return LARS(params, lr, weight_decay=weight_decay)
     groups = [
         {"params": [p for p in params if p.dim() > 1], "weight_decay": weight_decay},
         {"params": [p for p in params if p.dim() <= 1], "weight_decay": 0.0},
     ]
     if name == "sgd":
-        return torch.optim.SGD(groups, lr, momentum)
+        return torch.optim.SGD(groups, lr, momentum=0.9)
     if name == "adamw":
         # Fused on a GPU: there it counts its steps on the device (see guard.py).
         return torch.optim.AdamW(groups, lr, fused=params[0].is_cuda or None)

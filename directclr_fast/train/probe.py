@@ -1,17 +1,13 @@
 """How good a frozen representation is: linear probe and nearest neighbours on cached features.
 
 The probe is the paper's: one linear layer on frozen features, SGD with momentum 0.9, learning rate
-0.1, batch 256, weight decay 1e-6, 100 epochs. The released probe creates a cosine schedule but
-never steps it, so its published numbers come from a constant rate; both are offered and named.
-
-One thing is added by default (``scaled``): features are centred and divided by one number, their
-overall rms. It changes no direction's share, only what a learning rate means: on handwritten digits
-an untrained encoder, whose features are small, goes from 43 % to 92 % by it and a trained one stays
-at 98 %. Without it a comparison of encoders measures their scale.
+0.1, batch 256, weight decay 1e-6, 100 epochs. Its features are centred and divided by one number,
+their overall rms (``scaled``; docs/design.md section 8).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from typing import NamedTuple
@@ -20,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import data, folder, views
+from .config import TrainConfig
 
 SCHEDULES = ("constant", "cosine")
 
@@ -129,20 +126,17 @@ def linear_probe(
     weight = weight.to(device).requires_grad_()
     bias = torch.zeros(features.classes, device=device, requires_grad=True)
     optimizer = torch.optim.SGD([weight, bias], learning_rate, momentum, weight_decay=weight_decay)
-    steps_an_epoch = -(-len(x) // batch_size)
-    step = 0
-    for _ in range(epochs):
-        for index in torch.randperm(len(x), generator=generator).to(device).split(batch_size):
-            if schedule == "cosine":
-                progress = step / (epochs * steps_an_epoch)
-                optimizer.param_groups[0]["lr"] = (
-                    0.5 * learning_rate * (1 + math.cos(math.pi * progress))
-                )
-            scores = nn.functional.linear(x[index], weight, bias)
-            optimizer.zero_grad(set_to_none=True)
-            nn.functional.cross_entropy(scores, y[index]).backward()
-            optimizer.step()
-            step += 1
+    orders = (torch.randperm(len(x), generator=generator).to(device) for _ in range(epochs))
+    batches = itertools.chain.from_iterable(order.split(batch_size) for order in orders)
+    steps = epochs * -(-len(x) // batch_size)
+    for step, index in enumerate(batches):
+        if schedule == "cosine":
+            rate = 0.5 * learning_rate * (1 + math.cos(math.pi * step / steps))
+            optimizer.param_groups[0]["lr"] = rate
+        scores = nn.functional.linear(x[index], weight, bias)
+        optimizer.zero_grad(set_to_none=True)
+        nn.functional.cross_entropy(scores, y[index]).backward()
+        optimizer.step()
     with torch.no_grad():
         scores = nn.functional.linear(features.test.to(device), weight, bias)
         return _accuracy(scores, features.test_labels.to(device))
@@ -189,70 +183,44 @@ def _accuracy(scores: Tensor, labels: Tensor) -> float:
 
 def load_part(
     encoder: nn.Module | None,
-    config,
+    config: TrainConfig,
     train: bool,
     *,
-    spec: str | None = None,
-    root: str | None = None,
     channels: int | None = None,
-    device: str | torch.device = "cpu",
-    workers: int = 0,
-    skip_unreadable: bool = False,
     labelled: bool = False,
 ) -> tuple[Tensor, Tensor, int]:
-    """Features and labels, as of :func:`encode`, and the number of classes, of one part of the set
-    a run was trained on, or of the set ``spec``.
+    """Features and labels, as of :func:`encode`, and the number of classes, of one part of the
+    images that ``config`` says.
 
-    ``config`` is the run's :class:`~directclr_fast.train.config.TrainConfig`; ``channels`` those
-    the encoder takes, ValueError where the images have others, or, if they should be ``labelled``,
-    have no classes.
+    ``channels``: those the encoder takes, ValueError where the images have others, or, if they
+    should be ``labelled``, have no classes.
     """
-    spec = config.data if spec is None else spec
-    images = data.load(
-        spec,
-        root=config.data_root if root is None else root,
-        train=train,
-        image_size=config.image_size,
-        seed=config.seed,
-        skip_unreadable=config.skip_unreadable or skip_unreadable,
-    )
+    images = config.images(train)
     if labelled and not (images.labels >= 0).any():
-        raise ValueError(f"data: expected classes to probe, got images without any in {spec}")
+        raise ValueError(
+            f"data: expected classes to probe, got images without any in {config.data}"
+        )
     if channels not in (None, images.shape[0]):
         raise ValueError(
             f"data: expected images of {channels} channels, as the encoder was trained on, "
-            f"got {images.shape[0]} in {spec}"
+            f"got {images.shape[0]} in {config.data}"
         )
-    encoded = encode(encoder, images, config.image_size, device, workers=workers)
+    encoded = encode(encoder, images, config.image_size, config.device, workers=config.workers)
     return *encoded, images.num_classes
 
 
-def load_features(encoder: nn.Module | None, config, **place) -> Features:
-    """Both parts of a set, as :func:`load_part` makes them of ``place``."""
-    *train, _ = load_part(encoder, config, True, labelled=True, **place)
-    return Features(*train, *load_part(encoder, config, False, labelled=True, **place))
+def load_features(
+    encoder: nn.Module | None, config: TrainConfig, channels: int | None = None
+) -> Features:
+    """Both parts of the images, as :func:`load_part` makes them."""
+    how = {"channels": channels, "labelled": True}
+    *train, _ = load_part(encoder, config, True, **how)
+    return Features(*train, *load_part(encoder, config, False, **how))
 
 
 def scores(
-    features: Features,
-    *,
-    schedule: str = "cosine",
-    epochs: int = 100,
-    learning_rate: float = 0.1,
-    k: int = 200,
-    temperature: float = 0.07,
-    seed: int = 0,
-    device: str | torch.device = "cpu",
+    features: Features, *, seed: int = 0, device: str | torch.device = "cpu"
 ) -> dict[str, float]:
     """Linear-probe and kNN accuracy, 0 to 1, of one set of features."""
-    return {
-        "linear": linear_probe(
-            features,
-            schedule,
-            epochs=epochs,
-            learning_rate=learning_rate,
-            seed=seed,
-            device=device,
-        ),
-        "knn": knn(features, k=k, temperature=temperature, device=device),
-    }
+    linear = linear_probe(features, seed=seed, device=device)
+    return {"linear": linear, "knn": knn(features, device=device)}

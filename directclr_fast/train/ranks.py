@@ -1,8 +1,5 @@
 """The processes of a run under torchrun, and the few words they exchange beside gradients.
 
-Everything random in a step is drawn alike on every rank for the whole batch, and each rank takes
-its rows: W ranks make the batches and views of one process, so that a run may go on with another W.
-
 No rank waits for another longer than a stated time. One that has waited in vain puts its number on
 a list in the store where they met, gives the others a little time to do so, and says who did not.
 Nothing that arrives is run: ranks send each other tensors, and files of torch.save as bytes, read
@@ -190,15 +187,15 @@ class Ranks:
         """What ``call`` returns on rank 0, the only one that calls it, or raises there."""
         if self.size == 1:
             return call()
-        result, told, error = None, None, None
+        result, refusal, error = None, None, None
         if self.rank == 0:
             try:
                 result = call()
             except Exception as caught:  # the others wait to hear of it
                 error = caught
-                kind = next((kind for kind in TOLD if isinstance(caught, kind)), RuntimeError)
-                told = [kind.__name__, str(caught)]
-        whole = _packed([result, told])
+                kind = next((kind for kind in KINDS if isinstance(caught, kind)), RuntimeError)
+                refusal = [kind.__name__, str(caught)]
+        whole = _packed([result, refusal])
         size = torch.tensor(len(whole))
         dist.broadcast(size, 0)
         if self.rank > 0:
@@ -207,9 +204,9 @@ class Ranks:
         if error is not None:
             raise error
         if self.rank > 0:
-            result, told = _unpacked(whole)
-        if told is not None:
-            raise {kind.__name__: kind for kind in TOLD}[told[0]](told[1])
+            result, refusal = _unpacked(whole)
+        if refusal is not None:
+            raise {kind.__name__: kind for kind in KINDS}[refusal[0]](refusal[1])
         return result
 
     def gather(self, value: object) -> list:
@@ -324,7 +321,7 @@ def _name(rank: int, hosts: dict[int, str]) -> str:
     return f"rank {rank}" + (f" on {hosts[rank]}" if rank in hosts else "")
 
 
-TOLD = (ValueError, TypeError, OSError, ImportError, RuntimeError)
+KINDS = (ValueError, TypeError, OSError, ImportError, RuntimeError)
 
 
 def _packed(value: object) -> Tensor:
