@@ -99,7 +99,7 @@ def limited(limit: int | None = None) -> Iterator[None]:
     if not free:
         yield
         return
-    bound = free + (_status("VmData") or 0)
+    bound = free + (status("VmData") or 0)
     resource.setrlimit(resource.RLIMIT_DATA, (_lesser(bound, before[1]), before[1]))
     try:
         yield
@@ -111,7 +111,16 @@ def _lesser(bound: int, hard: int) -> int:
     return bound if hard < 0 else min(bound, hard)  # RLIM_INFINITY is -1
 
 
-def _status(key: str) -> int | None:
+def reset_peak() -> int:
+    """Lets VmHWM begin anew; the bytes resident now."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    return status("VmRSS")
+
+
+def status(key: str) -> int | None:
     """Bytes that /proc/self/status gives for ``key``."""
     try:
         with open("/proc/self/status") as file:
@@ -201,13 +210,9 @@ def _peak(case: Case, name: str) -> int:
     warm = case.rows if "compiled" in name else min(WARM_ROWS, case.rows)
     function(r1[:warm], r2[:warm]).backward()
     r1.grad = r2.grad = None
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
-    before = _status("VmRSS")
+    before = reset_peak()
     function(r1, r2).backward()
-    return _status("VmHWM") - before
+    return status("VmHWM") - before
 
 
 if __name__ == "__main__":

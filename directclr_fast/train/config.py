@@ -160,6 +160,9 @@ class TrainConfig:
     weight_decay: float | None = setting(low=0.0)
     epochs: int | None = setting(low=1, resumed="noted")
     warmup_epochs: int | None = setting(low=0, resumed="noted")
+    steps: int | None = setting(
+        help="of the whole schedule (default: those of --epochs)", low=1, resumed="noted"
+    )
     amp: str = setting("none", "none, bf16, fp16 (default none)", choices=("none", "bf16", "fp16"))
     chunk_size: int | None = setting(
         help="images encoded at a time: a batch beyond memory; exact", low=1, resumed="noted"

@@ -264,6 +264,22 @@ def place_box(
     return torch.stack((top, left, height, width), 1)
 
 
+def place_one(
+    numbers: list[float], h: int, w: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """`place_box` of one row, in Python's numbers: a thirtieth of the time of tensors so small."""
+    sizes, shapes, (top, left) = numbers[: PLACES[0]], numbers[PLACES[0] : -2], numbers[-2:]
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for size, shape in zip(sizes, shapes):
+        area = (size * (scale[1] - scale[0]) + scale[0]) * (h * w)
+        aspect = math.exp(shape * (high - low) + low)
+        height, width = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        if 1 <= width <= w and 1 <= height <= h:
+            return int(top * (h - height + 1)), int(left * (w - width + 1)), height, width
+    height, width = min(h, round(w / ratio[0])), min(w, round(h * ratio[1]))
+    return (h - height) // 2, (w - width) // 2, height, width
+
+
 @dataclass(frozen=True)
 class _View:
     """Parameters are drawn (`sample`) for a whole batch and applied (`rows`) to any part of it: a
