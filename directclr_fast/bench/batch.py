@@ -5,8 +5,8 @@
 With the fast and the reference loss and several seeds, on one thread a run; AdamW, no warm-up, a
 cosine to the last step, and a learning rate of the recipe's times sqrt(N / 256). Beyond --chunk
 images a batch is encoded by chunks of that many, each normalised by its own statistics. Measured of
-each run: the linear probe of the test part, processor time an image, resident memory above that of
-the process before. A run that memory does not hold is a result.
+each run: a linear probe (25 epochs) of the test part, processor time an image, resident memory
+above that of the process before. A run that memory does not hold is a result.
 
 Every finished run is kept in the folder batch/ beside batch.json, and one that was stopped goes on
 from its checkpoint, by the same command; --jobs 0 trains nothing. batch.png is drawn of what there
@@ -30,6 +30,7 @@ from ..paper import runs
 from ..paper.runs import Run
 from ..train import checkpoint
 from ..train.config import TrainConfig
+from ..train.supervise import TrainingStopped
 from . import memory, study, timing
 
 LOSSES = ("fast", "reference")
@@ -195,4 +196,7 @@ def draw(cases: list[dict], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    study.main(sys.modules[__name__])
+    try:
+        study.main(sys.modules[__name__])
+    except TrainingStopped as stopped:
+        sys.exit(f"{stopped}")

@@ -30,6 +30,7 @@ from . import spectrum
 
 ROUNDING = 2.0**-23  # of fp32, relative
 SMALL = 1e-4  # of the largest eigenvalue; counted beside the collapsed ones
+EPOCHS = 25  # of the linear probe of a run with a batch size of its own
 REPORT_EVERY = 0.5  # seconds between two reports of a run's step to the process that started it
 
 
@@ -242,7 +243,8 @@ def _round(model: torch.nn.Module, seed: int) -> None:
 
 
 def _measure(run: Run, config: TrainConfig, model, encoder, channels: int) -> dict:
-    """Probes of r and r[:, :d0] and spectra, or of a search the probe inside the training part."""
+    """Probes of r and r[:, :d0] and spectra; of a search the probe inside the training part; of a
+    run with a batch size of its own the linear probe of r."""
     device = config.device
     if run.search:
         images = _load(config, train=True)
@@ -251,6 +253,10 @@ def _measure(run: Run, config: TrainConfig, model, encoder, channels: int) -> di
         return {"held_out": probe.linear_probe(inside, device=device)}
     features = probe.load_features(encoder, config, channels=channels, device=device)
     seeded = {"seed": run.seed, "device": device}
+    if run.batch_size is not None:
+        return {
+            "accuracy": {"r": {"linear": probe.linear_probe(features, epochs=EPOCHS, **seeded)}}
+        }
     result = {"accuracy": {"r": probe.scores(features, **seeded)}}
     if run.trains:
         spectra = spectrum.of_model(model, features.test)
