@@ -33,11 +33,11 @@ from ..train.config import TrainConfig
 from ..train.supervise import TrainingStopped
 from . import memory, study, timing
 
-LOSSES = ("fast", "reference")
 FLAGS = {
     "--rows": {"type": int, "nargs": "+", "default": [64, 256, 1024, 4096, 16384]},
     "--images": {"type": int, "default": 12 * 2**14, "help": "that a run sees"},
     "--seeds": {"type": int, "default": 3},
+    "--losses": {"nargs": "+", "default": ["fast", "reference"]},
     "--data": {"default": "fashion-mnist"},
     "--amp": {"default": "bf16", "choices": ("none", "bf16")},
     "--chunk": {"type": int, "default": 4096},
@@ -90,7 +90,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[tuple[dict, str]]:
     asked = [
         Run("directclr", seed, rate * math.sqrt(n / 256), loss=loss, batch_size=n)
         for seed in range(1, arguments.seeds + 1)
-        for loss in LOSSES
+        for loss in arguments.losses
         for n in arguments.rows
     ]
     files = {run.name: out / "runs" / f"{run.name}.json" for run in asked}
@@ -180,7 +180,7 @@ def draw(cases: list[dict], path: Path) -> None:
     }
     with plots.panels(path, 3, size=(4.2, 3.6)) as row:
         for axes, (key, label) in zip(row, named.items()):
-            for loss, mark in zip(LOSSES, ("o-", "x--")):
+            for loss, mark in (("fast", "o-"), ("reference", "x--")):
                 points = {n: of[key] for (which, n), of in _points(cases).items() if which == loss}
                 points = {n: values for n, values in points.items() if values}
                 middle = [statistics.mean(values) for values in points.values()]
