@@ -11,6 +11,7 @@ worker, by how many batches it reads ahead, the batches not being used for anyth
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import os
 import sys
@@ -124,19 +125,21 @@ def calls(files: list[str], size: int, against: str | None) -> dict[str, Callabl
         cut, whole = both_views(of, files, numbers, size)
         made |= {f"decode and cut{name}": cut, f"both views{name}": whole}
     made["both views, torchvision"] = opened(theirs(size))
-    # A stage's rows are as many as `View.rows` takes at a time; each row is counted once.
+    # A stage's rows are as many as `View.rows` takes at a time of large ones.
     view, n = views.make_views("imagenet", size).first, views.FOUR
     pieces = both_views(versions[""], (files * n)[:n], numbers.repeat(n, 1, 1), size)[0]()[:, 0]
     p = view.sample(n, size, size, torch.Generator().manual_seed(0), boxes=False)
-    x, hue_rows = views.as_float(pieces), p["hue_place"].argsort(stable=True)
-    stages = {
-        "to fp32": lambda: views.as_float(pieces),
-        "jitter": lambda: views.jitter(x, p["factors"], p["order"], p["hue"], hue_rows),
-        "of that hue": lambda: views.rotate_hue(x, p["hue"]),
-        "blur": lambda: views.blur(x, p["sigma"], view.blur_kernel),
-        "normalise": lambda: views.normalise(x),
-    }
-    return made | {f"{STAGE}{name}": call for name, call in stages.items()}
+    x, jitter = views.as_float(pieces), [p[name] for name in ("factors", "order", "hue")]
+    jitter.append(p["hue_place"].argsort(stable=True))
+    for name, v in ((name, of.views) for name, of in versions.items()):
+        made |= {
+            f"{STAGE}to fp32{name}": functools.partial(v.as_float, pieces),
+            f"{STAGE}jitter{name}": functools.partial(v.jitter, x, *jitter),
+            f"{STAGE}hue, all rows{name}": functools.partial(v.rotate_hue, x, p["hue"]),
+            f"{STAGE}blur{name}": functools.partial(v.blur, x, p["sigma"], view.blur_kernel),
+            f"{STAGE}normalise{name}": functools.partial(v.normalise, x),
+        }
+    return made
 
 
 def ahead(files: list[str], size: int, batch: int) -> dict[int, float]:
@@ -177,7 +180,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[tuple[dict, str]]:
             if "median" in v
         }
         lines = [f"{len(files)} JPEGs of {kib:.0f} KiB, quality {quality}: images/s of one core"]
-        lines += [f"  {k:<26} {v:8.0f}  {1e3 / v:6.2f} ms" for k, v in rate.items()]
+        lines += [f"  {k:<32} {v:8.0f}  {1e3 / v:6.2f} ms" for k, v in rate.items()]
         plain = max((times[f"decode, {by}"] for by in ("Pillow", "torchvision")), key=_speed)
         cut = times["decode and cut"]
         case["of_plain_decoder"] = timing.ratio(plain, cut)
