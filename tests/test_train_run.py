@@ -374,6 +374,14 @@ def test_how_often_it_logs_and_saves(run_dir, monkeypatch):
     assert TrainConfig.from_dict(config) == trainer.config and config["warmup_epochs"] == 0
 
 
+def test_a_schedule_of_steps(run_dir):
+    """In the place of that of epochs, into another epoch, to the end of the cosine."""
+    trainer, result = train(run_dir, "steps", steps=7, epochs=1)
+    _, records = log_of(run_dir / "steps")
+    assert result["step"] == trainer.total_steps == 7 and records[-1]["epoch"] == 1.4
+    assert records[-1]["learning_rate"] < 0.1 * records[0]["learning_rate"]
+
+
 def test_losses_are_read_seldom(run_dir, monkeypatch):
     """Reading waits for the device, so steps queue up between reads, and none is lost."""
     monkeypatch.setattr(log, "READ_EVERY", math.inf)
