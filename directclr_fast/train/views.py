@@ -267,7 +267,7 @@ def place_box(
 def place_one(
     numbers: list[float], h: int, w: int, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[int, int, int, int]:
-    """`place_box` of one row, in Python's numbers: a thirtieth of the time of tensors so small."""
+    """`place_box` of one row, in Python's numbers, since tensors this small are all overhead."""
     sizes, shapes, (top, left) = numbers[: PLACES[0]], numbers[PLACES[0] : -2], numbers[-2:]
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for size, shape in zip(sizes, shapes):
