@@ -7,12 +7,14 @@ import dataclasses
 import json
 import math
 import random
+import types
 
 import numpy as np
 import pytest
 import torch
 
 from directclr_fast import cli
+from directclr_fast.backends import cpu
 from directclr_fast.machine import machine
 from directclr_fast.train import checkpoint, data, log, loop
 from directclr_fast.train.config import TrainConfig
@@ -624,3 +626,17 @@ def test_short_runs_get_a_short_warm_up():
 def test_settings_of_another_version():
     with pytest.raises(ValueError, match="^config: expected settings of this version, got 'x'"):
         TrainConfig.from_dict({"x": 1})
+
+
+def test_small_sets_are_trained_in_bf16_where_that_is_faster(monkeypatch):
+    def amp(fast, isas, **settings):
+        kernels = types.SimpleNamespace(has_bf16=lambda: fast, available_isas=lambda: isas)
+        monkeypatch.setattr(cpu, "_cpu", kernels)
+        return TrainConfig(**{"data": "digits", "device": "cpu", **settings}).resolve().amp
+
+    assert amp(True, []) == amp(False, ["amx", "avx512"]) == "bf16"
+    assert (
+        amp(False, ["avx512"]) == amp(True, [], amp="none") == amp(True, [], data="fake") == "none"
+    )
+    monkeypatch.setattr(cpu, "_cpu", None)
+    assert TrainConfig(data="digits", device="cpu").resolve().amp == "none"
