@@ -27,9 +27,11 @@ import waiting
 from directclr_fast import cli
 from directclr_fast.bench import (
     adapters,
+    batch,
     command,
     grid,
     memory,
+    pictures,
     regressions,
     report,
     study,
@@ -38,6 +40,7 @@ from directclr_fast.bench import (
     variants,
 )
 from directclr_fast.bench.variants import ALLOWED, Case, Variant
+from directclr_fast.paper.runs import Run
 
 ROOT = Path(__file__).parent.parent
 BASELINE = ROOT / "bench" / "results" / "cpu-2core-zen5" / "ci-baseline.json"
@@ -595,12 +598,69 @@ def test_a_study_leaves_what_it_measured_before_it_failed(tmp_path, capsys):
 
 def test_trainer_bench_measures_step_encoder_and_both_losses(tmp_path, capsys):
     out = tmp_path / "trainer.json"
-    study.main(trainer, ["--rows", "64", "--rounds", "2", "--out", str(out)])
-    (case,) = json.loads(out.read_text())["cases"]
-    assert len(case["variants"]) == 6
-    for loss in ("fast", "reference"):
-        assert case[loss]["share_of_loss"] > 0 and case[loss]["images_per_second"] > 0
+    flags = ["--rows", "64", "--rounds", "2", "--amp", "none", "bf16"]
+    study.main(trainer, [*flags, "--out", str(out)])
+    cases = json.loads(out.read_text())["cases"]
+    assert [case["amp"] for case in cases] == ["none", "bf16"]
+    for case in cases:
+        assert len(case["variants"]) == 6
+        for loss in ("fast", "reference"):
+            assert case[loss]["share_of_loss"] > 0 and case[loss]["images_per_second"] > 0
     assert "of the bare encoder's" in capsys.readouterr().out
+
+
+@linux
+def test_batch_sizes_on_the_same_images(tmp_path, capsys, monkeypatch, one_thread):
+    """Each run is kept and not made again; one that memory does not hold is a row."""
+    pytest.importorskip("sklearn")
+    out = tmp_path / "batch.json"
+    words = "--rows 32 64 --images 192 --seeds 1 --data digits --amp none --chunk 32".split()
+
+    def here(known, done, jobs, settings, folder, on_step, on_result, how):
+        for run in known(done):
+            done[run.name] = how(run, settings, folder, lambda record: None)
+
+    made, execute = [], batch.runs.execute
+
+    def counted(run: Run, settings: dict, folder: Path, on_step):
+        made.append((run, settings))
+        if run.loss == "reference" and run.batch_size == 64:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return execute(run, settings, folder, on_step)
+
+    monkeypatch.setattr(batch.runs, "side_by_side", here)
+    monkeypatch.setattr(batch.runs, "execute", counted)
+    study.main(batch, [*words, "--out", str(out)])
+    assert [(run.loss, run.batch_size, how["steps"]) for run, how in made] == [
+        ("fast", 32, 6), ("fast", 64, 3), ("reference", 32, 6), ("reference", 64, 3)
+    ]  # fmt: skip
+    assert [how.get("chunk_size") for _, how in made] == [None, 32, None, 32]
+    assert made[1][0].learning_rate / made[0][0].learning_rate == pytest.approx(2**0.5)
+    cases = json.loads(out.read_text())["cases"]
+    for case in cases[:3]:
+        assert case["accuracy"]["linear"] > 0.3 and case["cpu_seconds_per_image"] > 0
+        assert case["peak_mib"] > 1
+    assert cases[3]["out_of_memory"] and "accuracy" not in cases[3]
+    text = capsys.readouterr().out
+    assert "| 64 | reference | 0 | no memory, or diverged |" in text
+    assert (tmp_path / "batch.png").stat().st_size > 1000
+    study.main(batch, [*words, "--jobs", "0", "--out", str(tmp_path / "batch.json")])
+    assert len(made) == 4 and json.loads(out.read_text())["cases"] == cases
+    with pytest.raises(ValueError, match="images: expected a multiple of every N, got 100"):
+        study.main(batch, [*words, "--images", "100", "--out", str(out)])
+    with pytest.raises(ValueError, match="out: expected a folder of runs of"):
+        study.main(batch, [*words, "--chunk", "64", "--out", str(out)])
+
+
+def test_pictures_are_decoded_cut_and_seen_beside_another_version(tmp_path, capsys):
+    pytest.importorskip("skimage")
+    words = "--quality 50 --size 32 --batch 4 --rounds 1 --against".split()
+    study.main(pictures, [*words, str(ROOT), "--out", str(tmp_path / "pictures.json")])
+    (case,) = json.loads((tmp_path / "pictures.json").read_text())["cases"]
+    assert case["files"] == 8 and all("median" in v for v in case["variants"].values())
+    assert {"both views", "both views, before", "both views, torchvision"} <= {*case["variants"]}
+    assert [*case["ahead"]] == ["1", "2", "4"] and case["both views, times before"] > 0
+    assert "of the fastest plain decoder" in capsys.readouterr().out
 
 
 def test_adapters_beside_their_originals(monkeypatch):

@@ -422,7 +422,7 @@ def test_directclr_leaves_r_more_directions_than_no_projector(run_dir, one_threa
     ranks = {}
     for mode in ("baseline", "directclr"):
         config = TrainConfig(
-            mode=mode, seed=1, batch_size=32, epochs=2, warmup_epochs=0,
+            mode=mode, seed=1, batch_size=32, epochs=2, warmup_epochs=0, amp="none",
             checkpoint_dir=str(run_dir), name=mode, device="cpu",
         )  # fmt: skip
         trainer = Trainer(config, overwrite=True, progress=False)

@@ -7,12 +7,14 @@ import dataclasses
 import json
 import math
 import random
+import types
 
 import numpy as np
 import pytest
 import torch
 
 from directclr_fast import cli
+from directclr_fast.backends import cpu
 from directclr_fast.machine import machine
 from directclr_fast.train import checkpoint, data, log, loop
 from directclr_fast.train.config import TrainConfig
@@ -123,7 +125,14 @@ def test_both_losses_give_the_same_curve(run_dir):
     pytest.importorskip("sklearn")
 
     def curve(name, loss):
-        settings = {**TINY, "data": "digits", "batch_size": 64, "epochs": 60, "max_steps": 30}
+        settings = {
+            **TINY,
+            "data": "digits",
+            "amp": "none",
+            "batch_size": 64,
+            "epochs": 60,
+            "max_steps": 30,
+        }
         settings.update(checkpoint_dir=str(run_dir), name=name, loss=loss)
         trainer = Trainer(TrainConfig(**settings), progress=False)
         if name.startswith("rounded"):
@@ -375,6 +384,14 @@ def test_how_often_it_logs_and_saves(run_dir, monkeypatch):
     assert TrainConfig.from_dict(config) == trainer.config and config["warmup_epochs"] == 0
 
 
+def test_a_schedule_of_steps(run_dir):
+    """In the place of that of epochs, into another epoch, to the end of the cosine."""
+    trainer, result = train(run_dir, "steps", steps=7, epochs=1)
+    _, records = log_of(run_dir / "steps")
+    assert result["step"] == trainer.total_steps == 7 and records[-1]["epoch"] == 1.4
+    assert records[-1]["learning_rate"] < 0.1 * records[0]["learning_rate"]
+
+
 def test_losses_are_read_seldom(run_dir, monkeypatch):
     """Reading waits for the device, so steps queue up between reads, and none is lost."""
     monkeypatch.setattr(log, "READ_EVERY", math.inf)
@@ -617,3 +634,17 @@ def test_short_runs_get_a_short_warm_up():
 def test_settings_of_another_version():
     with pytest.raises(ValueError, match="^config: expected settings of this version, got 'x'"):
         TrainConfig.from_dict({"x": 1})
+
+
+def test_small_sets_are_trained_in_bf16_where_that_is_faster(monkeypatch):
+    def amp(fast, isas, **settings):
+        kernels = types.SimpleNamespace(has_bf16=lambda: fast, available_isas=lambda: isas)
+        monkeypatch.setattr(cpu, "_cpu", kernels)
+        return TrainConfig(**{"data": "digits", "device": "cpu", **settings}).resolve().amp
+
+    assert amp(True, []) == amp(False, ["amx", "avx512"]) == "bf16"
+    assert (
+        amp(False, ["avx512"]) == amp(True, [], amp="none") == amp(True, [], data="fake") == "none"
+    )
+    monkeypatch.setattr(cpu, "_cpu", None)
+    assert TrainConfig(data="digits", device="cpu").resolve().amp == "none"

@@ -131,7 +131,7 @@ def test_blur_without_sigma_is_exact_and_too_wide_is_refused():
 def test_solarise():
     x = views.as_float(images(4))
     on = torch.tensor([True, False, True, False])
-    got = views.solarise(x, on)
+    got = views._where(on, x, views.solarise)
     for i in range(4):
         close(got[i], tv.solarize(x[i], 0.5) if on[i] else x[i])
 
@@ -299,7 +299,7 @@ def test_parameters_differ_within_a_batch(preset, size, channels):
             assert value.unique(dim=0).shape[0] > 1, name
 
 
-def test_a_large_batch_is_made_in_pieces(monkeypatch):
+def test_a_large_batch_is_made_in_pieces(monkeypatch, one_thread):
     x, make = images(10, 3, 32), views.make_views("small", 32)
     sizes = []
     apply = views.View.apply
@@ -309,7 +309,7 @@ def test_a_large_batch_is_made_in_pieces(monkeypatch):
         return apply(self, part, params)
 
     monkeypatch.setattr(views.View, "apply", record)
-    monkeypatch.setattr(views, "CHUNK", 4 * 3 * 32 * 32)
+    monkeypatch.setattr(views, "CACHED", 4 * 3 * 32 * 32)
     one, _ = make(x, generator())
     assert sizes == [4, 4, 2] * 2
     assert one.flatten(1).unique(dim=0).shape[0] == 10
@@ -318,12 +318,12 @@ def test_a_large_batch_is_made_in_pieces(monkeypatch):
 @pytest.mark.parametrize(("preset", "size", "channels"), CASES)
 @pytest.mark.parametrize("ends", [[0, 4, 12, 23], [0, 5, 6, 14, 23], list(range(24))])
 def test_a_sample_s_view_does_not_depend_on_the_division_of_the_batch(
-    ends, preset, size, channels, monkeypatch
+    ends, preset, size, channels, monkeypatch, one_thread
 ):
     """What ranks and chunks rely on: parameters of the whole batch, applied to parts of it."""
     x, make = images(23, channels, 32), views.make_views(preset, size, channels)
     want = make(x, generator(3))
-    monkeypatch.setattr(views, "CHUNK", 8 * channels * 32 * 32)  # in pieces of 8
+    monkeypatch.setattr(views, "CACHED", 8 * channels * 32 * 32)  # in pieces of 8
     drawn = make.sample(23, 32, 32, generator(3))
     for view, params, whole in zip((make.first, make.second), drawn, want):
         parts = [view.rows(x[a:b], params, a) for a, b in zip(ends, ends[1:])]

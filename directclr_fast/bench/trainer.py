@@ -25,13 +25,13 @@ FLAGS = {
     "--rows": {"type": int, "nargs": "+", "default": [4096]},
     "--encoder": {"default": "small"},
     "--image-size": {"type": int, "default": 8, "help": "pixels of a side"},
-    "--amp": {"default": "none", "choices": ("none", "bf16", "fp16")},
+    "--amp": {"nargs": "+", "default": ["none"], "help": "none, bf16, fp16: taking turns"},
     "--device": {"default": "auto"},
     "--rounds": {"type": int, "default": 5},
 }
 
 
-def trainer(loss: str, rows: int, arguments: argparse.Namespace, folder: str) -> Trainer:
+def trainer(loss: str, rows: int, amp: str, arguments: argparse.Namespace, folder: str) -> Trainer:
     """A run that is never started, of one batch with all the images."""
     config = TrainConfig(
         data=f"fake:n={rows},size={arguments.image_size}",
@@ -41,10 +41,10 @@ def trainer(loss: str, rows: int, arguments: argparse.Namespace, folder: str) ->
         epochs=1000,
         optimizer="lars",
         loss=loss,
-        amp=arguments.amp,
+        amp=amp,
         device=arguments.device,
         checkpoint_dir=folder,
-        name=loss,
+        name=f"{loss}-{amp}",
     )
     made = Trainer(config, progress=False)
     made.model.train()
@@ -98,40 +98,53 @@ def calls(runs: dict[str, Trainer]) -> dict[str, Callable[[], None]]:
 
 
 def measure(arguments: argparse.Namespace) -> Iterator[tuple[dict, str]]:
-    """For each N: times, images/s, the loss's share, the step against the bare encoder."""
+    """For each N and amp: times, images/s, the loss's share, the step against the bare encoder."""
     for rows in arguments.rows:
         with tempfile.TemporaryDirectory() as folder, memory.limited():
-            runs = {loss: trainer(loss, rows, arguments, folder) for loss in LOSSES}
-            model, device = runs["fast"].model, runs["fast"].device.type
-            times = timing.interleaved(calls(runs), arguments.rounds, device=device)
-        case = {"rows": rows, "width": model.width, "dim": model.objective.dim, "device": device}
-        case["variants"] = times
-        lines = [
-            f"N {rows}, {arguments.encoder} (R {case['width']}) on {arguments.image_size} pixels, "
-            f"d {case['dim']}"
-        ]
-        for name, row in times.items():
-            shown = f"{1e3 * row['median']:.1f} ms" if "median" in row else row["failed"]
-            lines.append(f"  {name:<16} {shown}")
-        bare = times["encoder"]
-        if "median" in bare:
-            case["bare_images_per_second"] = rows / bare["median"]
-        for loss in LOSSES:
-            whole, alone = times[f"step, {loss}"], times[f"loss, {loss}"]
-            if "median" not in whole or "median" not in bare:
-                continue
-            case[loss] = rates = {
-                "images_per_second": rows / whole["median"],
-                "of_bare_encoder": timing.ratio(bare, whole),
-                "share_of_loss": timing.ratio(alone, whole),
+            runs = {
+                amp: {loss: trainer(loss, rows, amp, arguments, folder) for loss in LOSSES}
+                for amp in arguments.amp
             }
-            lines.append(
-                f"  with {loss}: {rates['images_per_second']:.0f} images/s, "
-                f"{100 * rates['of_bare_encoder']:.0f} % of the bare encoder's "
-                f"{case['bare_images_per_second']:.0f}, "
-                f"loss {100 * rates['share_of_loss']:.1f} % of the step"
+            named = {(amp, k): call for amp in runs for k, call in calls(runs[amp]).items()}
+            run = runs[arguments.amp[0]]["fast"]
+            timed = timing.interleaved(named, arguments.rounds, device=run.device.type)
+        for amp in runs:
+            yield _case(
+                rows, amp, {k: t for (a, k), t in timed.items() if a == amp}, run, arguments
             )
-        yield case, "\n".join(lines)
+
+
+def _case(
+    rows: int, amp: str, times: dict, run: Trainer, arguments: argparse.Namespace
+) -> tuple[dict, str]:
+    case = {"rows": rows, "amp": amp, "width": run.model.width, "dim": run.model.objective.dim}
+    case |= {"device": run.device.type, "variants": times}
+    lines = [
+        f"N {rows}, {arguments.encoder} (R {case['width']}) on {arguments.image_size} pixels, "
+        f"d {case['dim']}, amp {amp}"
+    ]
+    for name, row in times.items():
+        shown = f"{1e3 * row['median']:.1f} ms" if "median" in row else row["failed"]
+        lines.append(f"  {name:<16} {shown}")
+    bare = times["encoder"]
+    if "median" in bare:
+        case["bare_images_per_second"] = rows / bare["median"]
+    for loss in LOSSES:
+        whole, alone = times[f"step, {loss}"], times[f"loss, {loss}"]
+        if "median" not in whole or "median" not in bare:
+            continue
+        case[loss] = rates = {
+            "images_per_second": rows / whole["median"],
+            "of_bare_encoder": timing.ratio(bare, whole),
+            "share_of_loss": timing.ratio(alone, whole),
+        }
+        lines.append(
+            f"  with {loss}: {rates['images_per_second']:.0f} images/s, "
+            f"{100 * rates['of_bare_encoder']:.0f} % of the bare encoder's "
+            f"{case['bare_images_per_second']:.0f}, "
+            f"loss {100 * rates['share_of_loss']:.1f} % of the step"
+        )
+    return case, "\n".join(lines)
 
 
 if __name__ == "__main__":

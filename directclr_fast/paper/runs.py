@@ -30,6 +30,7 @@ from . import spectrum
 
 ROUNDING = 2.0**-23  # of fp32, relative
 SMALL = 1e-4  # of the largest eigenvalue; counted beside the collapsed ones
+EPOCHS = 25  # of the linear probe of a run with a batch size of its own
 REPORT_EVERY = 0.5  # seconds between two reports of a run's step to the process that started it
 
 
@@ -37,8 +38,9 @@ REPORT_EVERY = 0.5  # seconds between two reports of a run's step to the process
 class Run:
     """``mode`` is one of the trainer's, or "untrained" (the encoder as it starts) or "pixels".
 
-    ``search``: the learning rate is on trial, so the test part is not looked at. ``rounded``: each
-    initial weight is moved by at most one rounding error. ``keep``: the final weights are kept.
+    ``batch_size`` None: that of all runs. ``search``: the learning rate is on trial, so the test
+    part is not looked at. ``rounded``: each initial weight is moved by at most one rounding error.
+    ``keep``: the final weights are kept.
     """
 
     mode: str
@@ -49,6 +51,7 @@ class Run:
     search: bool = False
     rounded: bool = False
     keep: bool = False
+    batch_size: int | None = None
 
     @property
     def trains(self) -> bool:
@@ -60,6 +63,7 @@ class Run:
         words = [self.mode, f"seed{self.seed}"]
         words += [f"rate{self.learning_rate:g}"] if self.trains else []
         words += [f"dim{self.dim}"] if self.dim is not None else []
+        words += [f"batch{self.batch_size}"] if self.batch_size is not None else []
         words += [self.loss] if self.loss != "fast" else []
         words += [w for w in ("search", "rounded") if getattr(self, w)]
         return "-".join(words)
@@ -68,6 +72,7 @@ class Run:
 def config_of(run: Run, settings: dict, work: Path) -> TrainConfig:
     """The resolved settings of a run: those of all runs, and what sets this one apart."""
     own = {"mode": run.mode, "dim": run.dim, "learning_rate": run.learning_rate, "loss": run.loss}
+    own |= {} if run.batch_size is None else {"batch_size": run.batch_size}
     if not run.trains:
         own = {}
     folder = {"checkpoint_dir": str(work), "name": run.name}
@@ -121,12 +126,14 @@ def side_by_side(
     out: Path,
     on_step: Callable[[str, int], None],
     on_result: Callable[[str, dict], None],
+    how: Callable[..., dict] | None = None,
 ) -> None:
     """Executes in ``jobs`` processes what ``known(done)`` asks for, until ``done`` has it all.
 
     ``done``: results by name of the run; each joins when its run ends and may make more known.
     ``settings``, ``out``: as for :func:`execute`. ``on_step(name, step)`` is called now and then
-    with a run's step, ``on_result(name, result)`` at the end of each run.
+    with a run's step, ``on_result(name, result)`` at the end of each run. ``how``: a function of a
+    module in the place of :func:`execute`.
 
     A process has one thread, so no result depends on how many there are. RuntimeError names a run
     that failed. A signal is passed on to the runs, which save, and raises TrainingStopped; a second
@@ -148,7 +155,7 @@ def side_by_side(
                     while True:
                         for run in known(done):
                             if len(running) < jobs and run.name not in {*done, *running.values()}:
-                                running[pool.submit(_in_pool, run, settings, out)] = run.name
+                                running[pool.submit(_in_pool, run, settings, out, how)] = run.name
                         if not running:
                             break
                         ended, _ = wait(running, 0.2, FIRST_COMPLETED)
@@ -191,7 +198,7 @@ def _begin(steps) -> None:
     torch.set_num_threads(1)
 
 
-def _in_pool(run: Run, settings: dict, out: Path) -> dict:
+def _in_pool(run: Run, settings: dict, out: Path, how: Callable[..., dict] | None) -> dict:
     reported = 0.0
 
     def on_step(record: dict) -> None:
@@ -201,7 +208,7 @@ def _in_pool(run: Run, settings: dict, out: Path) -> dict:
             _steps.put((run.name, record["step"]))
 
     try:
-        return execute(run, settings, out, on_step)
+        return (how or execute)(run, settings, out, on_step)
     except TrainingStopped:
         os._exit(supervise.STOPPED)  # a process that returned would wait for another run
     except Exception as error:
@@ -216,7 +223,8 @@ def _round(model: torch.nn.Module, seed: int) -> None:
 
 
 def _measure(run: Run, config: TrainConfig, model, encoder, channels: int) -> dict:
-    """Probes of r and r[:, :d0] and spectra, or of a search the probe inside the training part."""
+    """Probes of r and r[:, :d0] and spectra; of a search the probe inside the training part; of a
+    run with a batch size of its own the linear probe of r."""
     device = config.device
     if run.search:
         images = config.images(True)
@@ -225,6 +233,10 @@ def _measure(run: Run, config: TrainConfig, model, encoder, channels: int) -> di
         return {"held_out": probe.linear_probe(inside, device=device)}
     features = probe.load_features(encoder, config, channels)
     seeded = {"seed": run.seed, "device": device}
+    if run.batch_size is not None:
+        return {
+            "accuracy": {"r": {"linear": probe.linear_probe(features, epochs=EPOCHS, **seeded)}}
+        }
     result = {"accuracy": {"r": probe.scores(features, **seeded)}}
     if run.trains:
         spectra = spectrum.of_model(model, features.test)

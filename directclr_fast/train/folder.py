@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import views
@@ -98,7 +99,10 @@ class FolderSet:
                 if self.skip == "replace":
                     got = f"none up to {path} ({failed[path]})"
                     raise OSError(f"data: expected a picture to read among {tries}, got {got}")
-        images = torch.stack(images) if images else torch.empty(0, *self.shape, dtype=torch.uint8)
+        if images:  # as they are in memory: one copy of whole pictures
+            images = torch.stack([x.movedim(-3, -1) for x in images]).movedim(-1, -3)
+        else:
+            images = torch.empty(0, *self.shape, dtype=torch.uint8)
         read = torch.tensor(read, dtype=torch.int64)
         return images, self.labels[read], read, failed
 
@@ -145,7 +149,7 @@ def decode(path: str | Path, size: int) -> Tensor:
             box.append((start * whole / new, (start + size) * whole / new))
         return [(box[0][0], box[1][0], box[0][1], box[1][1])]
 
-    return _resized(path, size, boxes, "BILINEAR")[0].contiguous()
+    return _resized(path, size, boxes, "BILINEAR")[0]
 
 
 def cut(path: str | Path, size: int, numbers: Tensor, crops: tuple) -> Tensor:
@@ -154,19 +158,22 @@ def cut(path: str | Path, size: int, numbers: Tensor, crops: tuple) -> Tensor:
     """
 
     def boxes(w: int, h: int) -> list[tuple]:
-        placed = views.place_box(numbers, h, w, *crops).int().tolist()
+        placed = [views.place_one(row, h, w, *crops) for row in numbers.tolist()]
         return [(left, top, left + width, top + height) for top, left, height, width in placed]
 
-    return torch.stack(_resized(path, size, boxes, "BICUBIC"))
+    return _resized(path, size, boxes, "BICUBIC")
 
 
 def _resized(
     path: str | Path, size: int, boxes: Callable[[int, int], list[tuple]], filter: str
-) -> list[Tensor]:
-    """Each of `boxes(width, height)`: left, top, right, bottom in pixels, as (3, size, size).
+) -> Tensor:
+    """Each of `boxes(width, height)`: left, top, right, bottom in pixels, together (V, 3, size,
+    size), in memory as pictures are, (V, size, size, 3).
 
     Where every box has twice the pixels that are wanted, or more, a JPEG is decoded to a half, a
-    quarter or an eighth: the result is off by half a level of 255 on average (test_crops.py).
+    quarter or an eighth: the result is off by half a level of 255 on average (test_crops.py). A box
+    of whole pixels is cut out first, so that the filter sees nothing beyond it, and resized by
+    PyTorch, as torchvision does with a tensor.
     """
     from PIL import Image
 
@@ -185,20 +192,40 @@ def _resized(
             times = times if image.size != (w, h) else 1
             if image.mode == "F" or image.mode.startswith("I"):
                 image = Image.fromarray(_eight_bits(np.asarray(image)))
+            if times == 1 and all(isinstance(side, int) for box in found for side in box):
+                # A batch of one in channels_last: PyTorch's fast path.
+                pixels, how = _pixels(image)[None].permute(0, 3, 1, 2), resample.name.lower()
+                cuts = [pixels[..., y0:y1, x0:x1] for x0, y0, x1, y1 in found]
+                to = {"size": (size, size), "mode": how, "antialias": True}
+                return torch.cat([F.interpolate(piece, **to) for piece in cuts])
             image = image.convert("RGB")
         pieces = []
         for box in found:
-            if times == 1 and all(isinstance(side, int) for side in box):
-                # The filter sees nothing beyond the box, as where the piece is cut out first.
-                piece = image.crop(box).resize((size, size), resample)
-            else:
-                ends = (image.width, image.height) * 2
-                box = [min(side / times, end) for side, end in zip(box, ends)]
-                piece = image.resize((size, size), resample, box=box)
-            pieces.append(torch.from_numpy(np.array(piece)).permute(2, 0, 1))
+            ends = (image.width, image.height) * 2
+            box = [min(side / times, end) for side, end in zip(box, ends)]
+            piece = image.resize((size, size), resample, box=box)
+            pieces.append(torch.from_numpy(np.array(piece)))
     except Exception as error:  # Pillow raises nearly anything on a damaged file
         raise OSError(f"image: expected a readable picture, got {path} ({error})") from error
-    return pieces
+    return torch.stack(pieces).permute(0, 3, 1, 2)
+
+
+def _pixels(image) -> Tensor:
+    """An opened Pillow image as uint8 (H, W, 3) RGB; a JPEG by torchvision, which has the same
+    library without Pillow's copies."""
+    if image.format == "JPEG" and image.mode in ("L", "RGB"):
+        try:
+            from torchvision.io import ImageReadMode, decode_jpeg
+
+            image.fp.seek(0)
+            raw = torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8)
+            with warnings.catch_warnings():
+                # A later torchvision will be without it.
+                warnings.simplefilter("ignore", DeprecationWarning)
+                return decode_jpeg(raw, ImageReadMode.RGB).permute(1, 2, 0)
+        except (ImportError, RuntimeError):  # Pillow says what is wrong with the file
+            image.fp.seek(0)
+    return torch.from_numpy(np.array(image.convert("RGB")))
 
 
 def _eight_bits(pixels: np.ndarray) -> np.ndarray:

@@ -213,7 +213,7 @@ class Trainer:
     @property
     def total_steps(self) -> int:
         """Steps of the whole schedule."""
-        return self.config.epochs * len(self.sampler)
+        return self.config.steps or self.config.epochs * len(self.sampler)
 
     def run(self, on_step: Callable[[dict], None] | None = None) -> dict:
         """Trains to the end and returns the last log line with totals.

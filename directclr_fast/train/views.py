@@ -8,11 +8,13 @@ chance; `View.sample` draws the rows from a `torch.Generator` and `View.apply` i
 shapes, so that it compiles and the generator's state alone decides the views. No Python loop runs
 over samples.
 
-Crop-resize and blur are separable, so both are two batched matrix products with a small matrix a
-sample, rows @ image @ columns'. The crop's matrices hold the antialiased bicubic filter that
-torchvision and Pillow use (a = -0.5, stretched when shrinking, cut and renormalised at the edge of
-the box): the result is theirs up to fp32 rounding, without the rounding to 8 bit that they do
-between the steps. A mirrored matrix is the flip.
+Crop-resize is separable, two batched matrix products with a small matrix a sample, rows @ image @
+columns'. They hold the antialiased bicubic filter that torchvision and Pillow use (a = -0.5,
+stretched when shrinking, cut and renormalised at the edge of the box): the result is theirs up to
+fp32 rounding, without the rounding to 8 bit that they do between the steps. A mirrored matrix is
+the flip. The blur is two convolutions, each channel of a sample a group of its own. On the CPU a
+transform that not every row gets runs on those that do, and on as many rows at a time as the caches
+hold.
 
 Presets (`make_views`):
 
@@ -30,6 +32,7 @@ always blurs and never solarises, view 2 blurs with p 0.1 and solarises with p 0
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -41,6 +44,7 @@ GREY_MEAN, GREY_STD = 0.449, 0.226  # their averages, for every other number of 
 LUMA = (0.2989, 0.587, 0.114)
 PRESETS = ("imagenet", "small", "affine")
 CHUNK = 2**26  # elements augmented at a time: 256 MiB in fp32, whatever the batch
+CACHED = 2**19  # the same on the CPU, for each thread: 2 MiB, what its caches hold
 PLACES = (10, 10, 1, 1)  # numbers of a box: size and shape of ten tries, then top and left
 NUMBERS = sum(PLACES)
 FOUR = 4  # rows that have the four places of the hue between them
@@ -54,18 +58,17 @@ def as_float(images: Tensor) -> Tensor:
     """uint8 0..255 or floating 0..1, (B, C, H, W), to fp32 0..1 of the same shape."""
     if images.dim() != 4:
         raise ValueError(f"images: expected shape (B, C, H, W), got {tuple(images.shape)}")
-    if images.dtype == torch.uint8:
-        return images.float().div_(255)
-    if not images.is_floating_point():
+    if images.dtype != torch.uint8 and not images.is_floating_point():
         raise TypeError(f"images: expected uint8 or a floating dtype, got {images.dtype}")
-    return images.float()
+    x = images.to(torch.float32, memory_format=torch.contiguous_format)
+    return x.div_(255) if images.dtype == torch.uint8 else x
 
 
 def normalise(x: Tensor) -> Tensor:
     """(x - mean) / std by channel: ImageNet's for RGB, their average for any other channels."""
     if x.shape[1] != 3:
-        return (x - GREY_MEAN) / GREY_STD
-    return (x - x.new_tensor(MEAN)[:, None, None]) / x.new_tensor(STD)[:, None, None]
+        return (x - GREY_MEAN).div_(GREY_STD)
+    return (x - x.new_tensor(MEAN)[:, None, None]).div_(x.new_tensor(STD)[:, None, None])
 
 
 # ---------------------------------------------------------------- transforms of given parameters
@@ -112,24 +115,24 @@ def grey(x: Tensor) -> Tensor:
     """Brightness (B, 1, H, W) of RGB images; the mean of the channels of any others."""
     if x.shape[1] != 3:
         return x.mean(1, keepdim=True)
-    return LUMA[0] * x[:, :1] + LUMA[1] * x[:, 1:2] + LUMA[2] * x[:, 2:]
+    return (LUMA[0] * x[:, :1]).add_(x[:, 1:2], alpha=LUMA[1]).add_(x[:, 2:], alpha=LUMA[2])
 
 
 def rotate_hue(x: Tensor, shift: Tensor) -> Tensor:
     """Turn the hue of RGB images (B, 3, H, W) by `shift` (B,) full turns."""
     red, green, blue = x.unbind(1)
-    high, low = x.amax(1), x.amin(1)
-    span = high - low
-    safe = torch.where(span > 0, span, 1)
-    sextant = torch.where(
-        high == red,
-        (green - blue) / safe,
-        torch.where(high == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
-    )
-    # HSV to RGB in one formula for the three channels: value - span * clamp(min(k, 4 - k), 0, 1).
-    k = (sextant + 6 * shift[:, None, None])[:, None] + x.new_tensor((5, 3, 1))[:, None, None]
-    k = k.remainder(6)
-    return high[:, None] - span[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+    high = torch.maximum(torch.maximum(red, green), blue)
+    span = high - torch.minimum(torch.minimum(red, green), blue)
+    is_red, is_green = high == red, high == green
+    rest = torch.where(is_green, blue - red, red - green)
+    turn = torch.where(is_red, green - blue, rest).div_(torch.where(span > 0, 6 * span, 1))
+    turn.add_(torch.where(is_red, 0, torch.where(is_green, 1 / 3, 2 / 3)))
+    # HSV to RGB in one formula for the three channels: how far one is below the highest depends on
+    # the distance, at most half a turn, from where it is lowest.
+    lowest = x.new_tensor((1 / 2, 1 / 6, -1 / 6))[:, None, None]
+    k = turn.add_(shift[:, None, None])[:, None] + lowest
+    k.sub_(k.round()).abs_().mul_(-6).add_(2).clamp_(0, 1)
+    return torch.addcmul(high[:, None], k, span[:, None], value=-1)
 
 
 def jitter(x: Tensor, factors: Tensor, order: Tensor, hue: Tensor, hue_rows: Tensor) -> Tensor:
@@ -157,7 +160,7 @@ def jitter(x: Tensor, factors: Tensor, order: Tensor, hue: Tensor, hue_rows: Ten
             if colour:
                 other = torch.where(kind == 2, shade, other)
             factor = _rows(factors.gather(1, order[:, slot, None]).squeeze(1))
-            x = torch.lerp(other, x, factor).clamp(0, 1)
+            x = torch.lerp(other, x, factor).clamp_(0, 1)
     return x
 
 
@@ -169,17 +172,16 @@ def blur(x: Tensor, sigma: Tensor, kernel: int) -> Tensor:
     offset = torch.arange(-radius, radius + 1, device=x.device)
     # A width of 0.01 pixel underflows every tap but the middle one: the identity, exactly.
     taps = torch.exp(-0.5 * (offset / sigma.clamp_min(0.01)[:, None]) ** 2)
-    taps = taps / taps.sum(1, keepdim=True)  # (B, kernel)
-    source = (torch.arange(size, device=x.device)[:, None] + offset).abs()
-    source = torch.where(source >= size, 2 * (size - 1) - source, source)  # (S, kernel)
-    places = torch.eye(size, device=x.device, dtype=x.dtype)[source]  # (S, kernel, S)
-    matrix = torch.einsum("bk,skj->bsj", taps, places)
-    return _separable(x, matrix, matrix)
+    taps = (taps / taps.sum(1, keepdim=True)).repeat_interleave(x.shape[1], 0)[:, None, None]
+    groups = len(taps)  # a channel of an image each: (B * C, 1, 1, kernel)
+    padded = F.pad(x, (radius,) * 4, mode="reflect").flatten(0, 1)[None]
+    once = F.conv2d(padded, taps, groups=groups)
+    return F.conv2d(once, taps.mT, groups=groups).view(x.shape)
 
 
-def solarise(x: Tensor, on: Tensor, threshold: float = 0.5) -> Tensor:
-    """Invert the pixels from `threshold` up in the images where `on` (B,) is true."""
-    return torch.where(_rows(on) & (x >= threshold), 1 - x, x)
+def solarise(x: Tensor, threshold: float = 0.5) -> Tensor:
+    """Invert the pixels from `threshold` up."""
+    return torch.where(x >= threshold, 1 - x, x)
 
 
 def affine(x: Tensor, theta: Tensor) -> Tensor:
@@ -190,6 +192,19 @@ def affine(x: Tensor, theta: Tensor) -> Tensor:
     """
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, mode="bicubic", align_corners=False).clamp(0, 1)
+
+
+def _where(on: Tensor, x: Tensor, transform: Callable[..., Tensor], *parameters: Tensor) -> Tensor:
+    """`transform(x, *parameters)` in the rows where `on` (B,) is true, x in the others; parameters
+    (B, ...)."""
+    if not x.is_cpu or torch.compiler.is_compiling():  # no host waits, shapes are static
+        return torch.where(_rows(on), transform(x, *parameters), x)
+    rows = on.nonzero().squeeze(1)
+    if len(rows) == 0:
+        return x
+    if len(rows) == len(x):
+        return transform(x, *parameters)
+    return x.index_copy(0, rows, transform(*(value[rows] for value in (x, *parameters))))
 
 
 # ---------------------------------------------------------------- drawing the parameters
@@ -249,6 +264,22 @@ def place_box(
     return torch.stack((top, left, height, width), 1)
 
 
+def place_one(
+    numbers: list[float], h: int, w: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """`place_box` of one row, in Python's numbers, since tensors this small are all overhead."""
+    sizes, shapes, (top, left) = numbers[: PLACES[0]], numbers[PLACES[0] : -2], numbers[-2:]
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for size, shape in zip(sizes, shapes):
+        area = (size * (scale[1] - scale[0]) + scale[0]) * (h * w)
+        aspect = math.exp(shape * (high - low) + low)
+        height, width = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        if 1 <= width <= w and 1 <= height <= h:
+            return int(top * (h - height + 1)), int(left * (w - width + 1)), height, width
+    height, width = min(h, round(w / ratio[0])), min(w, round(h * ratio[1]))
+    return (h - height) // 2, (w - width) // 2, height, width
+
+
 @dataclass(frozen=True)
 class _View:
     """Parameters are drawn (`sample`) for a whole batch and applied (`rows`) to any part of it: a
@@ -269,7 +300,8 @@ class _View:
         self._check(images)
         b, c, h, w = images.shape
         out = torch.empty(b, c, self.size, self.size, device=images.device)
-        step = max(FOUR, CHUNK // (c * max(h * w, self.size**2)) // FOUR * FOUR)
+        most = CACHED * torch.get_num_threads() if images.is_cpu else CHUNK
+        step = max(FOUR, most // (c * max(h * w, self.size**2)) // FOUR * FOUR)
         start = -(first % FOUR)
         for i in range(start, b, step):  # over pieces that bound the memory, not over samples
             low, high = max(i, 0), min(i + step, b)
@@ -343,19 +375,19 @@ class View(_View):
         """uint8 or float 0..1 (B, C, H, W), parameters of B rows -> normalised (B, C, S, S)."""
         p = params
         with torch.autocast(images.device.type, enabled=False):
-            x = as_float(images)
             if "box" in p:
-                x = crop_resize(x, p["box"], self.size, p["flip"])
+                x = crop_resize(as_float(images), p["box"], self.size, p["flip"])
             else:
-                x = torch.where(_rows(p["flip"]), x.flip(3), x)
+                x = as_float(torch.where(_rows(p["flip"]), images.flip(3), images))
             hue_rows = p["hue_place"].argsort(stable=True)
             x = jitter(x, p["factors"], p["order"], p["hue"], hue_rows)
             if self.channels == 3:
-                x = torch.where(_rows(p["grey"]), grey(x), x)
+                x = _where(p["grey"], x, lambda x: grey(x).expand_as(x))
             if self.blur_p > 0:
-                x = blur(x, p["sigma"], self.blur_kernel)
+                kernel = self.blur_kernel
+                x = _where(p["sigma"] > 0, x, lambda x, sigma: blur(x, sigma, kernel), p["sigma"])
             if self.solarise_p > 0:
-                x = solarise(x, p["solarise"])
+                x = _where(p["solarise"], x, solarise)
             return normalise(x)
 
 
