@@ -127,7 +127,7 @@ MUTATIONS = [
     Mutation(
         "cpu: the positive is exact where its neighbours are rounded",
         "csrc/cpu/stages.cpp",
-        "exact = args.pair.bf16 && logits;", "exact = logits;",
+        "exact = rounded(args.pair) && logits;", "exact = logits;",
         "test_cpu_backend.py -k 'equal_rows and portable'",
     ),
     Mutation(

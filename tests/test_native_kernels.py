@@ -58,7 +58,7 @@ class Native:
         temperature=0.1,
         offset=0,
         cols=None,
-        bf16=False,
+        operands=_cpu.FP32,
         keep=0.0,
         threads=2,
         symmetric=True,
@@ -66,7 +66,8 @@ class Native:
         self.x1, self.x2, self.cols = x1, x2, cols
         self.m, self.n = x1.shape[0], x2.shape[0]
         self.d = x1.shape[1] if cols is None else len(cols)
-        self.offset, self.scale, self.bf16, self.threads = offset, 1 / temperature, bf16, threads
+        self.offset, self.scale, self.threads = offset, 1 / temperature, threads
+        self.operands = operands
         pitch = _cpu.pitch(self.d)
         self.z1, self.z2 = filled(self.m, pitch), filled(self.n, pitch)
         self.rnorm1, self.rnorm2 = filled(self.m), filled(self.n)
@@ -112,7 +113,7 @@ class Native:
             row_offset=self.offset,
             scale=self.scale,
             upper=False,
-            bf16=self.bf16,
+            operands=self.operands,
             workspace=self.workspace.data_ptr() if self.bytes else 0,
             workspace_bytes=self.bytes,
             threads=self.threads,
@@ -457,7 +458,7 @@ def self_pair(z, d, scale, threads, wr=None, lse=None, acc=None, dz=None, upper=
         row_offset=0,
         scale=scale,
         upper=upper,
-        bf16=False,
+        operands=_cpu.FP32,
         workspace=0,
         workspace_bytes=0,
         threads=threads,
@@ -608,7 +609,7 @@ def test_bf16(widest, n, d):
     for noise in (0.1, 1.0):
         x1, x2 = views(n, n, d, noise=noise)
         wr, wc = weights(n, n)
-        native = Native(x1, x2, bf16=True)
+        native = Native(x1, x2, operands=_cpu.BF16)
         truth = eager_step(x1, x2, wr, wc)
         with torch.autocast("cpu", torch.bfloat16):
             eager = eager_step(x1, x2, wr, wc, dtype=torch.float32)
@@ -618,7 +619,7 @@ def test_bf16(widest, n, d):
         for x, t, e in zip(got, truth, eager):
             size = max(float(t.norm()), len(t) ** 0.5) if t.dim() == 1 else float(t.norm())
             assert float((x - t).norm()) <= 2 * float((e - t).norm()) + floor * size
-        kept = Native(x1, x2, bf16=True, keep=1.0)
+        kept = Native(x1, x2, operands=_cpu.BF16, keep=1.0)
         for a, b in zip(native.backward(wr, wc), kept.backward(wr, wc)):
             assert torch.equal(a, b)
 

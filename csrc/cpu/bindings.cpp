@@ -84,7 +84,11 @@ PYBIND11_MODULE(_cpu, m) {
       "name"_a, "Use this body from now on; an empty name undoes it.");
   m.def("uses_openmp", [] { return openmp_is_usable(); },
         "Whether threads come from the OpenMP pool of the process, not from one call to the next.");
-  m.def("has_bf16", [] { return kernels().has_bf16; }, "Whether bf16=True is taken up.");
+  m.attr("FP32") = int(kFp32);
+  m.attr("BF16") = int(kBf16);
+  m.attr("INT8X3") = int(kInt8x3);
+  m.def("has_tiles", [] { return kernels().tiles != nullptr; }, "Whether operands=INT8X3 is taken up.");
+  m.def("has_bf16", [] { return kernels().has_bf16 || kernels().tiles; }, "operands=BF16 likewise.");
   m.def("matrix_unit", [] { return std::string(matrix_unit()); },
         "Whether this processor's is used, or why not.");
   m.def("arithmetic", [] { return std::string(arithmetic()); },
@@ -119,32 +123,32 @@ PYBIND11_MODULE(_cpu, m) {
       "x"_a, "rows"_a, "d"_a, "eps"_a, "z"_a, "rnorm"_a, "threads"_a);
   m.def(
       "sums",
-      [](P z1, P z2, I rows, I n, I d, I row_offset, double scale, bool upper, bool bf16,
+      [](P z1, P z2, I rows, I n, I d, I row_offset, double scale, bool upper, int operands,
          P workspace, I bytes, P row_sum, P row_ref, P col_sum, P col_ref, P logits,
          P row_top, P col_top, P own, int threads) {
         const SimilarityArgs s{at<float>(z1), at<float>(z2), rows, n, d, row_offset, scale, upper,
-                               bf16, at<void>(workspace), bytes};
+                               Operands(operands), at<void>(workspace), bytes};
         py::gil_scoped_release release;
         check(sums(s, {at<double>(row_sum), at<double>(row_ref)},
                    {at<double>(col_sum), at<double>(col_ref)}, at<double>(logits),
                    {at<float>(row_top), at<float>(col_top), at<float>(own)}, threads));
       },
-      "z1"_a, "z2"_a, "m"_a, "n"_a, "d"_a, "row_offset"_a, "scale"_a, "upper"_a, "bf16"_a,
+      "z1"_a, "z2"_a, "m"_a, "n"_a, "d"_a, "row_offset"_a, "scale"_a, "upper"_a, "operands"_a,
       "workspace"_a, "workspace_bytes"_a, "row_sum"_a, "row_ref"_a, "col_sum"_a, "col_ref"_a,
       "logits"_a, "row_top"_a = 0, "col_top"_a = 0, "own"_a = 0, "threads"_a);
   m.def(
       "products",
-      [](P z1, P z2, I rows, I n, I d, I row_offset, double scale, bool upper, bool bf16,
+      [](P z1, P z2, I rows, I n, I d, I row_offset, double scale, bool upper, int operands,
          P workspace, I bytes, P row_weight, P col_weight, P row_lse, P col_lse, P diagonal,
          P dz1, P dz2, int threads) {
         const SimilarityArgs s{at<float>(z1), at<float>(z2), rows, n, d, row_offset, scale, upper,
-                               bf16, at<void>(workspace), bytes};
+                               Operands(operands), at<void>(workspace), bytes};
         const WeightArgs w{at<double>(row_weight), at<double>(col_weight), at<double>(row_lse),
                            at<double>(col_lse), at<double>(diagonal)};
         py::gil_scoped_release release;
         check(products(s, w, at<float>(dz1), at<float>(dz2), threads));
       },
-      "z1"_a, "z2"_a, "m"_a, "n"_a, "d"_a, "row_offset"_a, "scale"_a, "upper"_a, "bf16"_a,
+      "z1"_a, "z2"_a, "m"_a, "n"_a, "d"_a, "row_offset"_a, "scale"_a, "upper"_a, "operands"_a,
       "workspace"_a, "workspace_bytes"_a, "row_weight"_a, "col_weight"_a, "row_lse"_a, "col_lse"_a,
       "diagonal"_a, "dz1"_a, "dz2"_a, "threads"_a);
   m.def(
@@ -164,7 +168,7 @@ PYBIND11_MODULE(_cpu, m) {
 
   const auto step = [](const py::tuple& t) {  // what both directions of a step take
     return Step{view(t[0]), view(t[1]), t[2].cast<I>(), t[3].cast<double>(), t[4].cast<double>(),
-                t[5].cast<bool>(), t[6].cast<bool>(), t[7].cast<bool>(), t[8].cast<bool>(),
+                t[5].cast<bool>(), t[6].cast<bool>(), Operands(t[7].cast<int>()), t[8].cast<bool>(),
                 t[9].cast<bool>(), at<void>(t[10].cast<P>()), t[11].cast<I>(),
                 at<double>(t[12].cast<P>()), at<double>(t[13].cast<P>()),
                 at<double>(t[14].cast<P>()), at<double>(t[15].cast<P>())};
@@ -178,7 +182,7 @@ PYBIND11_MODULE(_cpu, m) {
         check(forward(args, of1, of2, at<float>(loss), threads));
       },
       "step"_a, "x1"_a, "x2"_a, "loss"_a, "threads"_a,
-      "step: ((rows, z, rnorm), (rows, z, rnorm), d, eps, scale, both, symmetric, bf16, mean, each, "
+      "step: ((rows, z, rnorm), (rows, z, rnorm), d, eps, scale, both, symmetric, operands, mean, each, "
       "workspace, bytes, row_lse, col_lse, nll_row, nll_col), as csrc/cpu/step.h says.");
   m.def(
       "backward",
