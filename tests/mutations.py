@@ -71,7 +71,7 @@ MUTATIONS = [
     Mutation(
         "cpu: the other half of a bf16 word's last pair of rows", "csrc/cpu/gemm.h",
         "rows > 1 ? load(z + pitch) : vf{}", "load(z + pitch)",
-        "test_native_kernels.py -k bf16",
+        "test_native_kernels.py -k rounded_operands",
     ),
     Mutation(
         "cpu: a running sum keeps its old reference", "csrc/cpu/sums.h",
