@@ -19,9 +19,7 @@ _cpu = pytest.importorskip(
     "directclr_fast._cpu", reason="the compiled CPU kernels are not installed"
 )
 # Columns, rows, sums. A product of bf16 has two of each in the registers.
-PRODUCT = re.compile(
-    r"tdpbssd\s+%tmm7,%tmm6,%tmm[0-5]|tdpbf16ps\s+%tmm[72],%tmm[65],%tmm[0134]"
-)
+PRODUCT = re.compile(r"tdpbssd\s+%tmm7,%tmm6,%tmm[0-5]|tdpbf16ps\s+%tmm[72],%tmm[65],%tmm[0134]")
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <numeric>
 
 #include "isa.h"
 #include "stages.h"
@@ -43,15 +44,13 @@ Gradient gradient(const py::object& grad) {
   return {strided(t), t[5].cast<int64_t>(), t[6].cast<bool>()};
 }
 
-double fma_peak(int threads, int64_t iterations) {
+// The sum of loop() on so many threads at once.
+template <class Loop>
+double total(int threads, const Loop& loop) {
   std::vector<double> done(size_t(threads), 0.0);
   py::gil_scoped_release release;
-  if (!run_team(threads, [&](int t, Team&) { done[size_t(t)] = kernels().fma_loop(iterations); })) {
-    return 0.0;
-  }
-  double total = 0.0;
-  for (double x : done) total += x;
-  return total;
+  if (!run_team(threads, [&](int t, Team&) { done[size_t(t)] = loop(); })) return 0.0;
+  return std::accumulate(done.begin(), done.end(), 0.0);
 }
 
 }  // namespace
@@ -104,8 +103,20 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("workspace_bytes", &workspace_bytes, "m"_a, "n"_a, "Bytes that keep every tile of S.");
   m.def("scratch_bytes", &scratch_bytes, "m"_a, "n"_a, "d"_a, "threads"_a,
         "Memory that a driver takes besides its arguments.");
-  m.def("fma_peak", &fma_peak, "threads"_a, "iterations"_a,
-        "Runs independent multiply-adds on every thread and returns the operations done.");
+  m.def(
+      "fma_peak",
+      [](int threads, I iterations) {
+        return total(threads, [&] { return kernels().fma_loop(iterations); });
+      },
+      "threads"_a, "iterations"_a,
+      "Runs independent multiply-adds on every thread and returns the operations done.");
+  m.def(
+      "tile_peak",
+      [](int threads, I iterations, bool bf16, bool few_loads) {
+        return total(threads, [&] { return kernels().tiles->loop(bf16, few_loads, iterations); });
+      },
+      "threads"_a, "iterations"_a, "bf16"_a, "few_loads"_a,
+      "The same of products of tiles, of a body that has_tiles, with a load for each or every two.");
   m.def(
       "exp2",
       [](P x, float hi, float lo, P y, I n) {

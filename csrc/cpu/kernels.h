@@ -10,8 +10,8 @@ namespace directclr {
 
 enum Dtype : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
-// What products of unit rows are made of (tile_products.h has the last two, and bf16 on tiles).
-enum Operands : int { kFp32 = 0, kBf16 = 1, kInt8x6 = 2, kInt8x3 = 3 };
+// What products of unit rows are made of (tile_products.h has those of digits, and bf16 on tiles).
+enum Operands : int { kFp32, kBf16, kInt8x3, kInt8x6, kInt8x8 };
 
 // d columns of a strided matrix: element (i, k) is data[i * row_stride + c(k) * col_stride] with
 // c(k) = cols ? cols[k] : k. Strides in elements.
@@ -105,6 +105,8 @@ struct TileKernels {
   void (*scales)(const float* z, int64_t d, int64_t pitch, int64_t row_begin, int64_t row_end,
                  float* scale, float* left_out);
   bool (*work)();  // whether the tiles compute what their emulation does
+  // Products from L1, a load for each or for every two: operations done; the peak in benchmarks.
+  double (*loop)(bool bf16, bool few_loads, int64_t iterations);
 };
 constexpr int64_t kTileRows = 32, kTileColumns = 64;  // rows and columns are split at multiples
 constexpr int64_t kMostTileColumns = 32768;           // d: three sums of 2^14 a column in int32

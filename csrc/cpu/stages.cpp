@@ -155,7 +155,7 @@ bool bounded(const SimilarityArgs& s) {
 
 std::atomic<const char*> last_arithmetic{"none yet"};
 
-// How far off s may be with six products of digits: 1e-6 of E at a = 10, what the rule for errors
+// How far off s may be with six products of digits instead of eight: 1e-6 of E at a = 10, what the rule for errors
 // forgives whoever computes, and grows with a beyond.
 constexpr double kDigitError = 1e-7;
 
@@ -167,8 +167,8 @@ bool on_tiles(const Pair& p) { return kernels().tiles && p.operands != kFp32; }
 int64_t row_unit(const Pair& p) { return on_tiles(p) ? kTileRows : kernels().mr; }
 int64_t column_unit(const Pair& p) { return on_tiles(p) ? kTileColumns : kernels().nr; }
 
-// What the products are made of: on tiles where the body has them, they pay, and digits are exact
-// enough for these rows. A function of z, a and what is asked, so that backward does as forward did.
+// What the products are made of: on tiles where the body has them, they pay, and digits can hold
+// these rows. A function of z, a and what is asked, so that backward does as forward did.
 class Arithmetic {
  public:
   // False if memory is short. The pair's scales live as long as this.
@@ -179,9 +179,8 @@ class Arithmetic {
         s.d <= kMostTileColumns) {
       pair.operands = s.operands == kFp32 ? kInt8x6 : s.operands;
     }
-    const bool digits = pair.operands == kInt8x6 || pair.operands == kInt8x3;
-    if (digits && !scale(s, threads, pair)) return false;
-    constexpr const char* kNames[] = {"fp32", "bf16", "int8x6", "int8x3"};
+    if (pair.operands > kBf16 && !scale(s, threads, pair)) return false;
+    constexpr const char* kNames[] = {"fp32", "bf16", "int8x3", "int8x6", "int8x8"};
     last_arithmetic = kNames[pair.operands];
     const int64_t panels = (s.m + row_unit(pair) - 1) / row_unit(pair);
     const auto floats = on_tiles(pair) ? k.tiles->keep_panel_floats : k.keep_panel_floats;
@@ -190,7 +189,7 @@ class Arithmetic {
   }
 
  private:
-  // Makes the pair one of digits, or of fp32 where they are not exact enough or a number is none.
+  // Makes the pair one of as many products of digits as it needs, or of fp32 where a number is none.
   bool scale(const SimilarityArgs& s, int threads, Pair& pair) {
     const bool one = s.z1 == s.z2 && s.m == s.n;
     const int64_t rows = one ? s.m : s.m + s.n;
@@ -210,10 +209,13 @@ class Arithmetic {
                                    root_mean_square(scale2 + rows, s.n));
     // Errors of few rows may all be above the mean.
     const double above = 1.0 + 16.0 / double(std::min(s.m, s.n));
-    const double most = pair.operands == kInt8x6 ? 10.0 * kDigitError : HUGE_VAL;
-    if (!(error * above * std::min(s.scale, 10.0) <= most)) {  // or NaN
+    if (std::isnan(error)) {
       pair.operands = kFp32;
       return true;
+    }
+    if (pair.operands == kInt8x6 &&
+        error * above * std::min(s.scale, 10.0) > 10.0 * kDigitError) {
+      pair.operands = kInt8x8;
     }
     pair.scale1 = scale1;
     pair.scale2 = scale2;

@@ -64,8 +64,8 @@ std::string products(const SimilarityArgs& s, const WeightArgs& w, float* dz1, f
 // *dots = sum of z . dz.
 std::string finish(const Finish& args, int64_t rows, double* dots, int threads);
 
-// What the last `sums` or `products` of the process multiplied in: "fp32", "bf16", "int8x6",
-// "int8x3".
+// What the last `sums` or `products` of the process multiplied in: "fp32", "bf16", "int8x3",
+// "int8x6" or "int8x8".
 const char* arithmetic();
 // Bytes of `workspace` that keep every tile of S.
 int64_t workspace_bytes(int64_t m, int64_t n);

@@ -1,13 +1,15 @@
-// Products on the matrix unit, of three kinds of operands.
+// Products on the matrix unit, of four kinds of operands.
 //
 // Int8x6, fp32-grade: every factor as three signed digits of 8 bits,
 //
 //     z = r (h + m / 256 + l / 65536),    r a power of two of its row,
 //
 // and six of the nine products of digits in three sums that int32 holds exactly: hh; hm + mh; hl +
-// mm + lh. What is left out, ml + lm + ll, is told beforehand by `digit_scales`, and the driver
-// takes the fp32 kernels where it would show. The digits of a row are its own and the sums exact, so
-// s_ij is a function of the two rows alone, the same in every body, tile and thread.
+// mm + lh. What is left out, ml + lm + ll, is told beforehand by `digit_scales`. The digits of a row
+// are its own and the sums exact, so s_ij is a function of the two rows alone, the same in every
+// body, tile and thread.
+//
+// Int8x8, where that would show: S has ml and lm as well, of a second sweep.
 //
 // Int8x3, no coarser than TF32: h and m, and three of their products in two sums: hh; hm + mh.
 //
@@ -32,7 +34,7 @@ constexpr int TV = 16 / VL;                     // vectors across a tile
 constexpr int64_t kMostStep = 3 * kTileBytes;   // of any kind
 constexpr int64_t kSteps = 6;                   // of 64 along k, whose 32 rows stay in L1
 constexpr int64_t kHalf = 3 * 256;              // words of the sums of 16 rows of a block of C
-constexpr int64_t kBlockWords = 2 * kHalf;
+constexpr int64_t kBlockWords = 2 * kHalf;      // int8x8: twice, the second half of ml and lm
 constexpr int64_t kPanel = kTileRows;           // rows of a block of C
 constexpr int64_t kGBlock = 256, kSumsBlock = 512;  // columns of a block; of G, rows as well
 
@@ -234,6 +236,7 @@ constexpr int64_t M = kTileBytes, L = 2 * kTileBytes;  // where digits m and l l
 // `step` adds the products of 64 of k to the sums, rows from a and a2, columns from b (and b2, where
 // WIDTH is 32), and calls `between` after every two.
 struct Int8x6 {
+  static constexpr bool REST = false;
   static constexpr int DIGITS = 3, TILES = 3, SUMS = 3, WIDTH = 16, CALLS = 6;
   static constexpr int64_t STEP = TILES * kTileBytes;
   static constexpr float UNITS = 65536.0f;  // of the last digit in one of the first
@@ -263,7 +266,27 @@ struct Int8x6 {
   }
 };
 
+struct Int8x8 : Int8x6 {
+  static constexpr bool REST = true;
+};
+
+struct Rest : Int8x6 {
+  static constexpr int SUMS = 2;
+
+  template <class T, class Between>
+  DCLR_INLINE void step(T& t, const char* a, const char* a2, const char* b, const char*,
+                        Between between) {
+    t.load_once(B, b + L), t.load(A, a + M), t.multiply_bytes(C0, A, B);  // m l
+    t.load(A, a2 + M), t.multiply_bytes(D0, A, B);
+    between();
+    t.load_once(B, b + M), t.load(A, a + L), t.multiply_bytes(C1, A, B);  // l m
+    t.load(A, a2 + L), t.multiply_bytes(D1, A, B);
+    between();
+  }
+};
+
 struct Int8x3 {
+  static constexpr bool REST = false;
   static constexpr int DIGITS = 2, TILES = 2, SUMS = 2, WIDTH = 16, CALLS = 3;
   static constexpr int64_t STEP = TILES * kTileBytes;
   static constexpr float UNITS = 256.0f;
@@ -286,6 +309,7 @@ struct Int8x3 {
 
 // Four loads for four products, so that two sums of each half are 16 columns apart.
 struct Bf16Tiles {
+  static constexpr bool REST = false;
   static constexpr int DIGITS = 0, TILES = 2, SUMS = 2, WIDTH = 32, CALLS = 4;
   static constexpr int64_t STEP = TILES * kTileBytes;
   static constexpr float UNITS = 1.0f;
@@ -315,6 +339,7 @@ struct Bf16Tiles {
 template <class Run>
 DCLR_INLINE bool with_kind(Operands operands, Run run) {
   if (operands == kInt8x6) return run(Int8x6{}), true;
+  if (operands == kInt8x8) return run(Int8x8{}), true;
   if (operands == kInt8x3) return run(Int8x3{}), true;
   if (operands == kBf16) return run(Bf16Tiles{}), true;
   return false;
@@ -342,7 +367,7 @@ DCLR_INLINE void multiply(T& t, const char* a, const char* a2, const char* b, in
 }
 
 // Vector v of row r of A B. Of digits only the last additions round, fused or not.
-template <class K>
+template <class K, bool REST = false>
 DCLR_INLINE vf combined(const int32_t* sums, int64_t r, int v) {
   const int32_t* p = sums + r / 16 * kHalf + v / TV * 256 + r % 16 * 16 + v % TV * VL;
   if constexpr (!K::DIGITS) return load(reinterpret_cast<const float*>(p));
@@ -350,7 +375,9 @@ DCLR_INLINE vf combined(const int32_t* sums, int64_t r, int v) {
     return __builtin_convertvector(*reinterpret_cast<const vi_mem*>(p + c * 256), vf);
   };
   if constexpr (K::SUMS == 2) return sum(0) + sum(1) * 0x1p-8f;
-  return sum(0) + (sum(1) + sum(2) * 0x1p-8f) * 0x1p-8f;
+  vf low = sum(2);
+  if constexpr (REST) low += (sum(kBlockWords / 256) + sum(kBlockWords / 256 + 1)) * 0x1p-8f;
+  return sum(0) + (sum(1) + low * 0x1p-8f) * 0x1p-8f;
 }
 
 // Whether `Tiles` compute what their emulation does, by two blocks of C: of arbitrary bytes, and of
@@ -380,6 +407,41 @@ static bool tiles_work() {
   run(tiles, sums[0]);
   run(emulated, sums[2]);
   return __builtin_memcmp(sums[0], sums[2], 2 * sizeof sums[0]) == 0;
+}
+
+// Products of tiles on data from L1, with a load for each or for every two: operations done.
+static double tile_loop(bool bf16, bool few_loads, int64_t iterations) {
+  alignas(64) char data[4 * kTileBytes];
+  uint32_t x = 1;
+  for (int64_t k = 0; k < 4 * kTileBytes; k += 2) {
+    x = x * 1664525u + 1013904223u;
+    const uint16_t word = uint16_t(bf16 ? 0x3F80 | (x >> 16 & 0x807F) : x >> 16);  // +-[1, 2)
+    __builtin_memcpy(data + k, &word, 2);
+  }
+  Tiles t;
+  t.configure();
+  t.zero(C0), t.zero(C1), t.zero(D0), t.zero(D1);
+  t.load(A, data), t.load(B, data + kTileBytes);
+  const auto loop = [&](auto product, auto first, auto second) __attribute__((always_inline)) {
+    for (int64_t n = 0; n < iterations; ++n) {
+      t.load(A, data), product(C0), first(), product(C1);
+      t.load_once(B, data + 2 * kTileBytes), product(D0), second(), product(D1);
+    }
+  };
+  const auto bytes = [&](auto c) __attribute__((always_inline)) { t.multiply_bytes(c, A, B); };
+  const auto halves = [&](auto c) __attribute__((always_inline)) { t.multiply_bf16(c, A, B); };
+  const auto with = [&](auto product) __attribute__((always_inline)) {
+    if (few_loads) return loop(product, [] {}, [] {});
+    loop(product, [&] { t.load_once(B, data + kTileBytes); },
+         [&] { t.load(A, data + 3 * kTileBytes); });
+  };
+  if (bf16) {
+    with(halves);
+  } else {
+    with(bytes);
+  }
+  t.release();
+  return 4.0 * 2 * 16 * 16 * (bf16 ? 32 : 64) * double(iterations);
 }
 
 // Brings lines into L2 while others are at work, one a call.
@@ -462,7 +524,7 @@ DCLR_INLINE void similarity_panel(Tiles& t, const Pair& pair, int64_t row, int64
     vf col_scale[V];
     const auto similarity = [&](const int32_t* c, int64_t r, int v) __attribute__((always_inline)) {
       if constexpr (!K::DIGITS) return combined<K>(c, r, v);
-      return combined<K>(c, r, v) * (splat(row_scale[r]) * col_scale[v]);
+      return combined<K, K::REST>(c, r, v) * (splat(row_scale[r]) * col_scale[v]);
     };
     auto epilogue = make_epilogue([&](int64_t r) __attribute__((always_inline)) {
       vf s[V];
@@ -480,13 +542,17 @@ DCLR_INLINE void similarity_panel(Tiles& t, const Pair& pair, int64_t row, int64
     };
     for (int64_t j = 0; j < nc; j += W) {
       if (left_of_diagonal(j)) continue;
-      int32_t* c = sums + (chunks > 1 ? j / W : j / W % 2) * kBlockWords;
-      multiply<K>(t, a + k * K::STEP, a + (steps + k) * K::STEP,
-                  columns + (j / 16 * steps + k) * K::STEP, steps * K::STEP, count, k > 0, c,
-                  [&]() __attribute__((always_inline)) {
-                    epilogue.some(per_call);
-                    ahead.one();
-                  });
+      int32_t* c = sums + (chunks > 1 ? j / W : j / W % 2) * (1 + K::REST) * kBlockWords;
+      const char *a1 = a + k * K::STEP, *a2 = a1 + steps * K::STEP;
+      const char* b = columns + (j / 16 * steps + k) * K::STEP;
+      const auto between = [&]() __attribute__((always_inline)) {
+        epilogue.some(per_call);
+        ahead.one();
+      };
+      multiply<K>(t, a1, a2, b, steps * K::STEP, count, k > 0, c, between);
+      if constexpr (K::REST) {
+        multiply<Rest>(t, a1, a2, b, 0, count, k > 0, c + kBlockWords, between);
+      }
       if (!last) continue;
       finish();
       float scales[W];

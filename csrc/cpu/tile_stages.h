@@ -28,7 +28,7 @@ static TileScratch tile_scratch(void* at, int64_t m, int64_t n, int64_t pitch) {
     return r;
   };
   TileScratch s{};
-  s.sums = reinterpret_cast<int32_t*>(take((steps > kSteps ? columns / 16 : 2) * kBlockWords * 4));
+  s.sums = reinterpret_cast<int32_t*>(take((steps > kSteps ? columns / 16 : 2) * kBlockWords * 8));
   s.rows = take(rows * wide), s.rows1 = take(rows * wide);
   s.columns = take(columns * wide), s.rows2 = take(smaller(kGBlock, columns) * wide);
   s.g = reinterpret_cast<float*>(take(4 * g)), s.g_rows = take(3 * g), s.g_columns = take(3 * g);

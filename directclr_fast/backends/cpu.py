@@ -44,7 +44,7 @@ _F32, _F64 = torch.float32, torch.float64
 _CODES = {} if _cpu is None else {
     torch.float32: _cpu.FLOAT32, torch.float16: _cpu.FLOAT16, torch.bfloat16: _cpu.BFLOAT16,
 }  # fmt: skip
-_OPERANDS = {} if _cpu is None else {
+OPERANDS = {} if _cpu is None else {
     "highest": _cpu.FP32, "bf16": _cpu.BF16, "tf32": _cpu.INT8X3,
 }  # fmt: skip
 
@@ -61,18 +61,6 @@ def _strided(r: Tensor, dim: int, index: Tensor | None) -> tuple[int, int, int, 
     if index is not None and not _cpu.within(columns, dim, width):
         raise ValueError(f"columns: expected indices from 0 to {width - 1}")
     return at, _CODES[r.dtype], r.stride(0), r.stride(1), columns
-
-
-def precision(problem: Problem) -> str:
-    """That of the products: "auto" rounds operands where eager PyTorch would, to as many bits or
-    more, and only where the matrix unit makes that faster."""
-    if problem.precision != "auto":
-        return problem.precision
-    if not _cpu.has_tiles():
-        return "highest"
-    if problem.dtype == torch.bfloat16 or problem.autocast:
-        return "bf16"
-    return "tf32" if problem.dtype == torch.float16 else rounding("cpu") or "highest"
 
 
 class Cpu(Backend):
@@ -96,11 +84,20 @@ class Cpu(Backend):
                 f"precision {asked!r}: here it computes with {_cpu.isa()}, which has no such "
                 "products faster than fp32"
             )
-        elif asked not in ("auto", *_OPERANDS):
+        elif asked not in ("auto", *OPERANDS):
             reasons.append(f"precision {asked!r}: it computes in fp32, bf16 or, on AMX, tf32")
         if problem.temperature is not None and 1.0 / problem.temperature > MAX_SCALE:
             reasons.append(f"it takes a temperature from 2^-21 on, got {problem.temperature}")
         return reasons
+
+    def precision(self, problem: Problem) -> str:
+        """ "auto" rounds operands where eager PyTorch would, to as many bits or more, and only
+        where the matrix unit makes that faster."""
+        if problem.precision != "auto" or _cpu is None or not _cpu.has_tiles():
+            return super().precision(problem)
+        if problem.dtype == torch.bfloat16 or problem.autocast:
+            return "bf16"
+        return "tf32" if problem.dtype == torch.float16 else rounding("cpu") or "highest"
 
     def details(self) -> dict[str, str]:
         if _cpu is None:
@@ -180,7 +177,7 @@ class Cpu(Backend):
             offset,
             scale,
             upper,
-            _OPERANDS[precision(problem)],
+            OPERANDS[self.precision(problem)],
             *_workspace(kept),
             row_sum,
             row_sum + 8 * m,
@@ -219,7 +216,7 @@ class Cpu(Backend):
             offset,
             scale,
             upper,
-            _OPERANDS[precision(problem)],
+            OPERANDS[self.precision(problem)],
             *_workspace(kept),
             address(pair.w, _F64, m),
             address(pair.v, _F64, n),
@@ -320,7 +317,7 @@ def _step(problem: Problem, saved: Saved, scale: float) -> tuple:
         scale,
         problem.negatives == "both",
         problem.symmetric,
-        _OPERANDS[precision(problem)],
+        OPERANDS[BACKEND.precision(problem)],
         problem.reduction == "mean",
         problem.reduction == "none",
         kept.data_ptr(),
