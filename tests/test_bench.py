@@ -188,9 +188,9 @@ def test_the_roof_of_a_matrix_unit():
     _cpu = pytest.importorskip("directclr_fast._cpu")
     _cpu.force_isa("portable")
     try:
-        assert ceilings.tile_rates(1, 1) == {}
+        assert ceilings.tile_rates(1) == {}
         _cpu.force_isa("tiles")
-        rates = ceilings.tile_rates(iterations=20, rounds=1)
+        rates = ceilings.tile_rates(rounds=1)
         precisions = {v.name: v.precision for v in variants.catalogue(Case(4096))}
     finally:
         _cpu.force_isa("")
