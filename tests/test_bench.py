@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import copy
 import dataclasses
@@ -24,6 +25,7 @@ import waiting
 
 from directclr_fast import cli
 from directclr_fast.bench import (
+    adapters,
     ceilings,
     command,
     grid,
@@ -613,3 +615,17 @@ def test_trainer_bench_measures_step_encoder_and_both_losses(tmp_path, capsys):
     for loss in ("fast", "reference"):
         assert case[loss]["share_of_loss"] > 0 and case[loss]["images_per_second"] > 0
     assert "of the bare encoder's" in capsys.readouterr().out
+
+
+def test_adapters_beside_their_originals(monkeypatch):
+    """A stand-in for its own original: both sides measured, equal, with a peak of their own."""
+    ours = adapters.OURS + "lightly"
+    asked = argparse.Namespace(dim=24, rounds=2)
+    case, text = adapters._pair("NTXentLoss", {"original": ours, "ours": ours}, 40, asked)
+    for side in ("original", "ours"):
+        assert case[side]["gradient_error"] < 1e-5 and case[side]["value_error"] < 1e-6
+        assert len(case[side]["seconds"]) == 2 and 0 < case[side]["peak_mib"] < 500
+    monkeypatch.setattr(adapters, "PAIRS", {"NTXentLoss": ("no_such_library", "lightly", None)})
+    assert [case for case, _ in adapters.measure(asked)] == [
+        {"name": "NTXentLoss", "absent": "no_such_library"}
+    ]

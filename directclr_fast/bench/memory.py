@@ -201,12 +201,17 @@ def _peak(case: Case, name: str) -> int:
     warm = case.rows if "compiled" in name else min(WARM_ROWS, case.rows)
     function(r1[:warm], r2[:warm]).backward()
     r1.grad = r2.grad = None
+    return peak(lambda: function(r1, r2).backward())
+
+
+def peak(step: Callable[[], object]) -> int:
+    """Bytes that ``step`` takes in this process at most, above what stands before it."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
     before = _status("VmRSS")
-    function(r1, r2).backward()
+    step()
     return _status("VmHWM") - before
 
 
