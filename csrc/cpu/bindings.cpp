@@ -86,7 +86,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.attr("FP32") = int(kFp32);
   m.attr("BF16") = int(kBf16);
   m.attr("INT8X3") = int(kInt8x3);
-  m.def("has_tiles", [] { return kernels().tiles != nullptr; }, "Whether operands=INT8X3 is taken up.");
+  m.def("has_tiles", [] { return kernels().tiles != nullptr; },
+        "Whether operands=INT8X3 is taken up.");
   m.def("has_bf16", [] { return kernels().has_bf16 || kernels().tiles; }, "operands=BF16 likewise.");
   m.def("matrix_unit", [] { return std::string(matrix_unit()); },
         "Whether this processor's is used, or why not.");
@@ -113,10 +114,11 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "tile_peak",
       [](int threads, I iterations, bool bf16, bool few_loads) {
-        return total(threads, [&] { return kernels().tiles->loop(bf16, few_loads, iterations); });
+        const TileKernels* const tiles = kernels().tiles;
+        return total(threads, [&] { return tiles ? tiles->loop(bf16, few_loads, iterations) : 0.0; });
       },
       "threads"_a, "iterations"_a, "bf16"_a, "few_loads"_a,
-      "The same of products of tiles, of a body that has_tiles, with a load for each or every two.");
+      "The same of products of tiles, a load for each or every two; 0 where there are none.");
   m.def(
       "exp2",
       [](P x, float hi, float lo, P y, I n) {
@@ -193,8 +195,8 @@ PYBIND11_MODULE(_cpu, m) {
         check(forward(args, of1, of2, at<float>(loss), threads));
       },
       "step"_a, "x1"_a, "x2"_a, "loss"_a, "threads"_a,
-      "step: ((rows, z, rnorm), (rows, z, rnorm), d, eps, scale, both, symmetric, operands, mean, each, "
-      "workspace, bytes, row_lse, col_lse, nll_row, nll_col), as csrc/cpu/step.h says.");
+      "step: ((rows, z, rnorm), (rows, z, rnorm), d, eps, scale, both, symmetric, operands, mean, "
+      "each, workspace, bytes, row_lse, col_lse, nll_row, nll_col), as csrc/cpu/step.h says.");
   m.def(
       "backward",
       [step](const py::tuple& s, P upstream, I stride, const py::object& grad1,

@@ -155,8 +155,8 @@ bool bounded(const SimilarityArgs& s) {
 
 std::atomic<const char*> last_arithmetic{"none yet"};
 
-// How far off s may be with six products of digits instead of eight: 1e-6 of E at a = 10, what the rule for errors
-// forgives whoever computes, and grows with a beyond.
+// How far off s may be with six products of digits instead of eight: 1e-6 of E at a = 10, what the
+// rule for errors forgives whoever computes, and grows with a beyond.
 constexpr double kDigitError = 1e-7;
 
 // Operands that are rounded: the positives are not.
