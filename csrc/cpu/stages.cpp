@@ -159,6 +159,10 @@ std::atomic<const char*> last_arithmetic{"none yet"};
 // rule for errors forgives whoever computes, and grows with a beyond.
 constexpr double kDigitError = 1e-7;
 
+// r of both sides where the largest of a row is 1/2: beyond, rows lie near an axis each. Rounding of
+// G where it is large then points along z, and away from the gradient, in fp32 but not in digits.
+constexpr double kAxisUnits = 0x1p-15;
+
 // Operands that are rounded: the positives are not.
 bool rounded(const Pair& p) { return p.operands == kBf16 || p.operands == kInt8x3; }
 bool on_tiles(const Pair& p) { return kernels().tiles && p.operands != kFp32; }
@@ -189,7 +193,7 @@ class Arithmetic {
   }
 
  private:
-  // Makes the pair one of as many products of digits as it needs, or of fp32 where a number is none.
+  // Makes the pair one of as many products of digits as it needs, or of fp32 where they will not do.
   bool scale(const SimilarityArgs& s, int threads, Pair& pair) {
     const bool one = s.z1 == s.z2 && s.m == s.n;
     const int64_t rows = one ? s.m : s.m + s.n;
@@ -209,14 +213,13 @@ class Arithmetic {
                                    root_mean_square(scale2 + rows, s.n));
     // Errors of few rows may all be above the mean.
     const double above = 1.0 + 16.0 / double(std::min(s.m, s.n));
-    if (std::isnan(error)) {
-      pair.operands = kFp32;
-      return true;
-    }
     if (pair.operands == kInt8x6 &&
         error * above * std::min(s.scale, 10.0) > 10.0 * kDigitError) {
-      pair.operands = kInt8x8;
+      const double units = root_mean_square(scale1, s.m) * root_mean_square(scale2, s.n);
+      pair.operands = units > kAxisUnits ? kFp32 : kInt8x8;
     }
+    if (std::isnan(error)) pair.operands = kFp32;
+    if (pair.operands == kFp32) return true;
     pair.scale1 = scale1;
     pair.scale2 = scale2;
     return true;
