@@ -121,7 +121,7 @@ struct EmulatedTiles {
   }
 };
 
-#if defined(__AMX_TILE__)
+#if defined(DCLR_AMX)
 // As ldtilecfg reads it: every tile is whole.
 struct TileShapes {
   uint8_t palette, start_row, reserved[14];
