@@ -419,18 +419,17 @@ def test_directclr_leaves_r_more_directions_than_no_projector(run_dir, one_threa
     from directclr_fast.train.loop import Trainer
 
     images = data.load("digits", train=True)
-    for seed in (1, 2):
-        ranks = {}
-        for mode in ("baseline", "directclr"):
-            config = TrainConfig(
-                mode=mode, seed=seed, batch_size=32, epochs=2, warmup_epochs=0,
-                checkpoint_dir=str(run_dir), name=mode, device="cpu",
-            )  # fmt: skip
-            trainer = Trainer(config, overwrite=True, progress=False)
-            trainer.run()
-            model = trainer.model.eval()
-            features, _ = probe.encode(model.encoder, images, 8)
-            spectra = spectrum.of_model(model, features)
-            ranks[mode] = {name: values["effective_rank"] for name, values in spectra.items()}
-        assert ranks["directclr"]["representation"] > 1.12 * ranks["baseline"]["representation"]
-        assert ranks["directclr"]["sub-vector"] < 0.7 * ranks["directclr"]["representation"]
+    ranks = {}
+    for mode in ("baseline", "directclr"):
+        config = TrainConfig(
+            mode=mode, seed=1, batch_size=32, epochs=2, warmup_epochs=0,
+            checkpoint_dir=str(run_dir), name=mode, device="cpu",
+        )  # fmt: skip
+        trainer = Trainer(config, overwrite=True, progress=False)
+        trainer.run()
+        model = trainer.model.eval()
+        features, _ = probe.encode(model.encoder, images, 8)
+        spectra = spectrum.of_model(model, features)
+        ranks[mode] = {name: values["effective_rank"] for name, values in spectra.items()}
+    assert ranks["directclr"]["representation"] > 1.12 * ranks["baseline"]["representation"]
+    assert ranks["directclr"]["sub-vector"] < 0.7 * ranks["directclr"]["representation"]

@@ -13,6 +13,7 @@ import torch
 import waiting
 from test_loss_exact import (
     CASES_PER_CHUNK,
+    TIE_OPTIONS,
     TIE_SHAPES,
     arguments_of,
     assert_ties_are_kept,
@@ -75,7 +76,9 @@ def test_generated_cases_match_the_reference(isa, chunk):
 @pytest.mark.parametrize("same", [False, True], ids=["views", "one-tensor"])
 def test_equal_rows_stay_equal(isa, rows, dim, same):
     r1, r2 = make_views(rows, dim, kind="ties")
-    assert_ties_are_kept("cpu", r1, r1 if same else r2)
+    # Emulated tiles are slow, and their blocks no others with more options.
+    options = TIE_OPTIONS[2::5] if isa == "tiles" else TIE_OPTIONS
+    assert_ties_are_kept("cpu", r1, r1 if same else r2, options)
 
 
 # ---------------------------------------------------------------- no fraction left in fp32 (N12)

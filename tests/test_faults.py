@@ -315,14 +315,14 @@ def state(process):
 
 def test_short_campaigns(tmp_path):
     out = tmp_path / "faults.json"
-    command = [sys.executable, ROOT / "tests/gates/faults.py", "--kills", "6", "--rank-kills", "2"]
-    command += ["--epochs", "8", "--timeout", waiting.STILL, "--out", out]
+    command = [sys.executable, ROOT / "tests/gates/faults.py", "--kills", "4", "--rank-kills", "1"]
+    command += ["--epochs", "5", "--timeout", waiting.STILL, "--out", out]
     # Their runs write below tmp_path too, which is how it is seen that they get on.
     done = waiting.process(command, tmp_path, env={**os.environ, "TMPDIR": str(tmp_path)})
     assert done.returncode == 0, done.stderr
     campaigns = json.loads(out.read_text())
     killed = campaigns["kill_9"]
-    assert killed["kills"] == 6 and killed["unloadable"] == killed["failed"] == 0, done.stderr
+    assert killed["kills"] == 4 and killed["unloadable"] == killed["failed"] == 0, done.stderr
     assert killed["runs"] == killed["runs_bitwise_equal"] >= 1
     ranks = campaigns["rank_killed"]
-    assert ranks["resumed"] == 2 and ranks["hangs"] == 0 and ranks["bitwise_equal"]
+    assert ranks["resumed"] == 1 and ranks["hangs"] == 0 and ranks["bitwise_equal"]

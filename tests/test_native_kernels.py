@@ -294,10 +294,10 @@ def test_temperatures(isa, temperature, noise):
 
 @pytest.mark.parametrize("batch", range(10))
 def test_generated_problems(batch):
-    """CASES problems (environment variable, default 5000), and every fifth on emulated tiles."""
+    """CASES problems (environment variable, default 2500), and every fifth on emulated tiles."""
     rng = np.random.default_rng(batch)
     try:
-        for case in range(int(os.environ.get("CASES", "5000")) // 10):
+        for case in range(int(os.environ.get("CASES", "2500")) // 10):
             m = int(rng.integers(1, 80))
             n = m + int(rng.integers(0, 60)) * int(rng.integers(0, 2))
             d = int(rng.integers(1, 140))

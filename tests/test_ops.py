@@ -88,13 +88,15 @@ def test_compiled_equals_eager(case):
     r1, r2 = make_views(33, 32, dtype=torch.float32)
     r1, r2 = 0.1 * r1, 0.1 * r2
     compiled = torch.compile(fast_directclr_loss, fullgraph=True)
-    temperatures = (0.1,) if case == "same" else (0.1, torch.tensor(0.1))
+    # Compiled as a formula, it takes the C++ compiler ten times as long as a call of the op does.
+    formula = case in ("reference", "same")
+    temperatures = (0.1, torch.tensor(0.1))[: 1 if formula else 2]
     for temperature in temperatures:
         eager = evaluate(fast_directclr_loss, r1, r2, temperature=temperature, **options)
         ours = evaluate(compiled, r1, r2, temperature=temperature, **options)
         for a, b in zip(ours, eager):
             if b is not None:
-                assert relative_error(a, b) < (1e-5 if case in ("reference", "same") else 1e-7)
+                assert relative_error(a, b) < (1e-5 if formula else 1e-7)
 
 
 @pytest.mark.usefixtures("inductor")
@@ -215,9 +217,13 @@ def test_the_op_itself_refuses_views_that_do_not_match():
         ops.loss_forward(r1, r1, None, None, True, *ops.arguments(DEFAULTS.replace(dim=33)))
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("donated", [True, False])
-@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize(
+    "compiler,donated,inside",
+    [
+        ("aot_eager", True, False), ("aot_eager", False, True), ("aot_eager", True, True),
+        ("inductor", True, True), ("inductor", False, False),
+    ],
+)  # fmt: skip
 def test_a_second_derivative_of_a_compiled_graph_raises(compiler, donated, inside):  # A4
     a = torch.tensor([[1.0, 0.0], [0.0, 1.0]], requires_grad=True)
     b = torch.tensor([[1.0, 0.5], [0.2, 1.0]])

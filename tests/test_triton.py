@@ -61,7 +61,7 @@ def problem(**changes) -> Problem:
 # ------------------------------------------------------------------------------ how exact
 
 
-@pytest.mark.parametrize("chunk", range(6))
+@pytest.mark.parametrize("chunk", range(4))
 def test_generated_cases_match_the_reference(chunk):
     """Every option in fp32-grade precision: at most twice eager's error, and ulps of a s."""
     for seed in range(12 * chunk, 12 * (chunk + 1)):
@@ -93,7 +93,10 @@ def test_generated_cases_match_the_reference(chunk):
 @pytest.mark.parametrize("same", [False, True], ids=["views", "one-tensor"])
 def test_equal_rows_stay_equal(rows, dim, same):
     r1, r2 = make_views(rows, dim, kind="ties")
-    exact.assert_ties_are_kept("triton", r1, r1 if same else r2)
+    # Every third of the options, which has each temperature, both negatives and both directions;
+    # the four cases take all of them.
+    start = (rows == 65) + same
+    exact.assert_ties_are_kept("triton", r1, r1 if same else r2, exact.TIE_OPTIONS[start::3])
 
 
 @pytest.mark.parametrize("name", top1.CASES)
@@ -108,7 +111,7 @@ def test_top1_over_strips(coarse, monkeypatch):
         top1.check_against_the_reference(name, backend="triton", precision="highest")
 
 
-# Of the gradient against fp64, N = 256, d = 360; eager under bf16 autocast makes 2e-3 to 5e-2.
+# Of the gradient against fp64, N = 160, d = 200; eager under bf16 autocast makes 2e-3 to 5e-2.
 # None: the rule for fp32, twice eager's own.
 ALLOWED = {"fp16": 5e-4, "bf16": 4e-3, "tf32": None, "highest": None, "fp8": 3e-2}
 
@@ -121,11 +124,11 @@ def autocast_loss(r1, r2, dim, **options):
 @pytest.mark.parametrize("kind", ["unrelated", "views", "converged", "clustered"])
 @pytest.mark.parametrize("precision", ALLOWED)
 def test_each_precision_keeps_its_error(coarse, precision, kind):
-    r1, r2 = make_views(256, 400, kind=kind, dtype=torch.float32)
-    truth = evaluate(eager_loss, r1.double(), r2.double(), 360)
-    people = evaluate(autocast_loss, r1, r2, 360)
-    plain = evaluate(eager_loss, r1, r2, 360)
-    ours = evaluate(fast_directclr_loss, r1, r2, 360, backend="triton", precision=precision)
+    r1, r2 = make_views(160, 240, kind=kind, dtype=torch.float32)
+    truth = evaluate(eager_loss, r1.double(), r2.double(), 200)
+    people = evaluate(autocast_loss, r1, r2, 200)
+    plain = evaluate(eager_loss, r1, r2, 200)
+    ours = evaluate(fast_directclr_loss, r1, r2, 200, backend="triton", precision=precision)
     for got, want, theirs, eager in zip(ours[1:3], truth[1:3], people[1:3], plain[1:3]):
         error = relative_error(got, want)
         fp32 = bound(relative_error(eager, want), torch.float32)
@@ -193,8 +196,11 @@ def runs_of(r1, r2, **options):
     return evaluate(fast_directclr_loss, r1, r2, upstream=upstream, **options)
 
 
-@pytest.mark.parametrize("temperature", [0.1, 0.005, torch.tensor(0.1)], ids=str)
-@pytest.mark.parametrize("negatives", ["cross", "both"])
+@pytest.mark.parametrize(
+    "negatives,temperature",
+    [("cross", 0.005), ("cross", torch.tensor(0.1)), ("both", 0.1)],
+    ids=str,
+)
 def test_repeat_runs_are_bitwise_equal(negatives, temperature):
     r1, r2 = make_views(70, 48, dtype=torch.float32)
     first, second = (
@@ -214,9 +220,13 @@ def test_descriptors_flattening_and_grouping_change_no_bit(monkeypatch, changes)
     assert all(torch.equal(a, b) for a, b in zip(plain[:3], other))
 
 
-@pytest.mark.parametrize("temperature", [0.1, 0.005], ids=str)
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("negatives", ["cross", "both"])
+@pytest.mark.parametrize(
+    "negatives,symmetric,temperature",
+    [
+        ("cross", True, 0.1), ("cross", False, 0.005), ("cross", True, 0.005),
+        ("both", True, 0.005), ("both", False, 0.1),
+    ],
+)  # fmt: skip
 def test_strips_and_superblocks_give_the_same_result(
     monkeypatch, negatives, symmetric, temperature
 ):

@@ -26,7 +26,7 @@ MATRIX = {
 }
 # In a process of its own: the kernels of this one are interpreted.
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-RECHECKED = 8
+RECHECKED = 3
 
 
 @pytest.fixture(scope="module")
