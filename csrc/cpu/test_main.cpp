@@ -225,7 +225,7 @@ void run_self(int64_t m, int64_t d, int threads) {
     for (int64_t k = 0; k < d; ++k) z[i * p + k] = normal(random) / float(std::sqrt(double(d)));
   }
   std::vector<double> upper(2 * m), whole(2 * m);
-  SimilarityArgs s{z.data(), z.data(), m, m, d, 0, 10.0, true, false, nullptr, 0};
+  SimilarityArgs s{z.data(), z.data(), m, m, d, 0, 10.0, true, kFp32, nullptr, 0};
   const Accumulator rows{upper.data(), upper.data() + m};
   Floats top(m, -3e38f);
   sums(s, rows, rows, nullptr, {top.data(), top.data(), nullptr}, threads);
