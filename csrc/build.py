@@ -104,7 +104,7 @@ class Cpu(Recipe):
     x86 = {"body_avx2.cpp": avx2, "body_avx512.cpp": avx512,
            "body_avx512_bf16.cpp": [*avx512, "-mavx512bf16"],
            "body_tiles_avx512.cpp": avx512,
-           "body_amx.cpp": [*avx512, "-mamx-tile", "-mamx-int8"]}  # fmt: skip
+           "body_amx.cpp": [*avx512, "-mamx-tile", "-mamx-int8", "-mamx-bf16"]}  # fmt: skip
 
     def _flags_by_source(self) -> dict[str, list[str]]:
         is_x86 = platform.machine().lower() in ("x86_64", "amd64")

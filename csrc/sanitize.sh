@@ -27,7 +27,7 @@ for body in $bodies; do
   case $body in
     avx2) isa="-mavx2 -mfma" ;;
     avx512 | tiles_avx512) isa=$avx512 ;;
-    amx) isa="$avx512 -mamx-tile -mamx-int8" ;;
+    amx) isa="$avx512 -mamx-tile -mamx-int8 -mamx-bf16" ;;
     avx512_bf16) isa="$avx512 -mavx512bf16" ;;
     *) isa="" ;;
   esac

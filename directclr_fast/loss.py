@@ -116,7 +116,9 @@ def fast_directclr_loss(
             backend without it says so. "highest" keeps fp32 inputs free of TF32 and bf16; GPU
             kernels multiply two fp16 parts of each row, which have 23 bits. "auto"
             on a GPU rounds operands to fp16 for half-precision inputs, under autocast and where
-            ``torch.set_float32_matmul_precision`` allows rounding, and is "highest" elsewhere.
+            ``torch.set_float32_matmul_precision`` allows rounding, and is "highest" elsewhere. On a
+            CPU with a matrix unit (AMX) it rounds there too, to bf16 or, where that is coarser than
+            what eager PyTorch keeps, to the 16 bits of "tf32"; without one it is "highest".
         backend: "auto" or a name from :mod:`directclr_fast.dispatch`.
         workspace_bytes: limit of the scratch memory; None takes the backend's default. A larger
             workspace may keep similarity tiles for the backward pass and save their recompute.

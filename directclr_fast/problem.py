@@ -302,7 +302,8 @@ def _check_views(r1: Tensor, r2: Tensor) -> bool:
             f"r2: expected at least {r1.shape[0]} rows, a positive for each row of r1, "
             f"got {r2.shape[0]}"
         )
-    return autocast
+    # Operands of fp16 are no faster on a CPU, and bf16 would be coarser than what is asked for.
+    return autocast and not (r1.is_cpu and torch.get_autocast_dtype("cpu") == torch.float16)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -16,9 +16,15 @@ def _switch(device_type: str):
     return torch.backends.cuda.matmul if device_type == "cuda" else torch.backends.mkldnn.matmul
 
 
+def rounding(device_type: str) -> str | None:
+    """What torch may round the operands of fp32 products to there: "tf32", "bf16" or None."""
+    asked = _switch(device_type).fp32_precision
+    return asked if asked in ("tf32", "bf16") else None
+
+
 def may_round(device_type: str) -> bool:
     """Whether torch may round the operands of fp32 products there, to TF32 or bf16."""
-    return _switch(device_type).fp32_precision in ("tf32", "bf16")
+    return rounding(device_type) is not None
 
 
 @contextlib.contextmanager

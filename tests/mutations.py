@@ -69,9 +69,24 @@ MUTATIONS = [
         "test_native_kernels.py -k 'test_self_pair and portable'",
     ),
     Mutation(
+        "cpu: tiles kept of other products are read", "csrc/cpu/stages.cpp",
+        "args.pair.keep_panels = 0;", "(void)mark;",
+        "test_native_kernels.py -k kept_from_other",
+    ),
+    Mutation(
+        "cpu: a NaN is rounded to bf16 like a number", "csrc/cpu/tile_products.h",
+        'return x == x ? (vf)rounded : splat(__builtin_nanf(""));', "return (vf)rounded;",
+        "test_native_kernels.py -k nan_reaches",
+    ),
+    Mutation(
+        "cpu: fp16 inputs are multiplied in bf16", "directclr_fast/backends/cpu.py",
+        'return "tf32" if problem.dtype', 'return "bf16" if problem.dtype',
+        "test_cpu_backend.py -k auto_rounds",
+    ),
+    Mutation(
         "cpu: the other half of a bf16 word's last pair of rows", "csrc/cpu/gemm.h",
         "rows > 1 ? load(z + pitch) : vf{}", "load(z + pitch)",
-        "test_native_kernels.py -k bf16",
+        "test_native_kernels.py -k rounded_operands",
     ),
     Mutation(
         "cpu: a running sum keeps its old reference", "csrc/cpu/sums.h",
@@ -127,7 +142,7 @@ MUTATIONS = [
     Mutation(
         "cpu: the positive is exact where its neighbours are rounded",
         "csrc/cpu/stages.cpp",
-        "exact = args.pair.bf16 && logits;", "exact = logits;",
+        "exact = rounded(args.pair) && logits;", "exact = logits;",
         "test_cpu_backend.py -k 'equal_rows and portable'",
     ),
     Mutation(

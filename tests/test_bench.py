@@ -28,6 +28,7 @@ from directclr_fast import cli
 from directclr_fast.bench import (
     adapters,
     batch,
+    ceilings,
     command,
     grid,
     memory,
@@ -186,6 +187,24 @@ def test_the_gpu_backends_are_held_to_the_precision_that_they_choose():
     precisions = {v.name: v.precision for v in variants.catalogue(case) if v.family == "ours"}
     assert precisions["triton"] == precisions["cuda"] == "fp16" and precisions["torch"] == "fp32"
     assert "triton fp16" not in precisions and precisions["triton bf16"] == "bf16"
+
+
+def test_the_roof_of_a_matrix_unit():
+    """Its rate on data from L1, over the products that a precision takes; here of its emulation."""
+    _cpu = pytest.importorskip("directclr_fast._cpu")
+    _cpu.force_isa("portable")
+    try:
+        assert ceilings.tile_rates(1) == {}
+        _cpu.force_isa("tiles")
+        rates = ceilings.tile_rates(rounds=1)
+        precisions = {v.name: v.precision for v in variants.catalogue(Case(4096))}
+    finally:
+        _cpu.force_isa("")
+    assert all(rate > 0 for rate in rates.values())
+    for kind in ("tiles", "tiles 2:1"):
+        assert rates[f"{kind} tf32"] == 2 * rates[f"{kind} fp32"]
+    assert ceilings.roof({**rates, "fma fp32": 1.0}, "fp32") >= rates["tiles fp32"]
+    assert precisions["cpu tf32"] == "tf32" and precisions["cpu"] == "fp32"
 
 
 def run_with(monkeypatch, extra: list[Variant], rows=(32,), **settings) -> dict:

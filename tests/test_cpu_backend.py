@@ -300,8 +300,55 @@ def test_fp64_and_missing_precisions_are_passed_on():
     r1, r2 = make_views(20, 16, dtype=torch.float64)
     fast_directclr_loss(r1, r2, 8)
     assert last_backend() == "torch"
-    with pytest.raises(NotImplementedError, match="cpu: precision 'tf32'"):
-        fast_directclr_loss(r1.float(), r2.float(), 8, precision="tf32")
+    with pytest.raises(NotImplementedError, match="cpu: precision 'fp16'"):
+        fast_directclr_loss(r1.float(), r2.float(), 8, precision="fp16")
+    _cpu.force_isa("portable")
+    for precision in ("bf16", "tf32"):
+        with pytest.raises(NotImplementedError, match=f"cpu: precision '{precision}': .* portable"):
+            fast_directclr_loss(r1.float(), r2.float(), 8, precision=precision)
+    _cpu.force_isa("")
+
+
+# What "auto" asks of each call: (inputs, autocast, torch's fp32 products) and what they become on
+# tiles. Elsewhere it is fp32 whatever is asked, with the same bits.
+AUTO = {
+    "plain": ((torch.float32, None, "highest"), "int8x6"),
+    "bf16 inputs": ((torch.bfloat16, None, "highest"), "bf16"),
+    "fp16 inputs": ((torch.float16, None, "highest"), "int8x3"),
+    "autocast": ((torch.float32, torch.bfloat16, "highest"), "bf16"),
+    "fp16 autocast": ((torch.float32, torch.float16, "highest"), "int8x6"),
+    "high": ((torch.float32, None, "high"), "int8x3"),
+    "medium": ((torch.float32, None, "medium"), "bf16"),
+}
+
+
+@pytest.mark.parametrize("name", AUTO)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_auto_rounds_where_eager_would_and_the_matrix_unit_is_faster(isa, name, compiled):
+    (dtype, autocast, setting), products = AUTO[name]
+    r1, r2 = make_views(300, 200, dtype=dtype)
+    on_tiles = isa in ("amx", "tiles")
+    if compiled and (not on_tiles or name not in ("plain", "autocast", "high")):
+        return  # a compiled call asks as an eager one does
+    function = torch.compile(fast_directclr_loss, backend="aot_eager") if compiled else None
+
+    def step(precision):
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            loss = function or fast_directclr_loss
+            return evaluate(loss, r1, r2, None, precision=precision, backend="cpu")
+
+    exact = step("highest")
+    assert _cpu.arithmetic() == ("int8x6" if on_tiles else "fp32")
+    try:
+        torch.set_float32_matmul_precision(setting)
+        auto = step("auto")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert _cpu.arithmetic() == (products if on_tiles else "fp32")
+    same = [torch.equal(a, b) for a, b in zip(auto[:3], exact)]
+    assert all(same) == (not on_tiles or products == "int8x6")
+    for a, b in zip(auto[:3], exact):
+        assert relative_error(a, b) < (2e-3 if dtype == torch.float32 else 8e-3)
 
 
 def test_doctor_names_the_instruction_set(isa):

@@ -434,15 +434,15 @@ def test_tf32_on_an_amd_chip_without_it_is_a_reason(monkeypatch):
 
 
 def test_automatic_precision_rounds_only_where_eager_would():
-    assert backend.precision(problem()) == "highest"
-    assert backend.precision(problem(autocast=True)) == "fp16"
-    assert backend.precision(problem(dtype=torch.bfloat16)) == "fp16"
-    assert backend.precision(problem(precision="tf32", autocast=True)) == "tf32"
+    assert backend.BACKEND.precision(problem()) == "highest"
+    assert backend.BACKEND.precision(problem(autocast=True)) == "fp16"
+    assert backend.BACKEND.precision(problem(dtype=torch.bfloat16)) == "fp16"
+    assert backend.BACKEND.precision(problem(precision="tf32", autocast=True)) == "tf32"
 
 
 def test_autocast_and_the_process_setting_reach_the_backend():
     seen = []
-    plain = backend.precision
+    plain = backend.BACKEND.precision
 
     def noted(problem):
         seen.append(plain(problem))
@@ -450,7 +450,7 @@ def test_autocast_and_the_process_setting_reach_the_backend():
 
     r1, r2 = make_views(8, 16, dtype=torch.float32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backend, "precision", noted)
+        patch.setattr(backend.BACKEND, "precision", noted)
         fast_directclr_loss(r1, r2, 8, backend="triton")
         with torch.autocast("cpu", torch.bfloat16):
             fast_directclr_loss(r1, r2, 8, backend="triton")

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <numeric>
 
 #include "isa.h"
 #include "stages.h"
@@ -43,15 +44,13 @@ Gradient gradient(const py::object& grad) {
   return {strided(t), t[5].cast<int64_t>(), t[6].cast<bool>()};
 }
 
-double fma_peak(int threads, int64_t iterations) {
+// The sum of loop() on so many threads at once.
+template <class Loop>
+double total(int threads, const Loop& loop) {
   std::vector<double> done(size_t(threads), 0.0);
   py::gil_scoped_release release;
-  if (!run_team(threads, [&](int t, Team&) { done[size_t(t)] = kernels().fma_loop(iterations); })) {
-    return 0.0;
-  }
-  double total = 0.0;
-  for (double x : done) total += x;
-  return total;
+  if (!run_team(threads, [&](int t, Team&) { done[size_t(t)] = loop(); })) return 0.0;
+  return std::accumulate(done.begin(), done.end(), 0.0);
 }
 
 }  // namespace
@@ -84,7 +83,12 @@ PYBIND11_MODULE(_cpu, m) {
       "name"_a, "Use this body from now on; an empty name undoes it.");
   m.def("uses_openmp", [] { return openmp_is_usable(); },
         "Whether threads come from the OpenMP pool of the process, not from one call to the next.");
-  m.def("has_bf16", [] { return kernels().has_bf16; }, "Whether bf16=True is taken up.");
+  m.attr("FP32") = int(kFp32);
+  m.attr("BF16") = int(kBf16);
+  m.attr("INT8X3") = int(kInt8x3);
+  m.def("has_tiles", [] { return kernels().tiles != nullptr; },
+        "Whether operands=INT8X3 is taken up.");
+  m.def("has_bf16", [] { return kernels().has_bf16 || kernels().tiles; }, "operands=BF16 likewise.");
   m.def("matrix_unit", [] { return std::string(matrix_unit()); },
         "Whether this processor's is used, or why not.");
   m.def("arithmetic", [] { return std::string(arithmetic()); },
@@ -100,8 +104,21 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("workspace_bytes", &workspace_bytes, "m"_a, "n"_a, "Bytes that keep every tile of S.");
   m.def("scratch_bytes", &scratch_bytes, "m"_a, "n"_a, "d"_a, "threads"_a,
         "Memory that a driver takes besides its arguments.");
-  m.def("fma_peak", &fma_peak, "threads"_a, "iterations"_a,
-        "Runs independent multiply-adds on every thread and returns the operations done.");
+  m.def(
+      "fma_peak",
+      [](int threads, I iterations) {
+        return total(threads, [&] { return kernels().fma_loop(iterations); });
+      },
+      "threads"_a, "iterations"_a,
+      "Runs independent multiply-adds on every thread and returns the operations done.");
+  m.def(
+      "tile_peak",
+      [](int threads, I iterations, bool bf16, bool few_loads) {
+        const TileKernels* const tiles = kernels().tiles;
+        return total(threads, [&] { return tiles ? tiles->loop(bf16, few_loads, iterations) : 0.0; });
+      },
+      "threads"_a, "iterations"_a, "bf16"_a, "few_loads"_a,
+      "The same of products of tiles, a load for each or every two; 0 where there are none.");
   m.def(
       "exp2",
       [](P x, float hi, float lo, P y, I n) {
@@ -119,35 +136,35 @@ PYBIND11_MODULE(_cpu, m) {
       "x"_a, "rows"_a, "d"_a, "eps"_a, "z"_a, "rnorm"_a, "threads"_a);
   m.def(
       "sums",
-      [](P z1, P z2, I rows, I n, I d, I row_offset, double scale, bool upper, bool bf16,
+      [](P z1, P z2, I rows, I n, I d, I row_offset, double scale, bool upper, int operands,
          P ids1, P ids2, P workspace, I bytes, P row_sum, P row_ref, P col_sum, P col_ref,
          P logits, P row_top, P col_top, P own, int threads) {
         const SimilarityArgs s{at<float>(z1), at<float>(z2), rows, n, d, row_offset, scale, upper,
-                               bf16, at<void>(workspace), bytes, at<int32_t>(ids1),
+                               Operands(operands), at<void>(workspace), bytes, at<int32_t>(ids1),
                                at<int32_t>(ids2)};
         py::gil_scoped_release release;
         check(sums(s, {at<double>(row_sum), at<double>(row_ref)},
                    {at<double>(col_sum), at<double>(col_ref)}, at<double>(logits),
                    {at<float>(row_top), at<float>(col_top), at<float>(own)}, threads));
       },
-      "z1"_a, "z2"_a, "m"_a, "n"_a, "d"_a, "row_offset"_a, "scale"_a, "upper"_a, "bf16"_a,
+      "z1"_a, "z2"_a, "m"_a, "n"_a, "d"_a, "row_offset"_a, "scale"_a, "upper"_a, "operands"_a,
       "ids1"_a = 0, "ids2"_a = 0, "workspace"_a, "workspace_bytes"_a, "row_sum"_a, "row_ref"_a,
       "col_sum"_a, "col_ref"_a,
       "logits"_a, "row_top"_a = 0, "col_top"_a = 0, "own"_a = 0, "threads"_a);
   m.def(
       "products",
-      [](P z1, P z2, I rows, I n, I d, I row_offset, double scale, bool upper, bool bf16,
+      [](P z1, P z2, I rows, I n, I d, I row_offset, double scale, bool upper, int operands,
          P ids1, P ids2, P workspace, I bytes, P row_weight, P col_weight, P row_lse,
          P col_lse, P diagonal, P dz1, P dz2, int threads) {
         const SimilarityArgs s{at<float>(z1), at<float>(z2), rows, n, d, row_offset, scale, upper,
-                               bf16, at<void>(workspace), bytes, at<int32_t>(ids1),
+                               Operands(operands), at<void>(workspace), bytes, at<int32_t>(ids1),
                                at<int32_t>(ids2)};
         const WeightArgs w{at<double>(row_weight), at<double>(col_weight), at<double>(row_lse),
                            at<double>(col_lse), at<double>(diagonal)};
         py::gil_scoped_release release;
         check(products(s, w, at<float>(dz1), at<float>(dz2), threads));
       },
-      "z1"_a, "z2"_a, "m"_a, "n"_a, "d"_a, "row_offset"_a, "scale"_a, "upper"_a, "bf16"_a,
+      "z1"_a, "z2"_a, "m"_a, "n"_a, "d"_a, "row_offset"_a, "scale"_a, "upper"_a, "operands"_a,
       "ids1"_a = 0, "ids2"_a = 0, "workspace"_a, "workspace_bytes"_a, "row_weight"_a,
       "col_weight"_a, "row_lse"_a, "col_lse"_a,
       "diagonal"_a, "dz1"_a, "dz2"_a, "threads"_a);
@@ -168,7 +185,7 @@ PYBIND11_MODULE(_cpu, m) {
 
   const auto step = [](const py::tuple& t) {  // what both directions of a step take
     return Step{view(t[0]), view(t[1]), t[2].cast<I>(), t[3].cast<double>(), t[4].cast<double>(),
-                t[5].cast<bool>(), t[6].cast<bool>(), t[7].cast<bool>(), t[8].cast<bool>(),
+                t[5].cast<bool>(), t[6].cast<bool>(), Operands(t[7].cast<int>()), t[8].cast<bool>(),
                 t[9].cast<bool>(), at<void>(t[10].cast<P>()), t[11].cast<I>(),
                 at<double>(t[12].cast<P>()), at<double>(t[13].cast<P>()),
                 at<double>(t[14].cast<P>()), at<double>(t[15].cast<P>())};
@@ -182,8 +199,8 @@ PYBIND11_MODULE(_cpu, m) {
         check(forward(args, of1, of2, at<float>(loss), threads));
       },
       "step"_a, "x1"_a, "x2"_a, "loss"_a, "threads"_a,
-      "step: ((rows, z, rnorm), (rows, z, rnorm), d, eps, scale, both, symmetric, bf16, mean, each, "
-      "workspace, bytes, row_lse, col_lse, nll_row, nll_col), as csrc/cpu/step.h says.");
+      "step: ((rows, z, rnorm), (rows, z, rnorm), d, eps, scale, both, symmetric, operands, mean, "
+      "each, workspace, bytes, row_lse, col_lse, nll_row, nll_col), as csrc/cpu/step.h says.");
   m.def(
       "backward",
       [step](const py::tuple& s, P upstream, I stride, const py::object& grad1,

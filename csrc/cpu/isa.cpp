@@ -21,9 +21,9 @@ constexpr char kUsable[] = "AMX, in use";
 const char* try_matrix_unit() {
 #if defined(__x86_64__) && defined(__linux__)
   unsigned a, b, c, d, low, high;
-  constexpr unsigned kXsave = 1u << 27, kTile = 1u << 24, kInt8 = 1u << 25;
-  constexpr unsigned kTileState = 3u << 17;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kTile) == 0 || (d & kInt8) == 0) {
+  constexpr unsigned kXsave = 1u << 27, kTileState = 3u << 17;
+  constexpr unsigned kAmx = 1u << 22 | 1u << 24 | 1u << 25;  // bf16, tiles, int8
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kAmx) != kAmx) {
     return "the processor has no AMX";
   }
   if (!__get_cpuid(1, &a, &b, &c, &d) || (c & kXsave) == 0) return "the system has no XSAVE";
@@ -33,7 +33,7 @@ const char* try_matrix_unit() {
   if (syscall(SYS_arch_prctl, kRequestPermission, kTileData) != 0) {
     return "the system does not permit AMX";
   }
-  return kernels_amx.digits->work() ? kUsable : "AMX failed its check";
+  return kernels_amx.tiles->work() ? kUsable : "AMX failed its check";
 #else
   return "AMX is used on Linux, x86-64";
 #endif

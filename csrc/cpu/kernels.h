@@ -10,6 +10,9 @@ namespace directclr {
 
 enum Dtype : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
+// What products of unit rows are made of (tile_products.h has those of digits, and bf16 on tiles).
+enum Operands : int { kFp32, kBf16, kInt8x3, kInt8x6, kInt8x8 };
+
 // d columns of a strided matrix: element (i, k) is data[i * row_stride + c(k) * col_stride] with
 // c(k) = cols ? cols[k] : k. Strides in elements.
 struct Strided {
@@ -45,10 +48,10 @@ struct Pair {
   const float* z2;
   int64_t m, n, d, pitch, row_offset;
   bool upper;
-  bool bf16;
+  Operands operands;
   // a log2(e) in two floats: exp(a s) = 2^(scale_hi s + scale_lo s).
   float scale_hi, scale_lo;
-  // Of the digits of each row (m, n), where the products are made of those; else null.
+  // Of the digits of each row (m, n), where the operands are those; else null.
   const float *scale1, *scale2;
   const int32_t *ids1, *ids2;  // (m), (n), or null
   // a s_i of the entries (i, row_offset + i), as the tile has them, goes here (m) where not null.
@@ -95,17 +98,19 @@ struct Finish {
   bool fill;
 };
 
-// What a body with tiles has beside its fp32 kernels: products of 8-bit digits (digits.h).
-struct Digits {
+// What a body with tiles has beside its fp32 kernels (tile_products.h).
+struct TileKernels {
   int64_t least_rows, least_columns;        // below these the fp32 kernels are as fast
-  int64_t (*keep_panel_floats)(int64_t n);  // size of one kept panel of kDigitRows rows of S
-  // The scale of each row's digits, and what their products leave out of z . z; NaN for a NaN.
+  int64_t (*keep_panel_floats)(int64_t n);  // size of one kept panel of kTileRows rows of S
+  // The scale of each row's digits, and what six products leave out of z . z; NaN for a NaN.
   void (*scales)(const float* z, int64_t d, int64_t pitch, int64_t row_begin, int64_t row_end,
                  float* scale, float* left_out);
   bool (*work)();  // whether the tiles compute what their emulation does
+  // Products from L1, a load for each or for every two: operations done; the peak in benchmarks.
+  double (*loop)(bool bf16, bool few_loads, int64_t iterations);
 };
-constexpr int64_t kDigitRows = 32, kDigitColumns = 64;  // rows and columns are split at multiples
-constexpr int64_t kMostDigitColumns = 32768;            // d: three sums of 2^14 a column in int32
+constexpr int64_t kTileRows = 32, kTileColumns = 64;  // rows and columns are split at multiples
+constexpr int64_t kMostTileColumns = 32768;           // d: three sums of 2^14 a column in int32
 
 struct Kernels {
   const char* name;
@@ -126,7 +131,7 @@ struct Kernels {
                  float* row_scratch);
   void (*exp2)(const float* x, float scale_hi, float scale_lo, float* y, int64_t n);
   double (*fma_loop)(int64_t iterations);  // returns operations done; the peak in benchmarks
-  const Digits* digits;                    // null: none
+  const TileKernels* tiles;                // null: none
 };
 
 extern const Kernels kernels_portable;

@@ -137,7 +137,7 @@ Pair make_pair(const SimilarityArgs& s) {
   p.pitch = pitch(s.d);
   p.row_offset = s.row_offset;
   p.upper = s.upper;
-  p.bf16 = s.bf16 && kernels().has_bf16;
+  p.operands = kFp32;  // until Arithmetic has chosen
   p.scale_hi = float(scale);
   p.scale_lo = float(scale - double(p.scale_hi));
   p.scale = s.scale;
@@ -148,11 +148,6 @@ Pair make_pair(const SimilarityArgs& s) {
   p.own = nullptr;
   p.keep = static_cast<float*>(s.workspace);
   p.keep_panels = 0;
-  if (s.workspace) {
-    const Kernels& k = kernels();
-    const int64_t panels = (s.m + k.mr - 1) / k.mr;
-    p.keep_panels = std::min(panels, s.workspace_bytes / 4 / k.keep_panel_floats(s.n));
-  }
   return p;
 }
 
@@ -162,22 +157,46 @@ bool bounded(const SimilarityArgs& s) {
 
 std::atomic<const char*> last_arithmetic{"none yet"};
 
-// How far off s may be with products of digits: 1e-6 of E at a = 10, what the rule for errors
-// forgives whoever computes, and grows with a beyond.
+// How far off s may be with six products of digits instead of eight: 1e-6 of E at a = 10, what the
+// rule for errors forgives whoever computes, and grows with a beyond.
 constexpr double kDigitError = 1e-7;
 
-// Makes a pair one of digits where the body has them, they pay, and they are exact enough for these
-// rows: a function of z and a alone, so that backward does as forward did.
+// r of both sides where the largest of a row is 1/2: beyond, rows lie near an axis each. Rounding of
+// G where it is large then points along z, and away from the gradient, in fp32 but not in digits.
+constexpr double kAxisUnits = 0x1p-15;
+
+// Operands that are rounded: the positives are not.
+bool rounded(const Pair& p) { return p.operands == kBf16 || p.operands == kInt8x3; }
+bool on_tiles(const Pair& p) { return kernels().tiles && p.operands != kFp32; }
+
+// What rows and columns of S are split at, so that no tile is cut.
+int64_t row_unit(const Pair& p) { return on_tiles(p) ? kTileRows : kernels().mr; }
+int64_t column_unit(const Pair& p) { return on_tiles(p) ? kTileColumns : kernels().nr; }
+
+// What the products are made of: on tiles where the body has them, they pay, and digits can hold
+// these rows. A function of z, a and what is asked, so that backward does as forward did.
 class Arithmetic {
  public:
   // False if memory is short. The pair's scales live as long as this.
   bool choose(const SimilarityArgs& s, int threads, Pair& pair) {
-    const Digits* const digits = kernels().digits;
-    last_arithmetic = pair.bf16 ? "bf16" : "fp32";
-    if (!digits || pair.bf16 || pair.ids1 || std::min(s.m, s.n) < digits->least_rows ||
-        s.d < digits->least_columns || s.d > kMostDigitColumns) {
-      return true;
+    const Kernels& k = kernels();
+    pair.operands = s.operands == kBf16 && k.has_bf16 ? kBf16 : kFp32;
+    if (k.tiles && !pair.ids1 && std::min(s.m, s.n) >= k.tiles->least_rows && s.d >= k.tiles->least_columns &&
+        s.d <= kMostTileColumns) {
+      pair.operands = s.operands == kFp32 ? kInt8x6 : s.operands;
     }
+    if (pair.operands > kBf16 && !scale(s, threads, pair)) return false;
+    constexpr const char* kNames[] = {"fp32", "bf16", "int8x3", "int8x6", "int8x8"};
+    last_arithmetic = kNames[pair.operands];
+    const int64_t panels = (s.m + row_unit(pair) - 1) / row_unit(pair);
+    const auto floats = on_tiles(pair) ? k.tiles->keep_panel_floats : k.keep_panel_floats;
+    pair.keep_panels = std::clamp<int64_t>((s.workspace_bytes / 4 - 1) / floats(s.n), 0, panels);
+    return true;
+  }
+
+ private:
+  // Makes the pair one of as many products of digits as it needs, or of fp32 where they will not do.
+  bool scale(const SimilarityArgs& s, int threads, Pair& pair) {
     const bool one = s.z1 == s.z2 && s.m == s.n;
     const int64_t rows = one ? s.m : s.m + s.n;
     scales_ = std::make_unique<Buffer<float>>(2 * rows);
@@ -186,8 +205,8 @@ class Arithmetic {
     threads = team_size(threads, kElementWork * double(rows) * double(s.d));
     run(threads, [&](int t, Team& team) {
       const auto share = [&](const float* z, int64_t count, float* to) {
-        digits->scales(z, s.d, pair.pitch, part(count, 16, t, team.size()),
-                       part(count, 16, t + 1, team.size()), to, to + rows);
+        kernels().tiles->scales(z, s.d, pair.pitch, part(count, 16, t, team.size()),
+                                part(count, 16, t + 1, team.size()), to, to + rows);
       };
       share(s.z1, s.m, scale1);
       if (!one) share(s.z2, s.n, scale2);
@@ -196,16 +215,18 @@ class Arithmetic {
                                    root_mean_square(scale2 + rows, s.n));
     // Errors of few rows may all be above the mean.
     const double above = 1.0 + 16.0 / double(std::min(s.m, s.n));
-    if (!(error * above * std::min(s.scale, 10.0) <= 10.0 * kDigitError)) return true;  // or NaN
-    last_arithmetic = "int8x6";
+    if (pair.operands == kInt8x6 &&
+        error * above * std::min(s.scale, 10.0) > 10.0 * kDigitError) {
+      const double units = root_mean_square(scale1, s.m) * root_mean_square(scale2, s.n);
+      pair.operands = units > kAxisUnits ? kFp32 : kInt8x8;
+    }
+    if (std::isnan(error)) pair.operands = kFp32;
+    if (pair.operands == kFp32) return true;
     pair.scale1 = scale1;
     pair.scale2 = scale2;
-    pair.keep_panels = std::min((s.m + kDigitRows - 1) / kDigitRows,
-                                s.workspace_bytes / 4 / digits->keep_panel_floats(s.n));
     return true;
   }
 
- private:
   static double root_mean_square(const float* x, int64_t count) {
     double sum = 0.0;
     for (int64_t i = 0; i < count; ++i) sum += double(x[i]) * double(x[i]);
@@ -215,9 +236,12 @@ class Arithmetic {
   std::unique_ptr<Buffer<float>> scales_;
 };
 
-// What rows and columns of S are split at, so that no tile is cut.
-int64_t row_unit(const Pair& p) { return p.scale1 ? kDigitRows : kernels().mr; }
-int64_t column_unit(const Pair& p) { return p.scale1 ? kDigitColumns : kernels().nr; }
+// The last word of the workspace: what the tiles before it were made of. A process may ask for other
+// products in between, and then they are made anew.
+float* mark_of(const SimilarityArgs& s) {
+  return s.workspace_bytes < 4 ? nullptr
+                               : static_cast<float*>(s.workspace) + s.workspace_bytes / 4 - 1;
+}
 
 void merge(double& sum, double& ref, double s, double r) {
   if (s == 0.0) return;
@@ -346,7 +370,7 @@ void exact_logits(const SimilarityArgs& s, int t, int parts, double* logits) {
 }
 
 // The positives' own term of one thread's rows stays out of the rounded products: two near views
-// differ by less than bf16 rounds, and that difference is what a converged gradient points along.
+// differ by less than that rounds, and that difference is what a converged gradient points along.
 void add_positives(const SimilarityArgs& s, const float* diag, float* dz1, float* dz2, int t,
                    int parts) {
   const int64_t p = pitch(s.d);
@@ -380,8 +404,8 @@ const char* arithmetic() { return last_arithmetic; }
 int64_t workspace_bytes(int64_t m, int64_t n) {
   const Kernels& k = kernels();
   const int64_t fp32 = (m + k.mr - 1) / k.mr * k.keep_panel_floats(n) * 4;
-  if (!k.digits) return fp32;
-  return std::max(fp32, (m + kDigitRows - 1) / kDigitRows * k.digits->keep_panel_floats(n) * 4);
+  if (!k.tiles) return fp32 + 4;
+  return 4 + std::max(fp32, (m + kTileRows - 1) / kTileRows * k.tiles->keep_panel_floats(n) * 4);
 }
 
 int64_t scratch_bytes(int64_t m, int64_t n, int64_t d, int threads) {
@@ -407,7 +431,10 @@ std::string sums(const SimilarityArgs& s, Accumulator rows, Accumulator cols, do
                  const Tops& tops, int threads) {
   threads = team_size(threads, double(s.m) * double(s.n) * double(s.d));
   Sums args{make_pair(s), bounded(s), rows.sum, rows.ref, tops.row};
-  const bool exact = args.pair.bf16 && logits;  // beside rounded products the positives are not
+  Arithmetic arithmetic;
+  if (!arithmetic.choose(s, threads, args.pair)) return kNoMemory;
+  if (float* const mark = mark_of(s)) *mark = float(args.pair.operands);
+  const bool exact = rounded(args.pair) && logits;  // beside rounded products the positives are not
   if (!exact) args.pair.logits = logits;
   args.pair.own = tops.own;
   const int64_t bytes = thread_scratch(s.m, s.n, s.d);
@@ -415,10 +442,7 @@ std::string sums(const SimilarityArgs& s, Accumulator rows, Accumulator cols, do
   Scratch scratch(threads * bytes);
   Buffer<double> partial(2 * schedule.parts * s.n);
   Buffer<float> tops_of_parts(tops.row ? schedule.parts * s.n : 0);
-  Arithmetic arithmetic;
-  if (!scratch || !partial || !tops_of_parts || !arithmetic.choose(s, threads, args.pair)) {
-    return kNoMemory;
-  }
+  if (!scratch || !partial || !tops_of_parts) return kNoMemory;
   run(threads, [&](int t, Team& team) {
     if (exact) exact_logits(s, t, team.size(), logits);
     sums_part(args, schedule, partial.get(), tops_of_parts.get(), scratch.get() + t * bytes);
@@ -440,9 +464,11 @@ std::string products(const SimilarityArgs& s, const WeightArgs& w, float* dz1, f
   const Prepared row{p, p + s.m}, col{p + 2 * s.m, p + 2 * s.m + s.n};
   float* diag = w.diagonal ? p + 2 * s.m + 2 * s.n : nullptr;
   Products args{make_pair(s), row.weight, row.ref, col.weight, col.ref, diag, dz1, dz2};
-  if (args.pair.bf16) args.diag = nullptr;
   Arithmetic arithmetic;
   if (!arithmetic.choose(s, threads, args.pair)) return kNoMemory;
+  const float* const mark = mark_of(s);
+  if (mark && *mark != float(args.pair.operands)) args.pair.keep_panels = 0;
+  if (rounded(args.pair)) args.diag = nullptr;
   const int parts_wanted = part_count(std::min(s.m, s.n), threads);
   Schedule schedule(s.upper && parts_wanted > 1 ? (parts_wanted + 1) / 2 * 2 : parts_wanted);
   run(threads, [&](int t, Team& team) {
@@ -454,7 +480,7 @@ std::string products(const SimilarityArgs& s, const WeightArgs& w, float* dz1, f
     for (int64_t i = i0; diag && i < i1; ++i) diag[i] = float(w.diagonal[i]);
     team.barrier();
     products_part(args, schedule, scratch.get() + t * bytes);
-    if (!args.pair.bf16 || !diag) return;
+    if (!rounded(args.pair) || !diag) return;
     team.barrier();
     add_positives(s, diag, dz1, dz2, t, parts);
   });

@@ -35,8 +35,9 @@ struct SimilarityArgs {
   const float* z2;
   int64_t m, n, d, row_offset;
   double scale;  // a = 1 / temperature
-  bool upper, bf16;
-  void* workspace;  // tiles of S kept for the backward pass, or null
+  bool upper;
+  Operands operands;  // kFp32, fp32-grade, or what may be rounded to where that is faster
+  void* workspace;    // tiles of S kept for the backward pass, or null
   int64_t workspace_bytes;
   // (m), (n): entries of equal ids are left out; null for none
   const int32_t *ids1 = nullptr, *ids2 = nullptr;
@@ -65,7 +66,8 @@ std::string products(const SimilarityArgs& s, const WeightArgs& w, float* dz1, f
 // *dots = sum of z . dz.
 std::string finish(const Finish& args, int64_t rows, double* dots, int threads);
 
-// What the last `sums` or `products` of the process multiplied in: "fp32", "bf16" or "int8x6".
+// What the last `sums` or `products` of the process multiplied in: "fp32", "bf16", "int8x3",
+// "int8x6" or "int8x8".
 const char* arithmetic();
 // Bytes of `workspace` that keep every tile of S.
 int64_t workspace_bytes(int64_t m, int64_t n);

@@ -25,12 +25,12 @@ double softplus(double x) {
 }
 
 SimilarityArgs cross(const Step& s) {
-  return {s.view1.z, s.view2.z, s.view1.rows, s.view2.rows, s.d, 0, s.scale, false, s.bf16,
+  return {s.view1.z, s.view2.z, s.view1.rows, s.view2.rows, s.d, 0, s.scale, false, s.operands,
           s.workspace, s.workspace_bytes};
 }
 
 SimilarityArgs own(const Step& s, const View& v) {
-  return {v.z, v.z, v.rows, v.rows, s.d, 0, s.scale, true, s.bf16, nullptr, 0};
+  return {v.z, v.z, v.rows, v.rows, s.d, 0, s.scale, true, s.operands, nullptr, 0};
 }
 
 // On all threads where it is more than one writes in the time it takes to start them.

@@ -21,7 +21,8 @@ struct Step {
   View view1, view2;  // M and N rows; row i of the first belongs to row i of the second
   int64_t d;
   double eps, scale;
-  bool both, symmetric, bf16;
+  bool both, symmetric;
+  Operands operands;  // as SimilarityArgs'
   bool mean, each;  // reduction: "mean", "none"; "sum" is neither
   void* workspace;  // as SimilarityArgs'
   int64_t workspace_bytes;

@@ -30,7 +30,7 @@ struct Case {
   double temperature;
   int threads;
   double keep;
-  bool bf16;
+  Operands operands = kFp32;
 };
 
 double worst(const Floats& got, const std::vector<double>& truth) {
@@ -70,7 +70,7 @@ void run_case(const Case& c) {
   normalize({s1, d, p, 1e-12, z1.data(), rnorm1.data()}, m, team);
   normalize({s2, d, p, 1e-12, z2.data(), rnorm2.data()}, n, team);
   const SimilarityArgs pair{z1.data(), z2.data(), m,      n,    d,    c.offset,
-                            a,         false,     c.bf16, kept, bytes};
+                            a,         false,     c.operands, kept, bytes};
   std::vector<double> rows(2 * m), cols(2 * n);
   Floats row_top(m, -3e38f), col_top(n, -3e38f), own(m);
   const std::string error =
@@ -84,14 +84,14 @@ void run_case(const Case& c) {
       double s = 0;
       for (int64_t k = 0; k < d; ++k) s += double(z1[i * p + k]) * z2[j * p + k];
       if (j == c.offset + i) {
-        expect(std::fabs(s - own[i]) <= (c.bf16 ? 1e-2 : 1e-6), "own", isa, m, n, d);
+        expect(std::fabs(s - own[i]) <= (c.operands ? 1e-2 : 1e-6), "own", isa, m, n, d);
         continue;
       }
       row_most[i] = std::max(row_most[i], float(s));
       col_most[j] = std::max(col_most[j], float(s));
     }
   }
-  const double near = c.bf16 ? 1e-2 : 1e-6;
+  const double near = c.operands ? 1e-2 : 1e-6;
   for (int64_t i = 0; n > 1 && i < m; ++i) {
     expect(std::fabs(row_most[i] - row_top[i]) <= near, "row top", isa, m, n, d);
   }
@@ -173,7 +173,7 @@ void run_case(const Case& c) {
   };
   tangent(t1, u1, rnorm1, m, full1);
   tangent(t2, u2, rnorm2, n, full2);
-  const double tolerance = (c.bf16 ? 0.05 : 2e-5) * std::max(1.0, 0.1 * a);
+  const double tolerance = (c.operands ? 0.05 : 2e-5) * std::max(1.0, 0.1 * a);
   expect(worst(nll_row, nll) < tolerance, "nll_row", isa, m, n, d);
   // A width of one has no tangent: rounding is all there is.
   if (d == 1) return;
@@ -183,7 +183,7 @@ void run_case(const Case& c) {
 
 // A whole step on buffers of exactly its sizes: its loss, and by how much a small step against its
 // gradients lowers it.
-void run_step(int64_t m, int64_t n, int64_t d, bool both, bool symmetric, bool bf16) {
+void run_step(int64_t m, int64_t n, int64_t d, bool both, bool symmetric, Operands operands) {
   const int64_t p = pitch(d);
   Floats x1(m * d), x2(n * d), z1(m * p), z2(n * p), rnorm1(m), rnorm2(n), g1(m * d), g2(n * d);
   std::mt19937 random(11);
@@ -193,7 +193,7 @@ void run_step(int64_t m, int64_t n, int64_t d, bool both, bool symmetric, bool b
   std::vector<double> row_lse(m), col_lse(symmetric ? n : 0), nll_row(m), nll_col(symmetric ? m : 0);
   std::vector<float> kept(workspace_bytes(m, n) / 4);
   const Step s{{m, z1.data(), rnorm1.data()}, {n, z2.data(), rnorm2.data()}, d, 1e-12, 10.0, both,
-               symmetric, bf16, true, false, kept.data(), int64_t(4 * kept.size()), row_lse.data(),
+               symmetric, operands, true, false, kept.data(), int64_t(4 * kept.size()), row_lse.data(),
                symmetric ? col_lse.data() : nullptr, nll_row.data(),
                symmetric ? nll_col.data() : nullptr};
   const auto of = [&](Floats& x) { return Strided{x.data(), kFloat32, d, 1, nullptr}; };
@@ -225,7 +225,7 @@ void run_self(int64_t m, int64_t d, int threads) {
     for (int64_t k = 0; k < d; ++k) z[i * p + k] = normal(random) / float(std::sqrt(double(d)));
   }
   std::vector<double> upper(2 * m), whole(2 * m);
-  SimilarityArgs s{z.data(), z.data(), m, m, d, 0, 10.0, true, false, nullptr, 0};
+  SimilarityArgs s{z.data(), z.data(), m, m, d, 0, 10.0, true, kFp32, nullptr, 0};
   const Accumulator rows{upper.data(), upper.data() + m};
   Floats top(m, -3e38f);
   sums(s, rows, rows, nullptr, {top.data(), top.data(), nullptr}, threads);
@@ -246,26 +246,27 @@ void run_self(int64_t m, int64_t d, int threads) {
 
 int main() {
   const std::vector<Case> cases = {
-      {1, 1, 1, 0, 0.1, 1, 0, false},        {2, 2, 3, 0, 0.1, 2, 1, false},
-      {7, 7, 16, 0, 0.1, 3, 0, false},       {63, 63, 17, 0, 0.1, 2, 0.5, false},
-      {65, 129, 33, 64, 0.1, 2, 0, false},   {129, 129, 127, 0, 0.005, 2, 0, false},
-      {3, 700, 129, 650, 0.5, 2, 0, false},  {400, 400, 360, 0, 0.1, 2, 0.3, false},
-      {64, 64, 1100, 0, 0.01, 1, 1, false},  {200, 350, 512, 100, 0.1, 5, 0, false},
-      {65, 65, 17, 0, 0.1, 2, 0.5, true},    {200, 210, 1100, 3, 0.1, 2, 0, true},
+      {1, 1, 1, 0, 0.1, 1, 0},        {2, 2, 3, 0, 0.1, 2, 1},
+      {7, 7, 16, 0, 0.1, 3, 0},       {63, 63, 17, 0, 0.1, 2, 0.5},
+      {65, 129, 33, 64, 0.1, 2, 0},   {129, 129, 127, 0, 0.005, 2, 0},
+      {3, 700, 129, 650, 0.5, 2, 0},  {400, 400, 360, 0, 0.1, 2, 0.3},
+      {64, 64, 1100, 0, 0.01, 1, 1},  {200, 350, 512, 100, 0.1, 5, 0},
+      {65, 65, 17, 0, 0.1, 2, 0.5, kBf16},    {200, 210, 1100, 3, 0.1, 2, 0, kBf16},
+      {130, 140, 200, 3, 0.1, 2, 0.5, kInt8x3},
   };
   for (const Kernels* k : available_kernels()) {
     force_isa(k->name);
     for (Case c : cases) {
-      if (!c.bf16 || k->has_bf16) run_case(c);
+      if (!c.operands || k->tiles || (c.operands == kBf16 && k->has_bf16)) run_case(c);
     }
     for (int threads : {-1, -2, -3}) {  // exactly so many
       for (int64_t m : {1, 5, 100, 350}) run_self(m, 20, threads);
     }
     for (bool both : {false, true}) {
       for (bool symmetric : {false, true}) {
-        run_step(70, 70, 33, both, symmetric, k->has_bf16);
-        run_step(1, 1, 5, both, symmetric, false);
-        if (!both) run_step(17, 90, 20, both, symmetric, false);
+        run_step(70, 70, 33, both, symmetric, k->has_bf16 || k->tiles ? kBf16 : kFp32);
+        run_step(1, 1, 5, both, symmetric, kFp32);
+        if (!both) run_step(17, 90, 20, both, symmetric, kFp32);
       }
     }
     std::printf("%s: done\n", k->name);

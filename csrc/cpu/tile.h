@@ -1,10 +1,11 @@
 // Tile registers: eight matrices of 16 rows x 64 bytes and the instructions of AMX on them, in two
-// implementations: the processor's own, and a plain one that any machine runs, bit for bit the same
-// for integers. All that computes with tiles (digits.h) is written over `Tiles`, so the second
-// proves it where there is no AMX; what remains is the dozen asm statements of the first.
+// implementations: the processor's own, and a plain one that any machine runs. All that computes
+// with tiles (tile_products.h) is written over `Tiles`, so the second proves it where there is no
+// AMX; what remains is the dozen asm statements of the first.
 //
 // A tile in memory is 1 KiB, row after row. The left operand of a product has 16 rows of C and 64
-// bytes of k, the right one 16 words of k (4 bytes each) for 16 columns of C.
+// bytes of k, the right one 16 words of k (4 bytes each) for 16 columns of C. A word is four bytes,
+// whose products are summed exactly, or two bf16, the first in the low half.
 #pragma once
 #include "simd.h"
 
@@ -47,6 +48,42 @@ static __attribute__((noinline)) void add_product(int32_t* c, const int8_t* a, c
   }
 }
 
+// C += A B of pairs of bf16, as Intel's manual has TDPBF16PS: the products of the low halves in one
+// chain of fused additions, those of the high ones in another, from 0; then their sum, then C. A
+// product of two bf16 is exact in fp32, so it does not matter whether additions are fused. But
+// numbers below 2^-126, which the instruction takes and gives as 0, are whatever this body's are.
+static __attribute__((noinline)) void add_bf16_product(float* c, const int32_t* a,
+                                                       const int32_t* b) {
+  constexpr int V = 16 / VL, ROWS = VL == 16 ? 8 : 2;
+  constexpr int32_t HIGH = int32_t(0xFFFF0000);
+  const auto number = [](int32_t bits) __attribute__((always_inline)) {
+    float x;
+    __builtin_memcpy(&x, &bits, 4);
+    return splat(x);
+  };
+  for (int i = 0; i < 16; i += ROWS) {
+    vf low[ROWS][V] = {}, high[ROWS][V] = {};
+    for (int k = 0; k < 16; ++k) {
+      DCLR_UNROLL
+      for (int r = 0; r < ROWS; ++r) {
+        const int32_t x = a[(i + r) * 16 + k];
+        DCLR_UNROLL
+        for (int v = 0; v < V; ++v) {
+          const vi y = *reinterpret_cast<const vi_mem*>(b + k * 16 + v * VL);
+          low[r][v] += number(int32_t(uint32_t(x) << 16)) * (vf)(y << 16);
+          high[r][v] += number(x & HIGH) * (vf)(y & HIGH);
+        }
+      }
+    }
+    for (int r = 0; r < ROWS; ++r) {
+      for (int v = 0; v < V; ++v) {
+        float* to = c + (i + r) * 16 + v * VL;
+        store(to, load(to) + (low[r][v] + high[r][v]));
+      }
+    }
+  }
+}
+
 struct EmulatedTiles {
   alignas(64) int32_t words[8][256];
   bool configured = false;
@@ -78,9 +115,13 @@ struct EmulatedTiles {
   inline __attribute__((always_inline)) void multiply_bytes(Tile<C>, Tile<A>, Tile<B>) {
     add_product(use<C>(), reinterpret_cast<int8_t*>(use<A>()), use<B>());
   }
+  template <int C, int A, int B>
+  inline __attribute__((always_inline)) void multiply_bf16(Tile<C>, Tile<A>, Tile<B>) {
+    add_bf16_product(reinterpret_cast<float*>(use<C>()), use<A>(), use<B>());
+  }
 };
 
-#if defined(__AMX_TILE__)
+#if defined(DCLR_AMX)
 // As ldtilecfg reads it: every tile is whole.
 struct TileShapes {
   uint8_t palette, start_row, reserved[14];
@@ -118,6 +159,10 @@ struct AmxTiles {
   template <int C, int A, int B>
   inline __attribute__((always_inline)) void multiply_bytes(Tile<C>, Tile<A>, Tile<B>) {
     asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+  }
+  template <int C, int A, int B>
+  inline __attribute__((always_inline)) void multiply_bf16(Tile<C>, Tile<A>, Tile<B>) {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
   }
 };
 using Tiles = AmxTiles;

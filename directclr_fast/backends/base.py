@@ -116,6 +116,10 @@ class Backend:
         """Why ``problem``, which it can run, is no choice for it unless a caller names it."""
         return None
 
+    def precision(self, problem: Problem) -> str:
+        """That of the products: what "auto" stands for, otherwise what is asked."""
+        return "highest" if problem.precision == "auto" else problem.precision
+
     def details(self) -> dict[str, str]:
         """What doctor shows beside the reasons."""
         return {}

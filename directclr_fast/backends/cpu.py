@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..address import CPU, address, start
 from ..problem import Problem
+from ..products import rounding
 from .base import Backend, Ids, Pair, Saved, Tops
 
 try:
@@ -42,6 +43,9 @@ _LN2 = math.log(2.0)
 _F32, _F64 = torch.float32, torch.float64
 _CODES = {} if _cpu is None else {
     torch.float32: _cpu.FLOAT32, torch.float16: _cpu.FLOAT16, torch.bfloat16: _cpu.BFLOAT16,
+}  # fmt: skip
+OPERANDS = {} if _cpu is None else {
+    "highest": _cpu.FP32, "bf16": _cpu.BF16, "tf32": _cpu.INT8X3,
 }  # fmt: skip
 
 
@@ -74,16 +78,26 @@ class Cpu(Backend):
             reasons.append("it computes in fp32, got float64")
         if problem.negatives == "same":
             reasons.append("negatives 'same' is in the reference backend only")
-        if problem.precision == "bf16" and not _cpu.has_bf16():
+        asked = problem.precision
+        if (asked == "bf16" and not _cpu.has_bf16()) or (asked == "tf32" and not _cpu.has_tiles()):
             reasons.append(
-                f"precision 'bf16': here it computes with {_cpu.isa()}, which has no bf16 dot "
-                "product faster than fp32"
+                f"precision {asked!r}: here it computes with {_cpu.isa()}, which has no such "
+                "products faster than fp32"
             )
-        elif problem.precision not in ("auto", "highest", "bf16"):
-            reasons.append(f"precision {problem.precision!r}: it computes in fp32 or bf16")
+        elif asked not in ("auto", *OPERANDS):
+            reasons.append(f"precision {asked!r}: it computes in fp32, bf16 or, on AMX, tf32")
         if problem.temperature is not None and 1.0 / problem.temperature > MAX_SCALE:
             reasons.append(f"it takes a temperature from 2^-21 on, got {problem.temperature}")
         return reasons
+
+    def precision(self, problem: Problem) -> str:
+        """ "auto" rounds operands where eager PyTorch would, to as many bits or more, and only
+        where the matrix unit makes that faster."""
+        if problem.precision != "auto" or _cpu is None or not _cpu.has_tiles():
+            return super().precision(problem)
+        if problem.dtype == torch.bfloat16 or problem.autocast:
+            return "bf16"
+        return "tf32" if problem.dtype == torch.float16 else rounding("cpu") or "highest"
 
     def details(self) -> dict[str, str]:
         if _cpu is None:
@@ -166,7 +180,7 @@ class Cpu(Backend):
             offset,
             scale,
             upper,
-            problem.precision == "bf16",
+            OPERANDS[self.precision(problem)],
             *_ids(ids, m, n),
             *_workspace(kept),
             row_sum,
@@ -207,7 +221,7 @@ class Cpu(Backend):
             offset,
             scale,
             upper,
-            problem.precision == "bf16",
+            OPERANDS[self.precision(problem)],
             *_ids(ids, m, n),
             *_workspace(kept),
             address(pair.w, _F64, m),
@@ -309,7 +323,7 @@ def _step(problem: Problem, saved: Saved, scale: float) -> tuple:
         scale,
         problem.negatives == "both",
         problem.symmetric,
-        problem.precision == "bf16",
+        OPERANDS[BACKEND.precision(problem)],
         problem.reduction == "mean",
         problem.reduction == "none",
         kept.data_ptr(),

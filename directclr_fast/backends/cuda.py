@@ -14,7 +14,7 @@ from torch import Tensor
 from ..kernels.layout import layout_of
 from ..problem import Problem
 from . import hopper
-from .packed import Packed, capability, precision
+from .packed import Packed, capability
 
 # (precision, at least so many columns, at least so many rows) where it beat Triton, each with the
 # result file in bench/results/ that says so. None yet: no GPU has run it.
@@ -42,13 +42,13 @@ class Cuda(Packed):
             reasons.append("negatives 'same' is in the reference backend only")
         if problem.ignores:
             reasons.append("its kernels leave out the positives only, got same_label 'ignore'")
-        chosen = precision(problem)
+        chosen = self.precision(problem)
         if chosen == "tf32":
             reasons.append("its products are of fp16, bf16 or fp8 operands, got 'tf32'")
         return reasons
 
     def why_not_unasked(self, problem: Problem) -> str | None:
-        chosen, rows = precision(problem), min(problem.rows, problem.candidates)
+        chosen, rows = self.precision(problem), min(problem.rows, problem.candidates)
         if any(chosen == p and problem.dim >= d and rows >= n for p, d, n in FASTER):
             return None
         return "no result file says that it is faster than Triton on this shape"
@@ -60,7 +60,7 @@ class Cuda(Packed):
         return {"built with CUDA": f"{major}.{minor // 10}"}
 
     def _layout(self, problem: Problem, z: Tensor | None = None):
-        chosen = precision(problem)
+        chosen = self.precision(problem)
         if z is not None and problem.precision == "auto":  # as the rows were packed
             chosen = "highest" if z.dtype == torch.float32 else "fp16"
         return layout_of(chosen, problem.dim)

@@ -56,19 +56,6 @@ class Combined(NamedTuple):
     nll_col: Tensor
 
 
-def precision(problem: Problem) -> str:
-    """That of the products: "auto" rounds operands where eager PyTorch would, and to fp16.
-
-    fp32 rows outside autocast, with torch's fp32 products left exact, stay fp32-grade ("highest").
-    """
-    if problem.precision != "auto":
-        return problem.precision
-    exact = problem.dtype == torch.float32 and not problem.autocast
-    if exact and not may_round(problem.device_type):
-        return "highest"
-    return "fp16"
-
-
 def capability(problem: Problem) -> tuple[int, int]:
     """Compute capability of the device that the call's tensors are on."""
     index = problem.device_index
@@ -82,6 +69,17 @@ class Packed(Backend):
     """Abstract: ``kernels`` and the next three methods are a subclass's."""
 
     kernels: object
+
+    def precision(self, problem: Problem) -> str:
+        """That of the products: "auto" rounds operands where eager PyTorch would, and to fp16.
+
+        fp32 rows outside autocast, with torch's fp32 products left exact, stay fp32-grade
+        ("highest").
+        """
+        if problem.precision != "auto":
+            return problem.precision
+        exact = problem.dtype == torch.float32 and not problem.autocast
+        return "highest" if exact and not may_round(problem.device_type) else "fp16"
 
     def _layout(self, problem: Problem, z: Tensor | None = None):
         """That of packed rows to be made, or of ``z``: the process's setting may have changed."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..kernels.layout import layout_of
 from ..problem import Problem
 from .packed import DEFAULT_WORKSPACE_BYTES as DEFAULT_WORKSPACE_BYTES
-from .packed import Packed, capability, precision
+from .packed import Packed, capability
 
 
 def interpreted() -> bool:
@@ -88,7 +88,7 @@ class Triton(Packed):
 
     def _layout(self, problem: Problem, z: Tensor | None = None):
         """That of packed rows to be made, or of ``z``: the process's setting may have changed."""
-        chosen = precision(problem)
+        chosen = self.precision(problem)
         if z is not None and problem.precision == "auto":
             chosen = "highest" if z.dtype == torch.float32 else "fp16"
         return layout_of(chosen, problem.dim)

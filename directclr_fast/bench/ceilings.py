@@ -1,6 +1,9 @@
 """The most that this machine can do, measured beside the figures that are held against it.
 
 "fma": a loop of independent fp32 multiply-adds on every thread (CPU, by the native extension).
+"tiles", where the processor has a matrix unit: products of tiles on random data from L1 with a load
+for each, divided by how many of them a product of that precision takes; "tiles 2:1" with half the
+loads.
 "square": the library's product of two large square matrices. "products": its three products of a
 step that keeps its N x N matrix, at the same N and d. "copy": bytes read and written per second.
 """
@@ -37,6 +40,35 @@ def fma_peak(rounds: int = 9) -> float | None:
         operations = _cpu.fma_peak(torch.get_num_threads(), 1_000_000)
         rates.append(operations / (time.perf_counter() - start))
     return statistics.median(rates)
+
+
+# Whether its tiles are of bf16, and products of tiles to one of numbers.
+_TILES = {"fp32": (False, 6), "tf32": (False, 3), "bf16": (True, 1)}
+
+
+def tile_rates(rounds: int = 9) -> dict[str, float]:
+    """Operations per second of the CPU's matrix unit, by name; empty where there is none."""
+    try:
+        from .. import _cpu
+    except ImportError:
+        return {}
+    if not _cpu.has_tiles():
+        return {}
+    iterations = 1_000_000 if _cpu.isa() == "amx" else 200  # emulated, it is there to be tested
+    raw = {}
+    for bf16 in (False, True):
+        for few_loads in (False, True):
+            rates = []
+            for _ in range(rounds):
+                start = time.perf_counter()
+                done = _cpu.tile_peak(torch.get_num_threads(), iterations, bf16, few_loads)
+                rates.append(done / (time.perf_counter() - start))
+            raw[bf16, few_loads] = statistics.median(rates)
+    return {
+        f"{'tiles 2:1' if few_loads else 'tiles'} {precision}": raw[bf16, few_loads] / products
+        for precision, (bf16, products) in _TILES.items()
+        for few_loads in (False, True)
+    }
 
 
 def _rate(
@@ -91,7 +123,7 @@ def measure(device: str) -> dict[str, float]:
     target = torch.empty_like(source)
     rates = {"copy": _rate(2 * COPY_BYTES[device], lambda: target.copy_(source), device)}
     if device == "cpu":
-        rates["fma fp32"] = fma_peak()
+        rates |= {"fma fp32": fma_peak(), **tile_rates()}
     for precision in PRECISIONS[device]:
         rates[f"square {precision}"] = square_rate(precision, device)
     return {name: rate for name, rate in rates.items() if rate is not None}
@@ -105,7 +137,8 @@ def unit_of(precision: str) -> str:
 def roof(ceilings: dict[str, float], precision: str) -> float | None:
     """The highest rate measured for this precision, on this machine or at this case."""
     unit = unit_of(precision)
-    names = [f"{kind} {unit}" for kind in ("fma", "square", "products")]
+    kinds = ("fma", "tiles", "tiles 2:1", "square", "products")
+    names = [f"{kind} {unit}" for kind in kinds]
     return max((ceilings[name] for name in names if name in ceilings), default=None)
 
 

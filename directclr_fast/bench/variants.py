@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch, flops
-from ..backends import packed
 from ..loss import fast_directclr_loss
 from ..problem import Problem
 from ..testing import eager_loss, make_views
@@ -30,7 +29,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 # as make_views draws them; what eager PyTorch makes under bf16 autocast is 2e-3 to 3e-2.
 ALLOWED = {"fp32": 1e-4, "tf32": 2e-2, "fp16": 2e-2, "bf16": 1e-1, "fp8": 2e-1}
 DRAWN_ROWS = 4096  # make_views draws in fp64 on the CPU; more rows are made of these
-PRECISIONS = {"cpu": ("auto", "bf16"), "cuda": ("auto", "fp16", "bf16", "fp8")}
+PRECISIONS = {"cpu": ("auto", "bf16", "tf32"), "cuda": ("auto", "fp16", "bf16", "fp8")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,9 +178,7 @@ def ours(case: Case, precisions: tuple[str, ...]) -> Iterator[Variant]:
 
 def _precision(backend: str, case: Case, asked: str) -> str:
     """In what ``backend`` multiplies this case at ``precision=asked``."""
-    if asked == "auto":
-        rounds = case.device == "cuda" and isinstance(dispatch.load(backend), packed.Packed)
-        asked = packed.precision(case.problem()) if rounds else "highest"
+    asked = dispatch.load(backend).precision(case.problem(asked))
     return "fp32" if asked == "highest" else asked
 
 

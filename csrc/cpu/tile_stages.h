@@ -1,24 +1,24 @@
-// The stages `sums` and `products` on digits: the same walk, left-out entries and exponential as in
-// sums.h and products.h, over packed tiles.
+// The stages `sums` and `products` on tiles: the same walk, left-out entries and exponential as in
+// sums.h and products.h, over packed operands.
 #pragma once
-#include "digits.h"
+#include "tile_products.h"
 #include "products.h"
 #include "sums.h"
 
 namespace directclr::DCLR_ISA {
 
-struct DigitScratch {
+struct TileScratch {
   char *rows, *columns;      // for S
   char *rows1, *rows2;       // z1 and z2 for the products with G
-  int32_t* classes;
+  int32_t* sums;
   float *scale1, *scale2;    // of the latter
   float *g, *dz2;            // kGBlock x kGBlock; d x kGBlock: dz2 of a block, transposed
-  char *g_rows, *g_columns;  // digits of G, as the left side of G z2 and the right one of z1' G
+  char *g_rows, *g_columns;  // G, as the left side of G z2 and the right one of z1' G
   int64_t bytes;
 };
 
-static DigitScratch digit_scratch(void* at, int64_t m, int64_t n, int64_t pitch) {
-  const int64_t steps = steps_of(pitch), wide = steps * (kStep / 16);  // bytes of a row
+static TileScratch tile_scratch(void* at, int64_t m, int64_t n, int64_t pitch) {
+  const int64_t steps = steps_of(pitch), wide = steps * (kMostStep / 16);  // bytes of a row
   const int64_t rows = smaller(packed_rows(pitch), round_up(m, 64));
   const int64_t columns = smaller(kSumsBlock, round_up(n, 64)), g = kGBlock * kGBlock;
   char* next = static_cast<char*>(at);
@@ -27,8 +27,8 @@ static DigitScratch digit_scratch(void* at, int64_t m, int64_t n, int64_t pitch)
     next += bytes;
     return r;
   };
-  DigitScratch s{};
-  s.classes = reinterpret_cast<int32_t*>(take((steps > kSteps ? columns / 16 : 2) * kClasses * 4));
+  TileScratch s{};
+  s.sums = reinterpret_cast<int32_t*>(take((steps > kSteps ? columns / 16 : 2) * kBlockWords * 8));
   s.rows = take(rows * wide), s.rows1 = take(rows * wide);
   s.columns = take(columns * wide), s.rows2 = take(smaller(kGBlock, columns) * wide);
   s.g = reinterpret_cast<float*>(take(4 * g)), s.g_rows = take(3 * g), s.g_columns = take(3 * g);
@@ -41,22 +41,22 @@ static DigitScratch digit_scratch(void* at, int64_t m, int64_t n, int64_t pitch)
 
 // ---------------------------------------------------------------------------- sums
 
-template <bool BOUNDED>
+template <bool BOUNDED, int V>
 struct SumsOf {
   vf hi, lo;
   vf *row_sum, *row_ref, *row_top;      // of the panel
   float *col_sum, *col_ref, *col_top;  // of the block
   bool tops, whole_tiles;
-  vf sum[TV];
+  vf sum[V];
 
   inline __attribute__((always_inline)) void begin(int64_t j) {
-    for (int v = 0; v < TV; ++v) sum[v] = load(col_sum + j + v * VL);
+    for (int v = 0; v < V; ++v) sum[v] = load(col_sum + j + v * VL);
   }
-  inline __attribute__((always_inline)) void row(int64_t r, const vf (&s)[TV]) {
+  inline __attribute__((always_inline)) void row(int64_t r, const vf (&s)[V]) {
     if constexpr (BOUNDED) {
       vf total = row_sum[r];
       DCLR_UNROLL
-      for (int v = 0; v < TV; ++v) {
+      for (int v = 0; v < V; ++v) {
         const Power e = power(s[v], hi, lo);
         const vf x = ldexp(e.p, e.n);
         total += x;
@@ -66,39 +66,40 @@ struct SumsOf {
     }
   }
   inline __attribute__((always_inline)) void end(int64_t j) {
-    for (int v = 0; BOUNDED && v < TV; ++v) store(col_sum + j + v * VL, sum[v]);
+    for (int v = 0; BOUNDED && v < V; ++v) store(col_sum + j + v * VL, sum[v]);
   }
   inline __attribute__((always_inline)) void whole(int64_t j, const float* tile) {
     for (int64_t r = 0; r < kPanel; r += MR) {
-      const float* rows = tile + r * 16;
+      const float* rows = tile + r * V * VL;
       if constexpr (!BOUNDED) {
-        sum_tile<false, TV>(rows, hi, lo, row_sum + r, row_ref + r, col_sum + j, col_ref + j);
+        sum_tile<false, V>(rows, hi, lo, row_sum + r, row_ref + r, col_sum + j, col_ref + j);
       }
-      if (tops) top_tile(TV, rows, row_top + r, col_top + j);
+      if (tops) top_tile(V, rows, row_top + r, col_top + j);
     }
   }
 };
 
-template <bool BOUNDED>
-static void digit_sums(const Sums& args, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
+template <class K, bool BOUNDED>
+static void tile_sums(const Sums& args, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
                        double* col_sum, double* col_ref, float* col_top,
-                       const DigitScratch& s) {
+                       const TileScratch& s) {
   const Pair& pair = args.pair;
   const bool tops = args.row_top;
   vf row_sum[kPanel], row_ref[kPanel], row_top[kPanel];
   float block_sum[kSumsBlock], block_ref[kSumsBlock], block_top[kSumsBlock];
-  SumsOf<BOUNDED> to{splat(pair.scale_hi), splat(pair.scale_lo), row_sum, row_ref, row_top,
-                     block_sum, block_ref, block_top, tops, tops || !BOUNDED, {}};
-  const int64_t group = packed_rows(pair.pitch), panel_bytes = 2 * steps_of(pair.d) * kStep;
+  SumsOf<BOUNDED, K::WIDTH / VL> to{
+      splat(pair.scale_hi), splat(pair.scale_lo), row_sum, row_ref, row_top,
+      block_sum, block_ref, block_top, tops, tops || !BOUNDED, {}};
+  const int64_t group = packed_rows(pair.pitch), panel_bytes = 2 * steps_of(pair.d) * K::STEP;
   Tiles t;
   t.configure();
   for (int64_t g = i0; g < i1; g += group) {
     const int64_t g_end = smaller(g + group, i1);
-    pack_for_s(pair, pair.z1 + g * pair.pitch, pair.scale1 + g, g_end - g, kPanel, false, s.rows);
+    pack_for_s<K>(pair, pair.z1, pair.scale1, g, g_end - g, kPanel, false, s.rows);
     for (int64_t j = j0; j < j1; j += kSumsBlock) {
       const int64_t nc = smaller(kSumsBlock, j1 - j);
       if (below_diagonal(pair, g, j + nc)) continue;
-      pack_for_s(pair, pair.z2 + j * pair.pitch, pair.scale2 + j, nc, 16, true, s.columns);
+      pack_for_s<K>(pair, pair.z2, pair.scale2, j, nc, K::WIDTH, true, s.columns);
       for (int64_t i = g; i < g_end; i += kGBlock) {
         if (below_diagonal(pair, i, j + nc)) continue;
         for (int64_t c = 0; c < kSumsBlock; ++c) {
@@ -114,7 +115,7 @@ static void digit_sums(const Sums& args, int64_t i0, int64_t i1, int64_t j0, int
           }
           const char* a = s.rows + (row - g) / kPanel * panel_bytes;
           const Prefetch next{a + panel_bytes, row + kPanel < g_end ? a + 2 * panel_bytes : a};
-          similarity_panel(t, pair, row, j, nc, a, s.columns, s.classes, false, next, to);
+          similarity_panel<K>(t, pair, row, j, nc, a, s.columns, s.sums, false, next, to);
           for (int r = 0; r < smaller(kPanel, pair.m - row); ++r) {
             fold_row<BOUNDED>(row_sum[r], row_ref[r], args.row_sum[row + r], args.row_ref[row + r]);
             for (int l = 0; tops && l < VL; ++l) raise_to(args.row_top[row + r], row_top[r][l]);
@@ -135,40 +136,44 @@ static void digit_sums(const Sums& args, int64_t i0, int64_t i1, int64_t j0, int
 
 // ---------------------------------------------------------------------------- weights
 
-// G of a block, and the sums of its magnitudes.
+// G of a block, and of digits the sums of its magnitudes.
+template <class K>
 struct WeightsOf {
+  static constexpr int V = K::WIDTH / VL;
   vf hi, lo;
   const float *row_weight, *row_ref;  // of the panel
   const float *col_weight, *col_ref;  // of the block
   float *g, *col_sum;
   vf* row_sum;
   int64_t at;
-  vf weight[TV], ref[TV], sum[TV];
+  vf weight[V], ref[V], sum[V];
   static constexpr bool whole_tiles = false;
 
   inline __attribute__((always_inline)) void begin(int64_t j) {
     at = j;
-    for (int v = 0; v < TV; ++v) {
+    for (int v = 0; v < V; ++v) {
       weight[v] = load(col_weight + j + v * VL);
       ref[v] = load(col_ref + j + v * VL);
       sum[v] = load(col_sum + j + v * VL);
     }
   }
-  inline __attribute__((always_inline)) void row(int64_t r, const vf (&s)[TV]) {
+  inline __attribute__((always_inline)) void row(int64_t r, const vf (&s)[V]) {
     vf of_row = row_sum[r];
     DCLR_UNROLL
-    for (int v = 0; v < TV; ++v) {
+    for (int v = 0; v < V; ++v) {
       const Power e = power(s[v], hi, lo);
       const vf by_row = ldexp(e.p, e.n - row_ref[r]) * row_weight[r];
-      const vf x = by_row + ldexp(e.p, e.n - ref[v]) * weight[v];
+      vf x = by_row + ldexp(e.p, e.n - ref[v]) * weight[v];
+      if constexpr (!K::DIGITS) x = nearest_bf16(x);
       store(g + r * kGBlock + at + v * VL, x);
+      if constexpr (!K::DIGITS) continue;
       of_row += magnitude(x);
       sum[v] += magnitude(x);
     }
     row_sum[r] = of_row;
   }
   inline __attribute__((always_inline)) void end(int64_t j) {
-    for (int v = 0; v < TV; ++v) store(col_sum + j + v * VL, sum[v]);
+    for (int v = 0; v < V; ++v) store(col_sum + j + v * VL, sum[v]);
   }
   inline __attribute__((always_inline)) void whole(int64_t, const float*) {}
 };
@@ -197,34 +202,12 @@ DCLR_INLINE void take_outliers(const Block& b, int64_t positive, int64_t r, floa
   }
 }
 
-// G of a block and its digits in both forms. unit_row and unit_col are theirs.
-DCLR_INLINE void digits_of_G(Tiles& t, const Products& args, const Block& b, const DigitScratch& s,
-                             const char* rows, const float* scale1, float* unit_row,
-                             float* unit_col, Outliers& out) {
-  const Pair& pair = args.pair;
-  float row_weight[kGBlock], row_ref[kGBlock], row_scale[kGBlock];
-  float col_weight[kGBlock], col_ref[kGBlock], col_scale[kGBlock], col_sum[kGBlock] = {};
-  padded(row_weight, args.row_weight + b.i0, b.mc);
-  padded(row_ref, args.row_ref + b.i0, b.mc);
-  padded(row_scale, scale1, b.mc);
-  padded(col_weight, args.col_weight + b.j0, b.nc);
-  padded(col_ref, args.col_ref + b.j0, b.nc);
-  padded(col_scale, s.scale2, b.nc);
-  vf row_sum[kGBlock] = {};
-  WeightsOf to{splat(pair.scale_hi), splat(pair.scale_lo), row_weight, row_ref, col_weight, col_ref,
-               s.g, col_sum, row_sum, 0, {}, {}, {}};
-  if (b.mc % 64 || b.nc % 64 || below_diagonal(pair, b.i0 + b.mc - 1, b.j0 + 1)) {
-    __builtin_memset(s.g, 0, sizeof(float) * size_t(kGBlock * kGBlock));
-  }
-  const int64_t panel_bytes = 2 * steps_of(pair.d) * kStep;
-  for (int64_t r = 0; r < b.mc; r += kPanel) {
-    if (below_diagonal(pair, b.i0 + r, b.j0 + b.nc)) continue;
-    to.row_weight = row_weight + r, to.row_ref = row_ref + r;
-    to.row_sum = row_sum + r, to.g = s.g + r * kGBlock;
-    similarity_panel(t, pair, b.i0 + r, b.j0, b.nc, rows + r / kPanel * panel_bytes, s.columns,
-                     s.classes, true, {}, to);
-  }
-  const int64_t first = b.i0 + pair.row_offset - b.j0;  // the positive of row 0
+// Puts the positives into G of a block and takes the outliers out; the units of the digits of rows
+// and columns of what is left. `row_sum` and `col_sum` are of magnitudes without the positives.
+static void units_of_G(const Products& args, const Block& b, float* block, const vf* row_sum,
+                       const float* col_sum, const float* row_scale, const float* col_scale,
+                       float* unit_row, float* unit_col, Outliers& out) {
+  const int64_t first = b.i0 + args.pair.row_offset - b.j0;  // the positive of row 0
   float row_limit[kGBlock], col_limit[kGBlock];
   for (int64_t j = 0; j < kGBlock; ++j) col_limit[j] = col_sum[j] / kOutlier;
   for (int64_t r = 0; r < b.mc; ++r) {
@@ -232,14 +215,13 @@ DCLR_INLINE void digits_of_G(Tiles& t, const Products& args, const Block& b, con
     row_limit[r] = float(sum_lanes(row_sum[r])) / kOutlier;
     if (!args.diag || p < 0 || p >= b.nc) continue;
     const float x = args.diag[b.i0 + r], share = __builtin_fabsf(x) / kOutlier;
-    s.g[r * kGBlock + p] = x;
+    block[r * kGBlock + p] = x;
     row_limit[r] += share;
     col_limit[p] += share;
   }
-  out.count = out.others = 0;
-  vi row_most[kGBlock], col_most[kGBlock / VL] = {};
+  vi col_most[kGBlock / VL] = {};
   for (int64_t r = 0; r < round_up(b.mc, kPanel); ++r) {
-    float* g = s.g + r * kGBlock;
+    float* g = block + r * kGBlock;
     vi beyond = {};
     for (int64_t j = 0; j < b.nc; j += VL) {
       const vf x = magnitude(load(g + j));
@@ -254,36 +236,68 @@ DCLR_INLINE void digits_of_G(Tiles& t, const Products& args, const Block& b, con
       most = larger((vi)(x * load(col_scale + j)), most);
       col_most[j / VL] = larger((vi)(x * row_scale[r]), col_most[j / VL]);
     }
-    row_most[r] = most;
+    unit_row[r] = unit_of(largest_lane(most));
   }
+  for (int64_t j = 0; j < kGBlock; ++j) unit_col[j] = unit_of(col_most[j / VL][j % VL]);
+}
+
+// G of a block, and as an operand in both forms. unit_row and unit_col are its digits'.
+template <class K>
+DCLR_INLINE void operands_of_G(Tiles& t, const Products& args, const Block& b,
+                               const TileScratch& s, const char* rows, const float* scale1,
+                               float* unit_row, float* unit_col, Outliers& out) {
+  const Pair& pair = args.pair;
+  float row_weight[kGBlock], row_ref[kGBlock], row_scale[kGBlock];
+  float col_weight[kGBlock], col_ref[kGBlock], col_scale[kGBlock], col_sum[kGBlock] = {};
+  padded(row_weight, args.row_weight + b.i0, b.mc);
+  padded(row_ref, args.row_ref + b.i0, b.mc);
+  padded(col_weight, args.col_weight + b.j0, b.nc);
+  padded(col_ref, args.col_ref + b.j0, b.nc);
+  vf row_sum[kGBlock] = {};
+  WeightsOf<K> to{splat(pair.scale_hi), splat(pair.scale_lo), row_weight, row_ref, col_weight,
+                  col_ref, s.g, col_sum, row_sum, 0, {}, {}, {}};
+  if (b.mc % 64 || b.nc % 64 || below_diagonal(pair, b.i0 + b.mc - 1, b.j0 + 1)) {
+    __builtin_memset(s.g, 0, sizeof(float) * size_t(kGBlock * kGBlock));
+  }
+  const int64_t panel_bytes = 2 * steps_of(pair.d) * K::STEP;
+  for (int64_t r = 0; r < b.mc; r += kPanel) {
+    if (below_diagonal(pair, b.i0 + r, b.j0 + b.nc)) continue;
+    to.row_weight = row_weight + r, to.row_ref = row_ref + r;
+    to.row_sum = row_sum + r, to.g = s.g + r * kGBlock;
+    similarity_panel<K>(t, pair, b.i0 + r, b.j0, b.nc, rows + r / kPanel * panel_bytes, s.columns,
+                        s.sums, true, {}, to);
+  }
+  out.count = out.others = 0;
+  if constexpr (K::DIGITS > 0) {
+    padded(row_scale, scale1, b.mc);
+    padded(col_scale, s.scale2, b.nc);
+    units_of_G(args, b, s.g, row_sum, col_sum, row_scale, col_scale, unit_row, unit_col, out);
+  }
+  float per_unit[16];
   for (int64_t r = 0; args.dz1 && r < round_up(b.mc, kPanel); r += 16) {
-    float per_unit[16];
-    for (int l = 0; l < 16; ++l) {
-      unit_row[r + l] = unit_of(largest_lane(row_most[r + l]));
-      per_unit[l] = 65536.0f / unit_row[r + l];
-    }
+    for (int l = 0; K::DIGITS && l < 16; ++l) per_unit[l] = K::UNITS / unit_row[r + l];
     for (int64_t j = 0; j < b.nc; j += 64) {
-      pack_step(
+      pack_step<K>(
           [&](int l, int q, int v) __attribute__((always_inline)) {
             const int64_t c = j + q * 16 + v * VL;
-            return load(s.g + (r + l) * kGBlock + c) * load(col_scale + c) * per_unit[l];
+            const vf x = load(s.g + (r + l) * kGBlock + c);
+            if constexpr (!K::DIGITS) return x;
+            return x * load(col_scale + c) * per_unit[l];
           },
-          false, s.g_rows + (r / 16 * steps_of(b.nc) + j / 64) * kStep);
+          false, s.g_rows + (r / 16 * steps_of(b.nc) + j / 64) * K::STEP);
     }
   }
-  for (int64_t j = 0; args.dz2 && j < round_up(b.nc, 16); j += 16) {
-    float per_unit[16];
-    for (int l = 0; l < 16; ++l) {
-      unit_col[j + l] = unit_of(col_most[(j + l) / VL][(j + l) % VL]);
-      per_unit[l] = 65536.0f / unit_col[j + l];
-    }
+  for (int64_t j = 0; args.dz2 && j < round_up(b.nc, K::WIDTH); j += 16) {
+    for (int l = 0; K::DIGITS && l < 16; ++l) per_unit[l] = K::UNITS / unit_col[j + l];
     for (int64_t i = 0; i < b.mc; i += 64) {
-      pack_step(
+      pack_step<K>(
           [&](int l, int q, int v) __attribute__((always_inline)) {
             const int64_t r = i + q * 16 + l;
-            return load(s.g + r * kGBlock + j + v * VL) * (row_scale[r] * load(per_unit + v * VL));
+            const vf x = load(s.g + r * kGBlock + j + v * VL);
+            if constexpr (!K::DIGITS) return x;
+            return x * (row_scale[r] * load(per_unit + v * VL));
           },
-          false, s.g_columns + (j / 16 * steps_of(b.mc) + i / 64) * kStep);
+          false, s.g_columns + (j / 16 * steps_of(b.mc) + i / 64) * K::STEP);
     }
   }
 }
@@ -291,28 +305,32 @@ DCLR_INLINE void digits_of_G(Tiles& t, const Products& args, const Block& b, con
 // ---------------------------------------------------------------------------- products
 
 // dz1 += G z2 for the rows of the block.
-DCLR_INLINE void add_digits_G_z2(Tiles& t, const Products& args, const Block& b,
-                                 const DigitScratch& s, const float* unit) {
-  const int64_t pitch = args.pair.pitch, steps = steps_of(b.nc), side = steps * kStep;
-  const int64_t per_call = rows_per_call(steps);
-  const int32_t* from = s.classes;
+template <class K>
+DCLR_INLINE void add_tiles_G_z2(Tiles& t, const Products& args, const Block& b,
+                                const TileScratch& s, const float* unit) {
+  const int64_t pitch = args.pair.pitch, steps = steps_of(b.nc), side = steps * K::STEP;
+  const int64_t per_call = rows_per_call<K>(steps);
+  const int32_t* from = s.sums;
   int64_t at = 0, column = 0, turn = 0;
   auto epilogue = make_epilogue([&](int64_t r) __attribute__((always_inline)) {
     float* to = args.dz1 + (b.i0 + at + r) * pitch + column;
     DCLR_UNROLL
-    for (int v = 0; v < TV; ++v) {
-      store(to + v * VL, load(to + v * VL) + combined(from, r, v) * unit[at + r]);
+    for (int v = 0; v < K::WIDTH / VL; ++v) {
+      if (v >= TV && column + v * VL >= pitch) break;
+      vf x = combined<K>(from, r, v);
+      if constexpr (K::DIGITS > 0) x *= unit[at + r];
+      store(to + v * VL, load(to + v * VL) + x);
     }
   });
   epilogue.rows = 0;
   for (int64_t i = 0; i < b.mc; i += kPanel) {
-    for (int64_t c = 0; c < args.pair.d; c += 16) {
-      int32_t* classes = s.classes + (turn ^= 1) * kClasses;
+    for (int64_t c = 0; c < args.pair.d; c += K::WIDTH) {
+      int32_t* sums = s.sums + (turn ^= 1) * kBlockWords;
       const char* a = s.g_rows + i / 16 * side;
-      multiply(t, a, a + side, s.rows2 + c / 16 * side, steps, false, classes,
-               [&]() __attribute__((always_inline)) { epilogue.some(per_call); });
+      multiply<K>(t, a, a + side, s.rows2 + c / 16 * side, side, steps, false, sums,
+                  [&]() __attribute__((always_inline)) { epilogue.some(per_call); });
       epilogue.all();
-      from = classes, at = i, column = c;
+      from = sums, at = i, column = c;
       epilogue.next = 0, epilogue.rows = smaller(kPanel, b.mc - i);
     }
   }
@@ -320,28 +338,31 @@ DCLR_INLINE void add_digits_G_z2(Tiles& t, const Products& args, const Block& b,
 }
 
 // The transposed dz2 += z1' G for the columns of the block.
-DCLR_INLINE void add_digits_z1_G(Tiles& t, const Products& args, const Block& b,
-                                 const DigitScratch& s, const char* rows1, const float* unit) {
-  const int64_t steps = steps_of(b.mc), side = steps * kStep, per_call = rows_per_call(steps);
-  const int32_t* from = s.classes;
+template <class K>
+DCLR_INLINE void add_tiles_z1_G(Tiles& t, const Products& args, const Block& b,
+                                const TileScratch& s, const char* rows1, const float* unit) {
+  const int64_t steps = steps_of(b.mc), side = steps * K::STEP;
+  const int64_t per_call = rows_per_call<K>(steps);
+  const int32_t* from = s.sums;
   int64_t at = 0, column = 0, turn = 0;
   auto epilogue = make_epilogue([&](int64_t r) __attribute__((always_inline)) {
     float* to = s.dz2 + (column + r) * kGBlock + at;
     DCLR_UNROLL
-    for (int v = 0; v < TV; ++v) {
-      const vf x = combined(from, r, v) * load(unit + at + v * VL);
+    for (int v = 0; v < K::WIDTH / VL; ++v) {
+      vf x = combined<K>(from, r, v);
+      if constexpr (K::DIGITS > 0) x *= load(unit + at + v * VL);
       store(to + v * VL, load(to + v * VL) + x);
     }
   });
   epilogue.rows = 0;
   for (int64_t c = 0; c < args.pair.d; c += kPanel) {
-    for (int64_t j = 0; j < b.nc; j += 16) {
-      int32_t* classes = s.classes + (turn ^= 1) * kClasses;
+    for (int64_t j = 0; j < b.nc; j += K::WIDTH) {
+      int32_t* sums = s.sums + (turn ^= 1) * kBlockWords;
       const char* a = rows1 + c / 16 * side;
-      multiply(t, a, a + side, s.g_columns + j / 16 * side, steps, false, classes,
-               [&]() __attribute__((always_inline)) { epilogue.some(per_call); });
+      multiply<K>(t, a, a + side, s.g_columns + j / 16 * side, side, steps, false, sums,
+                  [&]() __attribute__((always_inline)) { epilogue.some(per_call); });
       epilogue.all();
-      from = classes, at = j, column = c;
+      from = sums, at = j, column = c;
       epilogue.next = 0, epilogue.rows = kPanel;
     }
   }
@@ -377,11 +398,12 @@ DCLR_INLINE void add_outliers(const Products& args, const Outliers& out) {
   }
 }
 
-static void digit_products(const Products& args, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
-                           const DigitScratch& s) {
+template <class K>
+static void tile_products(const Products& args, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
+                           const TileScratch& s) {
   const Pair& pair = args.pair;
   const int64_t pitch = pair.pitch, steps = steps_of(pair.d), group = packed_rows(pair.pitch);
-  const int64_t row_bytes = round_up(pair.d, 32) / 16 * (kStep / 64);  // of z for the products
+  const int64_t row_bytes = round_up(pair.d, 32) / 16 * (K::STEP / 64);  // of z for the products
   const bool all_kept = pair.keep_panels >= (pair.m + kPanel - 1) / kPanel;
   const int64_t j_step = even_block(j1 - j0, kGBlock, 64);
   const int64_t i_step = even_block(i1 - i0, kGBlock, 64);
@@ -392,26 +414,27 @@ static void digit_products(const Products& args, int64_t i0, int64_t i1, int64_t
   for (int64_t g = i0; g < i1; g += group / i_step * i_step) {
     const int64_t g_end = smaller(g + group / i_step * i_step, i1);
     if (!all_kept) {
-      pack_for_s(pair, pair.z1 + g * pitch, pair.scale1 + g, g_end - g, kPanel, false, s.rows);
+      pack_for_s<K>(pair, pair.z1, pair.scale1, g, g_end - g, kPanel, false, s.rows);
     }
     for (int64_t i = g; args.dz2 && i < g_end; i += i_step) {
-      pack_for_products(pair, pair.z1 + i * pitch, smaller(i_step, g_end - i), true,
-                        s.scale1 + i - g, s.rows1 + (i - g) * row_bytes);
+      pack_for_products<K>(pair, pair.z1 + i * pitch, smaller(i_step, g_end - i), true,
+                           s.scale1 + i - g, s.rows1 + (i - g) * row_bytes);
     }
     for (int64_t j = j0; j < j1; j += j_step) {
       const int64_t nc = smaller(j_step, j1 - j);
       if (below_diagonal(pair, g, j + nc)) continue;
-      const float* z2 = pair.z2 + j * pitch;
-      if (!all_kept) pack_for_s(pair, z2, pair.scale2 + j, nc, 16, true, s.columns);
-      if (args.dz1) pack_for_products(pair, z2, nc, false, s.scale2, s.rows2);
+      if (!all_kept) pack_for_s<K>(pair, pair.z2, pair.scale2, j, nc, K::WIDTH, true, s.columns);
+      if (args.dz1) {
+        pack_for_products<K>(pair, pair.z2 + j * pitch, nc, false, s.scale2, s.rows2);
+      }
       if (args.dz2) __builtin_memset(s.dz2, 0, sizeof(float) * size_t(steps * 64 * kGBlock));
       for (int64_t i = g; i < g_end; i += i_step) {
         const Block b{i, smaller(i_step, g_end - i), j, nc};
         if (below_diagonal(pair, i, j + nc)) continue;
-        digits_of_G(t, args, b, s, s.rows + (i - g) * steps * (kStep / 16), s.scale1 + i - g,
-                    unit_row, unit_col, out);
-        if (args.dz1) add_digits_G_z2(t, args, b, s, unit_row);
-        if (args.dz2) add_digits_z1_G(t, args, b, s, s.rows1 + (i - g) * row_bytes, unit_col);
+        operands_of_G<K>(t, args, b, s, s.rows + (i - g) * steps * (K::STEP / 16),
+                         s.scale1 + i - g, unit_row, unit_col, out);
+        if (args.dz1) add_tiles_G_z2<K>(t, args, b, s, unit_row);
+        if (args.dz2) add_tiles_z1_G<K>(t, args, b, s, s.rows1 + (i - g) * row_bytes, unit_col);
         add_outliers(args, out);
       }
       if (args.dz2) add_turned(args, j, nc, s.dz2);
