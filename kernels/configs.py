@@ -103,6 +103,7 @@ _CROWDED = {
     **{("sums", "sm_90", size): Tile(64, 128, 64, 8, 4, tma=True) for size in (1, 2)},
     **{("sums", "sm_100", size): Tile(32, 64, 64, 4, 4, tma=True) for size in (1, 2, HI_LO)},
     **{("weights", "sm_100", size): Tile(128, 64, 64, 8, 4, tma=True) for size in (1, 2)},
+    ("tops", "sm_80", 2): Tile(64, 64, 32, 8, 3),
     ("tops", "sm_80", 4): Tile(64, 64, 16, 8, 3),
     ("tops", "sm_86", 1): Tile(64, 128, 64, 8, 2),
     **{("tops", "sm_100", size): Tile(64, 64, 64, 8, 4, tma=True) for size in (1, 2, HI_LO)},
@@ -112,7 +113,8 @@ _CROWDED = {
 def tile(kernel: str, arch: str, itemsize: int | str, plain: bool = True) -> Tile:
     """The tile of "sums", "weights" or "products" for operands of ``itemsize`` bytes, or HI_LO.
 
-    "tops" are sums with maxima. ``plain``: one exponential an element, no triangle to stay above.
+    "tops" are sums with maxima or ids. ``plain``: one exponential an element, no triangle to stay
+    above.
     """
     if arch == "interpreter":
         return _INTERPRETER

@@ -211,6 +211,10 @@ def test_spectrum_of_files(tmp_path, capsys):
     found = json.loads((tmp_path / "out/spectrum.json").read_text())
     assert list(found) == [*names, "flat.pt, features (2)"]
     assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()[:3]] == names
+    # Beside weights of that encoder; features stay features.
+    beside = ["spectrum", several[1], "--encoder", "resnet18", "--out", str(tmp_path / "out")]
+    assert cli.main(beside) == 0
+    assert capsys.readouterr().out.startswith("features, train: ")
     assert cli.main(["spectrum", several[0], "--threshold", "1e-12"]) == 0
     assert capsys.readouterr().out.startswith("features: 0 of 64 dimensions collapsed")
 

@@ -67,7 +67,8 @@ def _spectra_of(source: str | None, arguments) -> tuple[dict, str]:
 
     threshold = arguments.threshold
     run = source is not None and foreign.is_run(source)
-    if not run and arguments.encoder is None:
+    arrays = source is not None and Path(source).suffix in (".npy", ".npz")
+    if not run and (arrays or arguments.encoder is None):
         parts = foreign.features_in(source, arguments.key, arguments.trust_pickle)
         names = ["features"] if len(parts) == 1 else [f"features, {part}" for part in parts]
         reports = [
