@@ -149,7 +149,7 @@ def decode(path: str | Path, size: int) -> Tensor:
             box.append((start * whole / new, (start + size) * whole / new))
         return [(box[0][0], box[1][0], box[0][1], box[1][1])]
 
-    return _resized(path, size, boxes, "BILINEAR")[0]
+    return _resized(path, size, boxes, "BILINEAR")[0].contiguous()
 
 
 def cut(path: str | Path, size: int, numbers: Tensor, crops: tuple) -> Tensor:
