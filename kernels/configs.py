@@ -103,7 +103,7 @@ _CROWDED = {
     **{("sums", "sm_90", size): Tile(64, 128, 64, 8, 4, tma=True) for size in (1, 2)},
     **{("sums", "sm_100", size): Tile(32, 64, 64, 4, 4, tma=True) for size in (1, 2, HI_LO)},
     **{("weights", "sm_100", size): Tile(128, 64, 64, 8, 4, tma=True) for size in (1, 2)},
-    ("tops", "sm_80", 2): Tile(64, 64, 32, 8, 3),
+    ("ids", "sm_80", 2): Tile(64, 64, 32, 8, 3),
     ("tops", "sm_80", 4): Tile(64, 64, 16, 8, 3),
     ("tops", "sm_86", 1): Tile(64, 128, 64, 8, 2),
     **{("tops", "sm_100", size): Tile(64, 64, 64, 8, 4, tma=True) for size in (1, 2, HI_LO)},
@@ -113,15 +113,15 @@ _CROWDED = {
 def tile(kernel: str, arch: str, itemsize: int | str, plain: bool = True) -> Tile:
     """The tile of "sums", "weights" or "products" for operands of ``itemsize`` bytes, or HI_LO.
 
-    "tops" are sums with maxima or ids. ``plain``: one exponential an element, no triangle to stay
-    above.
+    "tops" are sums with maxima, "ids" those with ids. ``plain``: one exponential an element, no
+    triangle to stay above.
     """
     if arch == "interpreter":
         return _INTERPRETER
     # Ada and consumer Blackwell have the shared memory and the warp-level products of sm_86.
     arch = "sm_86" if arch in ("sm_89", "sm_120") else arch
-    kernels = ("tops", "sums") if kernel == "tops" else (kernel,)
-    tables = (_TABLE,) if plain and kernel != "tops" else (_CROWDED, _TABLE)
+    kernels = {"tops": ("tops", "sums"), "ids": ("ids", "tops", "sums")}.get(kernel, (kernel,))
+    tables = (_TABLE,) if plain and len(kernels) == 1 else (_CROWDED, _TABLE)
     # Without a row of its own HI_LO takes that of fp16; its products none that leaves the row of z.
     sizes = (HI_LO, 4 if kernel == "products" else 2) if itemsize == HI_LO else (itemsize,)
     places = ((t, (k, arch, s)) for s in sizes for t in tables for k in kernels)

@@ -86,7 +86,7 @@ class Packed(Backend):
         raise NotImplementedError
 
     def _tile(self, kernel: str, layout, device: torch.device, plain: bool = True):
-        """Tile of "sums", "tops", "weights" or "products", a ``kernels.configs.Tile``."""
+        """Tile of "sums", "tops", "ids", "weights" or "products", a ``kernels.configs.Tile``."""
         raise NotImplementedError
 
     def _programs(self, device: torch.device) -> int:
@@ -405,8 +405,8 @@ class Packed(Backend):
         # With ids the form with maxima: the other one spills with them on sm_80.
         layout, bounded = self._layout(problem, z1), self._bounded_sums(problem, scale)
         bounded = bounded and ids is None
-        crowded, plain = problem.return_stats or ids is not None, bounded and not upper
-        tile = self._tile("tops" if crowded else "sums", layout, z1.device, plain)
+        kernel = "tops" if problem.return_stats else "sums" if ids is None else "ids"
+        tile = self._tile(kernel, layout, z1.device, bounded and not upper)
         with self.kernels.device(z1):
             strips = self._strips(z1, z2, tile, columns, tops is not None or not bounded)
             return self._fold_strips(
