@@ -142,6 +142,10 @@ def test_lightly_memory_bank(loss_dim, peer):
     before = ours.memory_bank.bank.clone()
     ours(*(view.detach() for view in views))  # an evaluation puts nothing in
     assert torch.equal(before, ours.memory_bank.bank) and not ours.state_dict()
+    with pytest.raises(
+        ValueError, match="out1: expected .* columns, those of memory_bank_size, got"
+    ):
+        ours(*make_views(9, 7))
 
 
 def test_lightly_defaults_and_errors(monkeypatch):

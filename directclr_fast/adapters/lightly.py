@@ -91,6 +91,11 @@ class NTXentLoss(nn.Module):
 
     def _of_bank(self, out0: Tensor, out1: Tensor) -> Tensor:
         bank = self.memory_bank.bank
+        if out1.shape[1:] != bank.shape[1:]:
+            raise ValueError(
+                f"out1: expected {bank.shape[1]} columns, those of memory_bank_size, "
+                f"got shape {tuple(out1.shape)}"
+            )
         # The batch has one label: its other rows are no candidates. Those of the bank have none.
         labels = torch.zeros(len(out1) + len(bank), dtype=torch.int64, device=out1.device)
         labels[len(out1) :] = -1

@@ -48,7 +48,7 @@ def _metric(module, dim: int) -> Callable[..., Tensor]:
 def _ranking(module, dim: int) -> Callable[..., Tensor]:
     loss = module.MultipleNegativesRankingLoss(nn.Identity(), scale=20.0)
     columns = loss.compute_loss_from_embeddings
-    # The second half of the positives' neighbours are hard negatives.
+    # Each row's neighbour, moved a little, is a hard negative.
     return lambda a, b: columns([a, b, b.roll(1, 0) + 0.1], None)
 
 
@@ -62,9 +62,9 @@ def _cached(module, dim: int) -> Callable[..., Tensor]:
             rows = features["input"]
             return {"sentence_embedding": torch.tanh(rows @ weights[rows.dtype])}
 
-    loss = module.CachedMultipleNegativesRankingLoss(
-        nn.Sequential(Encoder()), mini_batch_size=256
-    )  # as its models are
+    # The original takes the first module of its model for the one that reads tokens.
+    model = nn.Sequential(Encoder())
+    loss = module.CachedMultipleNegativesRankingLoss(model, mini_batch_size=256)
     return lambda a, b: loss([{"input": a}, {"input": b}], None)
 
 
