@@ -248,9 +248,9 @@ def total(losses: Tensor, loss: Tensor, factor: float) -> None:
 
 
 def factors(
-    layout: Layout, problem, saved, upstream: Tensor, largest: Tensor | None, bounded: bool
+    layout: Layout, problem, saved, upstream: Tensor, divisor: Tensor | None, bounded: bool
 ) -> Factors:
-    """One launch. ``upstream`` counts for reduction "none" only, else weights are 1; ``largest``,
+    """One launch. ``upstream`` counts for reduction "none" only, else weights are 1; ``divisor``,
     0-dim, is what they are divided by, None for 1."""
     record = Factors(problem.rows, problem.candidates, problem.symmetric, bounded, upstream.device)
     m, n, on = problem.rows, problem.candidates, _On(upstream)
@@ -259,7 +259,7 @@ def factors(
     col_shift = m if bounded else col
     arguments = _cuda.FactorsArguments(
         upstream=on.f32(upstream, size=m) if problem.reduction == "none" else 0,
-        largest=on.f32(largest, size=1),
+        largest=on.f32(divisor, size=1),
         row_lse=on.f64(saved.row_lse, size=m), col_lse=on.f64(saved.col_lse, size=columns),
         nll_row=on.f64(saved.nll_row, size=m), nll_col=on.f64(saved.nll_col, size=own),
         row=on.f32(record.row, size=m), col=on.f32(record.col, size=col),
@@ -332,12 +332,10 @@ def finish(
     outputs = [view.dr for view, _ in views if view.dr is not None]
     dtype = _DTYPES[outputs[0].dtype if outputs else torch.float32]
     diagonals = 0 if diagonal is None else diagonal.shape[0]
-    # An eps below fp32's reach has no largest reciprocal there.
-    largest = min(1.0 / eps, float("inf")) if eps > 0 else float("inf")
     scale_at, scale_value = on.scale(scale)
     arguments = _cuda.FinishArguments(
         dtype=dtype, index=on.index(layout, index), diagonal=on.f32(diagonal, size=diagonals),
-        diagonals=diagonals, d=layout.dim, width=width, largest_rnorm=largest, add=add,
+        diagonals=diagonals, d=layout.dim, width=width, largest_rnorm=1.0 / eps, add=add,
         factor=factor, upstream=on.f32(upstream, size=1), scale=scale_at, scale_value=scale_value,
     )  # fmt: skip
     first, second = sides if len(sides) > 1 else (sides[0], None)
