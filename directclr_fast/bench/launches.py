@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-import sys
 from collections import defaultdict
 from collections.abc import Iterator
 
@@ -133,5 +132,4 @@ def rate(operations: float, ms: float) -> float:
     return operations / ms / 1e9 if ms else 0.0
 
 
-if __name__ == "__main__":
-    study.main(sys.modules[__name__])
+study.as_script(__name__)

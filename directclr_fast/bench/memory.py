@@ -188,5 +188,4 @@ def peak(step: Callable[[], object]) -> int:
     return status("VmHWM") - before
 
 
-if __name__ == "__main__":
-    study.main(sys.modules[__name__])
+study.as_script(__name__)

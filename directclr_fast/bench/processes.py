@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -105,5 +104,4 @@ def measure(arguments: argparse.Namespace) -> Iterator[tuple[dict, str]]:
         other.join()
 
 
-if __name__ == "__main__":
-    study.main(sys.modules[__name__])
+study.as_script(__name__)

@@ -10,7 +10,6 @@ the batch, seen in two views.
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 
@@ -147,5 +146,4 @@ def _case(
     return case, "\n".join(lines)
 
 
-if __name__ == "__main__":
-    study.main(sys.modules[__name__])
+study.as_script(__name__)

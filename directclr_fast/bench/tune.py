@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import sys
 from collections.abc import Iterator
 
 import torch
@@ -122,5 +121,4 @@ def measure(arguments: argparse.Namespace) -> Iterator[tuple[dict, str]]:
         yield {"kernel": kernel, "dim": dim, "arch": arch, "rows": rows}, "\n".join(lines)
 
 
-if __name__ == "__main__":
-    study.main(sys.modules[__name__])
+study.as_script(__name__)
