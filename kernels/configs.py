@@ -29,14 +29,9 @@ class Tile:
 # Shared memory a block may use, bytes: NVIDIA's technical specifications by compute capability,
 # AMD's LDS of CDNA 3.
 SHARED_BYTES = {
-    "sm_80": 163 * 1024,
-    "sm_86": 99 * 1024,
-    "sm_89": 99 * 1024,
-    "sm_90": 227 * 1024,
-    "sm_100": 227 * 1024,
-    "sm_120": 99 * 1024,
-    "gfx942": 64 * 1024,
-}
+    "sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024, "sm_120": 99 * 1024, "gfx942": 64 * 1024,
+}  # fmt: skip
 
 _INTERPRETER = Tile(32, 64, 32, 1, 1)
 HI_LO = "hi lo"

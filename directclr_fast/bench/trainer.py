@@ -33,18 +33,10 @@ FLAGS = {
 def trainer(loss: str, rows: int, amp: str, arguments: argparse.Namespace, folder: str) -> Trainer:
     """A run that is never started, of one batch with all the images."""
     config = TrainConfig(
-        data=f"fake:n={rows},size={arguments.image_size}",
-        encoder=arguments.encoder,
-        image_size=arguments.image_size,
-        batch_size=rows,
-        epochs=1000,
-        optimizer="lars",
-        loss=loss,
-        amp=amp,
-        device=arguments.device,
-        checkpoint_dir=folder,
-        name=f"{loss}-{amp}",
-    )
+        data=f"fake:n={rows},size={arguments.image_size}", encoder=arguments.encoder,
+        image_size=arguments.image_size, batch_size=rows, epochs=1000, optimizer="lars", loss=loss,
+        amp=amp, device=arguments.device, checkpoint_dir=folder, name=f"{loss}-{amp}",
+    )  # fmt: skip
     made = Trainer(config, progress=False)
     made.model.train()
     return made
