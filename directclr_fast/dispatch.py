@@ -12,21 +12,14 @@ from functools import cache
 from .backends.base import Backend
 from .problem import PRIORITY, Problem
 
-_MODULES = {
-    "cpu": ".backends.cpu",
-    "cuda": ".backends.cuda",
-    "triton": ".backends.triton",
-    "torch": ".backends.torch_blocked",
-    "reference": ".backends.reference",
-}
-
 _last: str | None = None
 
 
 @cache
 def load(name: str) -> Backend:
     """The backend called ``name``; its module is imported when first asked for."""
-    return importlib.import_module(_MODULES[name], __package__).BACKEND
+    module = "torch_blocked" if name == "torch" else name
+    return importlib.import_module(f".backends.{module}", __package__).BACKEND
 
 
 def choose(problem: Problem) -> Problem:

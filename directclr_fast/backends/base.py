@@ -101,7 +101,7 @@ Ids = tuple[Tensor, Tensor]
 
 
 class Backend:
-    """One implementation of the stages; a new one joins ``dispatch``'s table.
+    """One implementation of the stages; a new one joins ``problem.PRIORITY``.
 
     What raises ``NotImplementedError`` here is every subclass's to define; types are stated here.
     """

@@ -1,6 +1,7 @@
 """The kernels of csrc/cuda as ``packed.Packed`` wants them: tensors in, launches out.
 
 Every function queues its work on the current stream of its tensors' device and waits for nothing.
+Arguments are those of its namesake in ``kernels/``, where they are told.
 """
 
 from __future__ import annotations
@@ -210,9 +211,7 @@ def combine_blocks(n: int) -> int:
 
 
 def combine(problem, positives: Tensor, scale, parts, rest, out, *, bounded: bool) -> None:
-    """One launch: ``out`` (``packed.Combined``) from ``parts``, of one strip, or from ``rest``, the
-    log-sums of several by row and by column. ``positives`` (M,): cosines, fp64, or what ``sums``
-    wrote as ``own``, fp32."""
+    """One launch: ``out`` from ``parts`` or from ``rest``."""
     m, n, on = problem.rows, problem.candidates, _On(positives)
     per_row = problem.reduction == "none"
     partials = dict.fromkeys((*_PARTIALS, "row_lines", "col_lines"), 0)
@@ -250,8 +249,7 @@ def total(losses: Tensor, loss: Tensor, factor: float) -> None:
 def factors(
     layout: Layout, problem, saved, upstream: Tensor, divisor: Tensor | None, bounded: bool
 ) -> Factors:
-    """One launch. ``upstream`` counts for reduction "none" only, else weights are 1; ``divisor``,
-    0-dim, is what they are divided by, None for 1."""
+    """One launch."""
     record = Factors(problem.rows, problem.candidates, problem.symmetric, bounded, upstream.device)
     m, n, on = problem.rows, problem.candidates, _On(upstream)
     columns, own = (n, m) if problem.symmetric else (0, 0)
@@ -309,12 +307,7 @@ def finish(
     offset: int, *, upstream: Tensor | None, scale, factor: float, index: Tensor | None, width: int,
     eps: float, add: bool,
 ) -> None:  # fmt: skip
-    """One launch for one or two ``views``, each with its number (1 or 2); ``other`` is the z that
-    is not the first one's.
-
-    With ``diagonal`` (M,) the positives' terms are added and everything is multiplied by
-    factor * upstream * scale; without it acc is the gradient already.
-    """
+    """One launch for one or two ``views``."""
     sides, on = [], _On(views[0][0].z)
     for (view, number), partner in zip(views, (other, views[0][0].z), strict=False):
         to_other, to_diagonal = (offset, 0) if number == 1 else (-offset, -offset)
@@ -345,7 +338,7 @@ def finish(
 def add_positives(
     layout: Layout, dz: Tensor, other: Tensor, diagonal: Tensor, factor: Tensor, step: int, shift
 ) -> None:
-    """dz_i = factor dz_i + diagonal_{i + shift} z'_{i + step}, where that entry exists; fp32."""
+    """One launch."""
     on = _On(dz)
     arguments = _cuda.AddPositivesArguments(
         dz=on.f32(dz, size=dz.shape[0] * layout.pitch), other=on.rows(layout, other),
