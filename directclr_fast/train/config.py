@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# The released ImageNet recipe (docs/design.md section 8), and what stands in for it on small sets.
+# The released ImageNet recipe, and what stands in for it on small sets.
 _RELEASED = {
     "encoder": "resnet50", "image_size": 224, "views": "imagenet", "optimizer": "lars",
     "batch_size": 4096, "learning_rate": 4.8, "weight_decay": 1e-6, "epochs": 100,
