@@ -226,16 +226,10 @@ class Packed(Backend):
                 p = self.kernels.weights(
                     layout, z1, z2, factors, scale, offset, rows, columns, out, tile
                 )
-                if dz1 is not None:
-                    self.kernels.product(
-                        layout, p, z2, dz1, rows, columns,
-                        transposed=False, add=columns.start > 0, tile=inner,
-                    )  # fmt: skip
-                if dz2 is not None:
-                    self.kernels.product(
-                        layout, p, z1, dz2, columns, rows,
-                        transposed=True, add=rows.start > 0, tile=inner,
-                    )  # fmt: skip
+                for dz, z, own, along in ((dz1, z2, rows, columns), (dz2, z1, columns, rows)):
+                    if dz is not None:
+                        how = {"transposed": dz is dz2, "add": along.start > 0, "tile": inner}
+                        self.kernels.product(layout, p, z, dz, own, along, **how)
         return dz1, dz2
 
     # ---------------------------------------------------------------- the plan of the sums
@@ -275,12 +269,11 @@ class Packed(Backend):
             return z1.new_empty(shape, dtype=torch.float32) if there else None
 
         peaks = tops is not None or not bounded
+        by_row, by_col = (row_lines, length), (col_lines, n - first)
         parts = Partials(
-            buffer(True, row_lines, length),
-            buffer(peaks, row_lines, length),
-            buffer(columns, col_lines, n - first),
-            buffer(columns and peaks, col_lines, n - first),
-        )
+            buffer(True, *by_row), buffer(peaks, *by_row),
+            buffer(columns, *by_col), buffer(columns and peaks, *by_col),
+        )  # fmt: skip
         self.kernels.sums(
             layout, z1, z2, strip, scale, offset, tile, programs, parts, own,
             bounded=bounded, upper=upper, tops=tops is not None, ids=ids,
@@ -294,17 +287,14 @@ class Packed(Backend):
         return parts, first
 
     def _fold_strips(
-        self, layout, z1, z2, scale, offset, tile, strips, *,
-        columns, bounded, tops, own=None, upper=False, ids=None,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        self, layout, z1, z2, scale, offset, tile, strips, *, columns, bounded, **how
+    ) -> tuple[Tensor, Tensor | None]:
         """(rest_row (M,), rest_col (N,) or None) in fp64, strip after strip."""
+        how |= {"columns": columns, "bounded": bounded}
         row = z1.new_empty(z1.shape[0], dtype=torch.float64)
         col = z1.new_empty(z2.shape[0], dtype=torch.float64) if columns else None
         for strip in strips:
-            parts, first = self._partials(
-                layout, z1, z2, strip, scale, offset, tile,
-                columns=columns, bounded=bounded, tops=tops, own=own, upper=upper, ids=ids,
-            )  # fmt: skip
+            parts, first = self._partials(layout, z1, z2, strip, scale, offset, tile, **how)
             self.kernels.fold(parts.row_sum, parts.row_peak, row[strip], True, bounded)
             if columns:
                 start = strip.start == 0
@@ -373,12 +363,11 @@ class Packed(Backend):
         bounded = bounded and ids is None
         kernel = "tops" if problem.return_stats else "sums" if ids is None else "ids"
         tile = self._tile(kernel, layout, z1.device, upper or not bounded)
+        how = {"columns": columns, "bounded": bounded, "tops": tops, "own": own}
+        how |= {"upper": upper, "ids": ids}
         with self.kernels.device(z1):
             strips = self._strips(z1, z2, tile, columns, tops is not None or not bounded)
-            return self._fold_strips(
-                layout, z1, z2, scale, offset, tile, strips,
-                columns=columns, bounded=bounded, tops=tops, own=own, upper=upper, ids=ids,
-            )  # fmt: skip
+            return self._fold_strips(layout, z1, z2, scale, offset, tile, strips, **how)
 
     def products(self, problem, z1, z2, scale, pair, kept, need, ids=None):
         layout, offset = self._layout(problem, z1), problem.row_offset
