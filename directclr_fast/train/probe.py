@@ -66,7 +66,7 @@ def encode(
     encoder.eval()
     features, labels = [], []
     for batch, label, _ in data.in_order(images, batch_size, device, workers):
-        features.append(encoder(views.plain(batch, image_size)).float().cpu())
+        features.append(encoder(views.for_evaluation(batch, image_size)).float().cpu())
         labels.append(label.cpu())
     encoder.train(training)
     if failed := getattr(images, "failed", None):
