@@ -114,7 +114,7 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
     add("--data-root", help="folder of the sets that are fetched")
     add("--download", action="store_true", help="fetch a missing set")
     add("--modes", help="comma-separated, default all")
-    add("--seeds", type=int, default=3, help="of each mode, default 3")
+    add("--seeds", type=int, help="of each mode, default 3 (fashion-mnist: 5)")
     add("--encoder", help="default: the budget of the set, as for the next four")
     add("--image-size", type=int)
     add("--batch-size", type=int)
