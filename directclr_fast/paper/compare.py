@@ -125,24 +125,23 @@ class Plan:
         ]
 
     def known(self, done: dict[str, dict]) -> list[Run]:
-        """Every run whose settings are decided by what is done, the search first."""
+        """Every run whose settings are decided by what is done: the search, the table, the rest."""
         rates = {mode: self.chosen(mode, done) for mode in self.modes}
+        rates = {mode: rate for mode, rate in rates.items() if rate is not None}
         runs = [run for mode in self.modes for run in self.search(mode)]
-        for mode, rate in rates.items():
-            if rate is not None:
-                runs += self.table(mode, rate) + self.cut(mode, rate)
-                if mode == self.agreement:
-                    runs += self.again(rate)
-                if mode == "directclr":
-                    runs += self.sweep(rate)
-        return runs + [Run(mode, s) for mode in ("untrained", "pixels") for s in self.seeds]
+        runs += [run for mode, rate in rates.items() for run in self.table(mode, rate)]
+        runs += [Run(mode, s) for mode in ("untrained", "pixels") for s in self.few]
+        if self.agreement in rates:
+            runs += self.again(rates[self.agreement])
+        runs += [run for mode, rate in rates.items() for run in self.cut(mode, rate)]
+        return runs + (self.sweep(rates["directclr"]) if "directclr" in rates else [])
 
     @property
     def trainings(self) -> int:
         """How many trainings there will be."""
         a_mode = len(self.search(self.modes[0])) + len(self.seeds)
-        more = self.again(0.0) + (self.sweep(0.0) if "directclr" in self.modes else [])
-        more += [run for mode in self.modes for run in self.cut(mode, 0.0)]
+        more = self.again(0.0) + [run for mode in self.modes for run in self.cut(mode, 0.0)]
+        more += self.sweep(0.0) if "directclr" in self.modes else []
         return len(self.modes) * a_mode + len(more)
 
 
@@ -267,7 +266,7 @@ class _Shown(Progress):
 
     def __init__(self, show: bool, plan: Plan, done: dict, each: int) -> None:
         self.each, self.done = each, len(done)
-        self.runs = plan.trainings + 2 * len(plan.seeds)
+        self.runs = plan.trainings + 2 * len(plan.few)
         self.before = each * sum(Run(**result["run"]).trains for result in done.values())
         self.now: dict[str, int] = {}  # steps by name of a run of this call
         self.begin = time.monotonic()

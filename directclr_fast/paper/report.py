@@ -52,7 +52,7 @@ def summary(plan, done: dict[str, dict], weights: Path, steps: int) -> dict:
     rates = {mode: plan.chosen(mode, done) for mode in plan.modes}
     rows = {mode: _row([done[r.name] for r in plan.table(mode, rates[mode])]) for mode in rates}
     for mode in ("untrained", "pixels"):
-        rows[mode] = _row([done[Run(mode, seed).name] for seed in plan.seeds])
+        rows[mode] = _row([done[Run(mode, seed).name] for seed in plan.few])
     numbers = {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "machine": machine(),
