@@ -342,7 +342,12 @@ def test_every_mode_has_the_same_settings_and_rates():
     assert searched == {plan.rates}
     assert plan.trainings == 9 * 3 + 9 * 3 + 4 * 3 + 2 * 3
     quick = compare.plan(data_spec="patches", device="cpu", quick=True)
-    assert quick.settings["max_steps"] == 20 and len(quick.seeds) == len(quick.rates) == 2
+    assert quick.modes == ("directclr", "baseline") and quick.settings["epochs"] == 1
+    assert quick.trainings == len(quick.known({})) - 2 * 3 == 2 * 3
+    real = compare.plan(data_spec="fashion-mnist", device="cpu")
+    assert (
+        real.trainings == 9 * (3 + 5) + 2 * 3 + 4 * 3 and real.settings["encoder"] == "small-deep"
+    )
 
 
 def test_default_set(monkeypatch, tmp_path):

@@ -122,7 +122,7 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
     add("--epochs", type=int)
     add("--device", default="auto")
     add("--jobs", type=int, help="runs side by side, default one for each core")
-    add("--quick", action="store_true", help="20 steps, 2 seeds: a first look")
+    add("--quick", action="store_true", help="directclr and baseline, one epoch: a first look")
 
 
 def run_compare(arguments: argparse.Namespace) -> None:

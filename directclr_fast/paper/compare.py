@@ -53,7 +53,7 @@ BUDGETS = {
     },
     "digits": {**_SMALL, "epochs": 20, "warmup_epochs": 2},
 }
-QUICK = {"epochs": 1, "warmup_epochs": 0, "max_steps": 20}
+QUICK = {"epochs": 1, "warmup_epochs": 0}
 SEEDS, FEW = {"fashion-mnist": 5}, 3  # of the table where not 3; at most so many beside the table
 CUT = {"small-deep": "small-cut"}  # encoders by those whose last block has a shortcut to cut
 # Settings of TrainConfig that a run has for itself, and those that do not change its result.
@@ -64,7 +64,8 @@ _FREE = ("data_root", "download", "device", "workers")
 @dataclass(frozen=True)
 class Plan:
     """``settings``: of every run, by the names of TrainConfig. ``dims``: d0 of the sweep, beside
-    DirectCLR's own. ``losses``: whether a mode is trained with both losses."""
+    DirectCLR's own. ``losses``: whether a mode is trained with both losses; ``shortcut``: whether
+    modes are trained without the last block's, too."""
 
     settings: dict
     modes: tuple[str, ...]
@@ -72,6 +73,7 @@ class Plan:
     rates: tuple[float, ...]
     dims: tuple[int, ...]
     losses: bool = True
+    shortcut: bool = True
 
     @property
     def few(self) -> tuple[int, ...]:
@@ -110,7 +112,7 @@ class Plan:
         """A mode without the last block's shortcut; of an encoder that has one, the modes that the
         paper's argument is about."""
         encoder = CUT.get(self.settings["encoder"])
-        if encoder is None or mode not in ("directclr", "baseline"):
+        if encoder is None or not self.shortcut or mode not in ("directclr", "baseline"):
             return []
         return [Run(mode, seed, rate, encoder=encoder) for seed in self.few]
 
@@ -148,7 +150,7 @@ class Plan:
 def plan(
     *,
     data_spec: str | None = None,
-    modes: Sequence[str] = MODES,
+    modes: Sequence[str] | None = None,
     seeds: int | None = None,
     quick: bool = False,
     rates: Sequence[float] | None = None,
@@ -158,13 +160,12 @@ def plan(
     """The comparison on a set: ``settings`` by the names of TrainConfig go over the set's budget.
 
     ``data_spec`` None is CIFAR-10 where it is there or may be downloaded, otherwise the patches.
-    ``seeds`` None is 5 on fashion-mnist, otherwise 3.
-    ``quick``: 20 steps, at most two seeds, two rates and two d0.
+    ``seeds`` None is 5 on fashion-mnist, otherwise 3. ``quick``: DirectCLR and no projector, three
+    seeds, one epoch at the recipe's learning rate, and nothing beside them.
     """
+    modes = modes or (("directclr", "baseline") if quick else MODES)
     if unknown := [mode for mode in modes if mode not in MODES]:
         raise ValueError(f"modes: expected some of {', '.join(MODES)}, got {unknown[0]!r}")
-    if not modes:
-        raise ValueError("modes: expected at least one, got none")
     if len(set(modes)) < len(modes):
         raise ValueError(f"modes: expected each once, got {','.join(modes)}")
     if seeds is not None and seeds < 1:
@@ -177,16 +178,15 @@ def plan(
     config = TrainConfig(data=spec, **{**budget, **(QUICK if quick else {}), **given}).resolve()
     settings = {k: getattr(config, k) for k in config.to_dict() if k not in _OF_A_RUN}
     if rates is None:
-        rates = [factor * config.learning_rate for factor in FACTORS[: 2 if quick else 3]]
+        rates = [factor * config.learning_rate for factor in ((1.0,) if quick else FACTORS)]
     if dims is None:
         width = encoders.build(config.encoder, image_size=config.image_size).width
-        dims = [round(share * default_dim(width)) for share in (SHARES[1:3] if quick else SHARES)]
-    seeds = SEEDS.get(spec, 3) if seeds is None else seeds
-    seeds = min(seeds, 2) if quick else seeds
+        dims = [round(share * default_dim(width)) for share in SHARES if not quick]
     # DirectCLR first: most runs wait for its learning rate.
     modes = sorted(modes, key=lambda mode: (mode != "directclr", MODES.index(mode)))
-    seeds = tuple(range(1, seeds + 1))
-    return Plan(settings, tuple(modes), seeds, tuple(rates), tuple(dims), spec not in SEEDS)
+    seeds = tuple(range(1, 1 + (seeds or (3 if quick else SEEDS.get(spec, 3)))))
+    more = {"losses": spec not in SEEDS and not quick, "shortcut": not quick}
+    return Plan(settings, tuple(modes), seeds, tuple(rates), tuple(dims), **more)
 
 
 def _present(root: str | None, download: bool) -> str:
