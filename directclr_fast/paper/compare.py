@@ -47,6 +47,7 @@ BUDGETS = {
         "encoder": "small-deep",
         "image_size": 20,
         "batch_size": 256,
+        "learning_rate": 8e-3,
         "epochs": 2,
         "warmup_epochs": 0,
         "amp": None,  # the recipe's
