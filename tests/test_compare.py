@@ -428,6 +428,7 @@ def test_what_diverged_is_in_the_table():
     ("--data imagenet", "data: expected one of digits, patches, .*, got 'imagenet'"),
     ("--data fake --epochs 0", "epochs: expected at least 1, got 0"),
     ("--data fake --jobs 0", "jobs: expected at least 1, got 0"),
+    ("--data fake --dims 22 300", "dims: expected 1 to 256 .the encoder's width., got 300"),
     ("--data fake --encoder vgg", "encoder: expected one of resnet18, .*, got 'vgg'"),
 ])  # fmt: skip
 def test_errors(flags, text, tmp_path, capsys):

@@ -115,6 +115,12 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
     add("--download", action="store_true", help="fetch a missing set")
     add("--modes", help="comma-separated, default all")
     add("--seeds", type=int, help="of each mode, default 3 (fashion-mnist: 5)")
+    add(
+        "--dims",
+        type=int,
+        nargs="*",
+        help="d0 beside the default one; default a quarter to 4 times",
+    )
     add("--encoder", help="default: the budget of the set, as for the next four")
     add("--image-size", type=int)
     add("--batch-size", type=int)
@@ -128,7 +134,7 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
 def run_compare(arguments: argparse.Namespace) -> None:
     from . import compare, report
 
-    names = ("data_root", "encoder", "image_size", "batch_size", "learning_rate", "epochs")
+    names = ("data_root", "encoder", "image_size", "batch_size", "learning_rate", "epochs", "dims")
     settings = {name: getattr(arguments, name) for name in (*names, "device")}
     if arguments.modes is not None:
         settings["modes"] = arguments.modes.split(",")

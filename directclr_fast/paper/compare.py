@@ -180,9 +180,11 @@ def plan(
     settings = {k: getattr(config, k) for k in config.to_dict() if k not in _OF_A_RUN}
     if rates is None:
         rates = [factor * config.learning_rate for factor in ((1.0,) if quick else FACTORS)]
+    width = encoders.build(config.encoder, image_size=config.image_size).width
     if dims is None:
-        width = encoders.build(config.encoder, image_size=config.image_size).width
         dims = [round(share * default_dim(width)) for share in SHARES if not quick]
+    if wrong := [dim for dim in dims if not 0 < dim <= width]:
+        raise ValueError(f"dims: expected 1 to {width} (the encoder's width), got {wrong[0]}")
     # DirectCLR first: most runs wait for its learning rate.
     modes = sorted(modes, key=lambda mode: (mode != "directclr", MODES.index(mode)))
     seeds = tuple(range(1, 1 + (seeds or (3 if quick else SEEDS.get(spec, 3)))))
