@@ -219,8 +219,8 @@ def load_features(
 
 
 def scores(
-    features: Features, *, seed: int = 0, device: str | torch.device = "cpu"
+    features: Features, *, seed: int = 0, epochs: int = 100, device: str | torch.device = "cpu"
 ) -> dict[str, float]:
     """Linear-probe and kNN accuracy, 0 to 1, of one set of features."""
-    linear = linear_probe(features, seed=seed, device=device)
+    linear = linear_probe(features, seed=seed, epochs=epochs, device=device)
     return {"linear": linear, "knn": knn(features, device=device)}
