@@ -42,7 +42,7 @@ def look(model: Model, config: TrainConfig) -> dict:
     size, device = config.image_size, config.device
     with torch.no_grad():
         test = _some(config, False, SAMPLES).split(512)
-        features = torch.cat([model(views.plain(part, size)).float().cpu() for part in test])
+        features = torch.cat([model(views.for_evaluation(part, size)).cpu() for part in test])
     result: dict[str, dict] = {"spectra": {}, "gradient": {}}
     for name, report in spectrum.of_model(model, features).items():
         logs = spectrum.logs(report.spectrum)[::EVERY]
