@@ -8,6 +8,7 @@ import shutil
 import socket
 import sys
 
+import interpreting
 import numpy as np
 import pytest
 import torch
@@ -95,6 +96,8 @@ def interpreted(monkeypatch):
         return original(value, source, target, mode)
 
     monkeypatch.setattr(interpreter, "_convert_float", convert)
+    with interpreting.quicker():
+        yield
 
 
 @pytest.fixture
