@@ -24,6 +24,7 @@ FEW = {**TINY, "optimizer": "sgd", "learning_rate": 0.01, "epochs": 2, "max_step
 LAUNCH = r"""
 import json, os, sys
 import torch
+import torch._dynamo  # which every optimizer imports, in a second
 import torch.distributed as dist
 from directclr_fast.train import checkpoint, loop, ranks
 from directclr_fast.train.config import TrainConfig

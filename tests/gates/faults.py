@@ -30,6 +30,7 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is loaded: forked children cannot share a pool
 
 import torch
+import torch._dynamo  # which every optimizer imports, in a second
 
 from directclr_fast.machine import machine
 from directclr_fast.train import checkpoint
