@@ -29,6 +29,8 @@ def quicker():
         mock.patch.object(interpreter, "_patch_lang", patch_once),
         mock.patch.object(builder, "options", options),
     ):
-        yield
-    for scope in reversed(scopes.values()):
-        scope.restore()
+        try:
+            yield
+        finally:
+            for scope in reversed(scopes.values()):
+                scope.restore()
