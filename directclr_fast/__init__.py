@@ -12,25 +12,15 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "fast_directclr_loss": "loss",
-    "info_nce": "loss",
-    "DirectCLRLoss": "loss",
-    "LossStats": "loss",
-    "last_backend": "dispatch",
-    "collapse_report": "paper.spectrum",
+    "fast_directclr_loss": "loss", "info_nce": "loss", "DirectCLRLoss": "loss", "LossStats": "loss",
+    "last_backend": "dispatch", "collapse_report": "paper.spectrum",
     "CollapseReport": "paper.spectrum",
-}
+}  # fmt: skip
 
 __all__ = [
-    "CollapseReport",
-    "DirectCLRLoss",
-    "LossStats",
-    "__version__",
-    "collapse_report",
-    "fast_directclr_loss",
-    "info_nce",
-    "last_backend",
-]
+    "CollapseReport", "DirectCLRLoss", "LossStats", "__version__", "collapse_report",
+    "fast_directclr_loss", "info_nce", "last_backend",
+]  # fmt: skip
 
 if TYPE_CHECKING:
     from .dispatch import last_backend

@@ -20,22 +20,14 @@ from .train import job, supervise
 
 COMMANDS = {  # name: what adds its flags, what runs it, a word on it
     "train": (train.add_train, train.run_train, "train an encoder: DirectCLR or another mode"),
-    "probe": (
-        train.add_probe,
-        train.run_probe,
-        "linear probe and kNN accuracy of a run, a network, features",
-    ),
+    "probe": (train.add_probe, train.run_probe, "linear probe, kNN of a run, a network, features"),
     "spectrum": (
         paper.add_spectrum,
         paper.run_spectrum,
         "collapsed dimensions of runs, networks, features",
     ),
     "toy": (paper.add_toy, paper.run_toy, "the paper's two mechanisms of collapse, as figures"),
-    "compare": (
-        paper.add_compare,
-        paper.run_compare,
-        "the paper's comparison of projectors in small",
-    ),
+    "compare": (paper.add_compare, paper.run_compare, "the paper's projectors compared in small"),
     "demo": (paper.add_demo, paper.run_demo, "train, probe and draw on handwritten digits"),
     "bench": (bench.add_arguments, bench.run, "time the loss beside its peers, on this machine"),
     "doctor": (doctor.add_arguments, doctor.run, "versions, devices, backends and why not"),

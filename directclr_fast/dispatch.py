@@ -1,14 +1,4 @@
-"""Which backend runs a call: one table, one walk, and the reasons of those that cannot.
-
-========== ==================================================== ===============================
-name       what                                                 chosen automatically
-========== ==================================================== ===============================
-cpu        the five stages in C++ (csrc/cpu), CPU tensors       where the extension was built
-cuda       the five stages in CUDA C++ (csrc/cuda), Hopper      where a measurement says faster
-triton     the five stages in Triton (kernels/), GPU tensors    on GPUs of capability >= 8.0
-torch      the five stages in blocked PyTorch, O(N d) memory    always available
-reference  the formula, materialises the N x N matrix           options nothing faster has
-========== ==================================================== ===============================
+"""Which backend runs a call: one walk, and the reasons of those that cannot.
 
 A backend is the ``BACKEND`` of its module. Automatic choice takes the first of :data:`PRIORITY`
 without a reason against it; one named by the caller runs, or fails with its reasons.
@@ -22,22 +12,14 @@ from functools import cache
 from .backends.base import Backend
 from .problem import PRIORITY, Problem
 
-_MODULES = {
-    "cpu": ".backends.cpu",
-    "cuda": ".backends.cuda",
-    "triton": ".backends.triton",
-    "torch": ".backends.torch_blocked",
-    "reference": ".backends.reference",
-}
-
 _last: str | None = None
 
 
 @cache
 def load(name: str) -> Backend:
-    """The backend called ``name`` (a key of the table above); its module is imported when first
-    asked for."""
-    return importlib.import_module(_MODULES[name], __package__).BACKEND
+    """The backend called ``name``; its module is imported when first asked for."""
+    module = "torch_blocked" if name == "torch" else name
+    return importlib.import_module(f".backends.{module}", __package__).BACKEND
 
 
 def choose(problem: Problem) -> Problem:

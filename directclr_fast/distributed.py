@@ -25,7 +25,7 @@ from .problem import AGREED, Call, Problem
 from .world import Gathered, Ring, all_gather
 
 # "auto" takes the ring where the gathered views and dz2 would be larger: 3 % of an H200's memory, N
-# = 2 million at d = 360 in fp16. Below, "all" is the faster by the model of docs/scaling.md.
+# = 2 million at d = 360 in fp16. "all" sends half the bytes (docs/scaling.md).
 ALL_GATHER_BYTES = 4 * 2**30
 _MESSAGE_BYTES = 1024
 

@@ -24,20 +24,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _problem(device_type: str):
     """The paper's loss at batch 4096: what the backends are asked about."""
-    import torch
+    from .testing import problem
 
-    from .problem import Problem
-
-    return Problem(
-        rows=4096,
-        candidates=4096,
-        width=2048,
-        dim=360,
-        dtype=torch.float32,
-        device_type=device_type,
-        temperature=0.1,
-        differentiable=True,
-    )
+    size = {"rows": 4096, "candidates": 4096, "width": 2048, "dim": 360}
+    return problem(**size, device_type=device_type, differentiable=True)
 
 
 def report() -> dict:

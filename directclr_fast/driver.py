@@ -1,20 +1,13 @@
-r"""One step of the loss: column groups, blocks of candidates and pairs of views, for every backend
+"""One step of the loss: column groups, blocks of candidates and pairs of views, for every backend
 and every world.
 
 The heavy stages are the backend's (``backends.base``); where the other rows of the batch are is the
 world's (``world``); this module forms the per-row terms between them, all O(N) work. The
 mathematics is in ``directclr_fast.reference`` and docs/design.md.
 
-The sums leave the positive out and hand its logit a s_ip(i) on. With rest_i = log of the sum over
-the other candidates,
-
-.. code-block:: text
-
-    nll_i   = softplus(rest_i - a s_ip(i))          = -log p_i, without cancellation for p_i near 1
-    lse_i   = a s_ip(i) + nll_i
-    G_ip(i) = w_i (p_i - 1) + ... = w_i expm1(-nll_i) + ...
-
-so a converged model's gradient, made of the small numbers 1 - p_i, keeps its relative accuracy.
+The sums leave the positive out and hand its logit a s_ip(i) on; with the log-sum of the others it
+makes nll_i = -log p_i, log-sums and the entries of G at the positives, all without cancellation for
+p_i near 1.
 """
 
 from __future__ import annotations

@@ -1,15 +1,4 @@
-"""The public loss: one function, one module, and the names and words of both.
-
-Three losses go by the name InfoNCE; ``negatives`` names them (docs/design.md section 2):
-
-========= ============================================== =================================
-negatives candidates of anchor i                         whose
-========= ============================================== =================================
-"cross"   the other view's N rows                        DirectCLR's released trainer; CLIP
-"both"    both views' 2N - 1 other rows (NT-Xent)        SimCLR
-"same"    rows of its own view, squared distance         Eq. 2 of arXiv 2110.09348
-========= ============================================== =================================
-"""
+"""The public loss: one function, one module, and the names and words of both."""
 
 from __future__ import annotations
 
@@ -96,8 +85,10 @@ def fast_directclr_loss(
         labels: integers (N,), one for each row of r2; row i of r1 has that of row i of r2. A
             negative one equals no other. None: every pair has its own. Over several processes they
             are those of this process's rows.
-        negatives: "cross", "both" or "same", see the module's table. "same" (Eq. 2 of the paper)
-            neither normalises nor divides by the temperature, and materialises N x N.
+        negatives: the candidates of an anchor. "cross": all rows of the other view (the DirectCLR
+            release; CLIP). "both": the 2N - 1 other rows of both views (NT-Xent; SimCLR). "same":
+            the other rows of its own view, by squared distance (Eq. 2 of the paper), which neither
+            normalises nor divides by the temperature, and materialises N x N.
         same_label: what the other candidates with the label of an anchor are to it. "positive": its
             positives too; the mean of their logits takes the place of s_ii (supervised contrastive
             learning, Khosla et al., arXiv 2004.11362, L_out). "ignore": no candidates, so that
@@ -119,7 +110,7 @@ def fast_directclr_loss(
             ``torch.set_float32_matmul_precision`` allows rounding, and is "highest" elsewhere. On a
             CPU with a matrix unit (AMX) it rounds there too, to bf16 or, where that is coarser than
             what eager PyTorch keeps, to the 16 bits of "tf32"; without one it is "highest".
-        backend: "auto" or a name from :mod:`directclr_fast.dispatch`.
+        backend: "auto", "cpu", "cuda", "triton", "torch" or "reference".
         workspace_bytes: limit of the scratch memory; None takes the backend's default. A larger
             workspace may keep similarity tiles for the backward pass and save their recompute.
         eps: rows shorter than this are divided by it, as in ``torch.nn.functional.normalize``.

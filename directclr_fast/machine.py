@@ -27,19 +27,14 @@ def machine(gpu: bool | None = None) -> dict:
     """
     cpu = devices(gpu=False)[0]
     result = {
-        "directclr_fast": __version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "torch": torch.__version__,
+        "directclr_fast": __version__, "python": platform.python_version(),
+        "platform": platform.platform(), "torch": torch.__version__,
         "versions": {name: version for name, version in packages().items() if version},
-        "processor": cpu["name"],
-        "cores": cpu["cores"],
-        "threads": cpu["threads"],
+        "processor": cpu["name"], "cores": cpu["cores"], "threads": cpu["threads"],
         "capability": torch.backends.cpu.get_cpu_capability(),
         "memory_gib": round(total_memory() / 2**30, 1),
-        "available_gib": round(available_memory() / 2**30, 1),
-        **commit(),
-    }
+        "available_gib": round(available_memory() / 2**30, 1), **commit(),
+    }  # fmt: skip
     if first := devices(gpu)[1:2]:
         result["gpu"], result["gpu_memory_gib"] = first[0]["name"], first[0]["memory_gib"]
         result["card"] = _card()

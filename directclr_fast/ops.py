@@ -293,24 +293,19 @@ def run(call: Call) -> tuple[Tensor, Statistics | None]:
                     "torch.func or forward-mode AD inside a compiled graph: expected "
                     "backend='reference', got another; or leave the transform out of the graph"
                 )
-            return _of_outputs(
-                options, loss_forward(r1, r2, index, temperature, labels, True, *arguments(options))
-            )
+            given = r1, r2, index, temperature, labels, True
+            return _of_outputs(options, loss_forward(*given, *arguments(options)))
         if index is not None:
             index = checked_columns(index, r1.shape[1])
-        return _of_formula(
-            problem_of(options, r1, r2, index, labels), r1, r2, index, temperature, labels
-        )
+        problem = problem_of(options, r1, r2, index, labels)
+        return _of_formula(problem, r1, r2, index, temperature, labels)
     wanted = r1.requires_grad or r2.requires_grad
     wanted = wanted or (temperature is not None and temperature.requires_grad)
     differentiable = inside_transform or (wanted and torch.is_grad_enabled())
     (rows, width), taken = r1.shape, None if index is None else index.shape
-    labelled = labels is not None
-    problem = dispatch.choose(
-        _known(
-            options, rows, r2.shape[0], width, r1.dtype, r1.device, taken, labelled, differentiable
-        )
-    )
+    views = rows, r2.shape[0], width, r1.dtype, r1.device
+    problem = _known(options, *views, taken, labels is not None, differentiable)
+    problem = dispatch.choose(problem)
     if problem.backend == "reference":
         readable("r1 r2 columns temperature labels", r1, r2, index, temperature, labels)
         with without_autocast(problem):

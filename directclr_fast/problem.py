@@ -385,13 +385,13 @@ def _placed(index: Tensor, device: torch.device) -> Tensor:
     """A copy of an index on the CPU; the same one for the same values, since the host waits for a
     copy and a training run asks for one at every step."""
     key = index.numpy().tobytes(), index.shape, device
-    found = _places.get(key)
-    if found is None:
+    placed = _places.get(key)
+    if placed is None:
         if len(_places) >= 64:
             _places.clear()
         with torch.inference_mode(False):  # the next call may want gradients
-            found = _places[key] = index.contiguous().to(device)
-    return found
+            placed = _places[key] = index.contiguous().to(device)
+    return placed
 
 
 def check_columns(index: Tensor, width: int | None) -> None:

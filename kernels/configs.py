@@ -29,14 +29,9 @@ class Tile:
 # Shared memory a block may use, bytes: NVIDIA's technical specifications by compute capability,
 # AMD's LDS of CDNA 3.
 SHARED_BYTES = {
-    "sm_80": 163 * 1024,
-    "sm_86": 99 * 1024,
-    "sm_89": 99 * 1024,
-    "sm_90": 227 * 1024,
-    "sm_100": 227 * 1024,
-    "sm_120": 99 * 1024,
-    "gfx942": 64 * 1024,
-}
+    "sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024, "sm_120": 99 * 1024, "gfx942": 64 * 1024,
+}  # fmt: skip
 
 _INTERPRETER = Tile(32, 64, 32, 1, 1)
 HI_LO = "hi lo"
@@ -110,18 +105,18 @@ _CROWDED = {
 }
 
 
-def tile(kernel: str, arch: str, itemsize: int | str, plain: bool = True) -> Tile:
+def tile(kernel: str, arch: str, itemsize: int | str, crowded: bool = False) -> Tile:
     """The tile of "sums", "weights" or "products" for operands of ``itemsize`` bytes, or HI_LO.
 
-    "tops" are sums with maxima, "ids" those with ids. ``plain``: one exponential an element, no
-    triangle to stay above.
+    "tops" are sums with maxima, "ids" those with ids. ``crowded``: two exponentials an element,
+    or a triangle to stay above.
     """
     if arch == "interpreter":
         return _INTERPRETER
     # Ada and consumer Blackwell have the shared memory and the warp-level products of sm_86.
     arch = "sm_86" if arch in ("sm_89", "sm_120") else arch
     kernels = {"tops": ("tops", "sums"), "ids": ("ids", "tops", "sums")}.get(kernel, (kernel,))
-    tables = (_TABLE,) if plain and len(kernels) == 1 else (_CROWDED, _TABLE)
+    tables = (_CROWDED, _TABLE) if crowded or len(kernels) > 1 else (_TABLE,)
     # Without a row of its own HI_LO takes that of fp16; its products none that leaves the row of z.
     sizes = (HI_LO, 4 if kernel == "products" else 2) if itemsize == HI_LO else (itemsize,)
     places = ((t, (k, arch, s)) for s in sizes for t in tables for k in kernels)

@@ -26,22 +26,9 @@ ROWS, COLUMNS = 4, 128
 
 @triton.jit
 def _gradient(
-    z,
-    other,
-    acc,
-    diag,
-    offs_r,
-    offs_o,
-    row_mask,
-    other_mask,
-    offs_c,
-    factor,
-    stride_z,
-    stride_acc,
-    PITCH: tl.constexpr,
-    SPLIT: tl.constexpr,
-    POSITIVES: tl.constexpr,
-):
+    z, other, acc, diag, offs_r, offs_o, row_mask, other_mask, offs_c, factor, stride_z, stride_acc,
+    PITCH: tl.constexpr, SPLIT: tl.constexpr, POSITIVES: tl.constexpr,
+):  # fmt: skip
     """(unit rows, dz), each (R, C) in fp32."""
     mask_c = (offs_c < PITCH)[None, :]
     mask = row_mask[:, None] & mask_c
@@ -56,36 +43,12 @@ def _gradient(
 
 @triton.jit
 def _finish_rows(
-    z,
-    other,
-    rnorm,
-    acc,
-    diagonal,
-    dr,
-    dots,
-    index,
-    n,
-    to_other,
-    to_diagonal,
-    n_diagonal,
-    factor,
-    largest_rnorm,
-    d,
-    width,
-    stride_z,
-    stride_acc,
-    stride_dr,
-    stride_dc,
-    PITCH: tl.constexpr,
-    SPLIT: tl.constexpr,
-    POSITIVES: tl.constexpr,
-    WRITE: tl.constexpr,
-    DOTS: tl.constexpr,
-    GATHERED: tl.constexpr,
-    ADD: tl.constexpr,
-    ROWS: tl.constexpr,
+    z, other, rnorm, acc, diagonal, dr, dots, index, n, to_other, to_diagonal, n_diagonal, factor,
+    largest_rnorm, d, width, stride_z, stride_acc, stride_dr, stride_dc,
+    PITCH: tl.constexpr, SPLIT: tl.constexpr, POSITIVES: tl.constexpr, WRITE: tl.constexpr,
+    DOTS: tl.constexpr, GATHERED: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-):
+):  # fmt: skip
     offs_r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_mask = offs_r < n
     offs_d = offs_r + to_diagonal
@@ -133,62 +96,18 @@ def _finish_rows(
                 tl.store(row + offs_c[None, :].to(tl.int64) * stride_dc, zero, mask=mask)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "n_a",
-        "n_b",
-        "a_to_b",
-        "b_to_a",
-        "a_to_diagonal",
-        "b_to_diagonal",
-        "n_diagonal",
-        "d",
-    ]
-)
+@triton.jit(do_not_specialize=[
+    "n_a", "n_b", "a_to_b", "b_to_a", "a_to_diagonal", "b_to_diagonal", "n_diagonal", "d",
+])  # fmt: skip
 def _finish_kernel(
-    z_a,
-    z_b,
-    rnorm_a,
-    rnorm_b,
-    acc_a,
-    acc_b,
-    dr_a,
-    dr_b,
-    dots_a,
-    dots_b,
-    diagonal,
-    index,
-    upstream,
-    scale,
-    static_factor,
-    n_a,
-    n_b,
-    a_to_b,
-    b_to_a,
-    a_to_diagonal,
-    b_to_diagonal,
-    n_diagonal,
-    largest_rnorm,
-    d,
-    width,
-    stride_z,
-    stride_acc,
-    stride_dr_a,
-    stride_dr_b,
-    stride_dc_a,
+    z_a, z_b, rnorm_a, rnorm_b, acc_a, acc_b, dr_a, dr_b, dots_a, dots_b, diagonal, index, upstream,
+    scale, static_factor, n_a, n_b, a_to_b, b_to_a, a_to_diagonal, b_to_diagonal, n_diagonal,
+    largest_rnorm, d, width, stride_z, stride_acc, stride_dr_a, stride_dr_b, stride_dc_a,
     stride_dc_b,
-    PITCH: tl.constexpr,
-    SPLIT: tl.constexpr,
-    FACTORED: tl.constexpr,
-    SCALE_TENSOR: tl.constexpr,
-    WRITE_A: tl.constexpr,
-    WRITE_B: tl.constexpr,
-    DOTS: tl.constexpr,
-    GATHERED: tl.constexpr,
-    ADD: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    PITCH: tl.constexpr, SPLIT: tl.constexpr, FACTORED: tl.constexpr, SCALE_TENSOR: tl.constexpr,
+    WRITE_A: tl.constexpr, WRITE_B: tl.constexpr, DOTS: tl.constexpr, GATHERED: tl.constexpr,
+    ADD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     factor = static_factor
     if FACTORED:
         factor *= tl.load(upstream).to(tl.float32) * load_scale(scale, SCALE_TENSOR)
@@ -207,105 +126,47 @@ def _finish_kernel(
 
 
 def finish(
-    layout: Layout,
-    views: list[tuple[View, int]],
-    other: Tensor,
-    diagonal: Tensor | None,
-    offset: int,
-    *,
-    upstream: Tensor | None,
-    scale,
-    factor: float,
-    index: Tensor | None,
-    width: int,
-    eps: float,
-    add: bool,
-) -> None:
+    layout: Layout, views: list[tuple[View, int]], other: Tensor, diagonal: Tensor | None,
+    offset: int, *, upstream: Tensor | None, scale, factor: float, index: Tensor | None, width: int,
+    eps: float, add: bool,
+) -> None:  # fmt: skip
     """One launch for one or two ``views``, each with its number (1 or 2); ``other`` is the z that
     is not the first one's.
 
     With ``diagonal`` (M,) the positives' terms are added and everything is multiplied by
     factor * upstream * scale; without it acc is the gradient already.
     """
-    (first, which), second = views[0], views[-1][0]
-    outputs = [v.dr for v, _ in views if v.dr is not None]
-    some = outputs[0] if outputs else first.acc
-
-    def steps(number: int) -> tuple[int, int]:
-        """(to the other view's row, to the diagonal's entry) from a row of view ``number``."""
-        return (offset, 0) if number == 1 else (-offset, -offset)
-
-    other_steps = steps(views[-1][1])
-    factored = diagonal is not None
+    sides = [views[0], views[-1]]  # one view alone stands for both
+    both, factored = [view for view, _ in sides], diagonal is not None
+    first = both[0]
+    some = next((v.dr for v in both if v.dr is not None), first.acc)
+    drs = [some if v.dr is None else v.dr for v in both]
+    # From a row of a view: to the other view's row, to the diagonal's entry.
+    steps = [(offset, 0) if number == 1 else (-offset, -offset) for _, number in sides]
+    to_other, to_diagonal = zip(*steps)
+    # 4 spill with dots on sm_120 (Triton 3.6), of bf16 parts on sm_90 (3.7).
+    warps = 8 if factored or first.dots is not None else 4
     launch(
-        _finish_kernel,
-        (cdiv(max(len(v.z) for v, _ in views), ROWS), len(views)),
-        layout.elements(first.z),
-        layout.elements(other),
-        first.rnorm,
-        second.rnorm,
-        first.acc,
-        second.acc,
-        some if first.dr is None else first.dr,
-        some if second.dr is None else second.dr,
-        first.rnorm if first.dots is None else first.dots,
-        second.rnorm if second.dots is None else second.dots,
-        diagonal if factored else first.rnorm,
-        first.z if index is None else index,
-        upstream if factored else first.rnorm,
-        scale,
-        factor,
-        len(first.z),
-        len(second.z),
-        steps(which)[0],
-        other_steps[0],
-        steps(which)[1],
-        other_steps[1],
-        len(diagonal) if factored else 0,
-        1.0 / eps,
-        layout.dim,
-        width,
-        layout.stride,
-        layout.pitch,
-        some.stride(0) if first.dr is None else first.dr.stride(0),
-        some.stride(0) if second.dr is None else second.dr.stride(0),
-        some.stride(1) if first.dr is None else first.dr.stride(1),
-        some.stride(1) if second.dr is None else second.dr.stride(1),
-        PITCH=layout.pitch,
-        SPLIT=layout.split,
-        FACTORED=factored,
-        SCALE_TENSOR=isinstance(scale, Tensor),
-        WRITE_A=first.dr is not None,
-        WRITE_B=second.dr is not None,
-        DOTS=first.dots is not None,
-        GATHERED=index is not None,
-        ADD=add,
-        ROWS=ROWS,
-        COLUMNS=COLUMNS,
-        # 4 spill with dots on sm_120 (Triton 3.6), of bf16 parts on sm_90 (3.7).
-        warps=8 if factored or first.dots is not None else 4,
-        stages=1,
-    )
+        _finish_kernel, (cdiv(max(len(v.z) for v in both), ROWS), len(views)),
+        layout.elements(first.z), layout.elements(other), *(v.rnorm for v in both),
+        *(v.acc for v in both), *drs, *(v.rnorm if v.dots is None else v.dots for v in both),
+        diagonal if factored else first.rnorm, first.z if index is None else index,
+        upstream if factored else first.rnorm, scale, factor,
+        *(len(v.z) for v in both), *to_other, *to_diagonal, len(diagonal) if factored else 0,
+        1.0 / eps, layout.dim, width, layout.stride, layout.pitch,
+        *(dr.stride(0) for dr in drs), *(dr.stride(1) for dr in drs),
+        PITCH=layout.pitch, SPLIT=layout.split, FACTORED=factored,
+        SCALE_TENSOR=isinstance(scale, Tensor), WRITE_A=first.dr is not None,
+        WRITE_B=both[1].dr is not None, DOTS=first.dots is not None, GATHERED=index is not None,
+        ADD=add, ROWS=ROWS, COLUMNS=COLUMNS, warps=warps, stages=1,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["n", "n_other", "to_other", "to_diagonal", "n_diagonal"])
 def _add_positives_kernel(
-    dz,
-    other,
-    diagonal,
-    factor,
-    n,
-    n_other,
-    to_other,
-    to_diagonal,
-    n_diagonal,
-    stride_z,
-    stride_dz,
-    PITCH: tl.constexpr,
-    SPLIT: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    dz, other, diagonal, factor, n, n_other, to_other, to_diagonal, n_diagonal, stride_z, stride_dz,
+    PITCH: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     offs_r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     offs_d = offs_r + to_diagonal
     row_mask = offs_r < n
@@ -330,23 +191,8 @@ def add_positives(
 ) -> None:
     """dz_i = factor dz_i + diagonal_{i + shift} z'_{i + step}, where that entry exists; fp32."""
     launch(
-        _add_positives_kernel,
-        (cdiv(len(dz), ROWS),),
-        dz,
-        layout.elements(other),
-        diagonal,
-        factor,
-        len(dz),
-        len(other),
-        step,
-        shift,
-        len(diagonal),
-        layout.stride,
-        layout.pitch,
-        PITCH=layout.pitch,
-        SPLIT=layout.split,
-        ROWS=ROWS,
-        COLUMNS=COLUMNS,
-        warps=4,
-        stages=1,
-    )
+        _add_positives_kernel, (cdiv(len(dz), ROWS),),
+        dz, layout.elements(other), diagonal, factor, len(dz), len(other), step, shift,
+        len(diagonal), layout.stride, layout.pitch,
+        PITCH=layout.pitch, SPLIT=layout.split, ROWS=ROWS, COLUMNS=COLUMNS, warps=4, stages=1,
+    )  # fmt: skip

@@ -41,17 +41,9 @@ def _load(r, index, offs_r, row_mask, offs_c, d, width, stride_r, stride_c, GATH
 
 @triton.jit
 def _pack(
-    z,
-    offs_r,
-    row_mask,
-    offs_c,
-    value,
-    stride_z,
-    fp8_scale,
-    PITCH: tl.constexpr,
-    SPLIT: tl.constexpr,
-    FP8: tl.constexpr,
-):
+    z, offs_r, row_mask, offs_c, value, stride_z, fp8_scale,
+    PITCH: tl.constexpr, SPLIT: tl.constexpr, FP8: tl.constexpr,
+):  # fmt: skip
     mask = row_mask[:, None] & (offs_c < PITCH)[None, :]
     row = z + offs_r[:, None].to(tl.int64) * stride_z
     scaled = value
@@ -69,34 +61,11 @@ def _pack(
 
 @triton.jit(do_not_specialize=["n1", "n2", "d", "offset"])
 def _normalize_kernel(
-    r1,
-    r2,
-    index,
-    z1,
-    z2,
-    rnorm1,
-    rnorm2,
-    positives,
-    n1,
-    n2,
-    d,
-    width,
-    offset,
-    stride_r1,
-    stride_c1,
-    stride_r2,
-    stride_c2,
-    stride_z,
-    eps,
-    fp8_scale,
-    PITCH: tl.constexpr,
-    BOTH: tl.constexpr,
-    GATHERED: tl.constexpr,
-    SPLIT: tl.constexpr,
-    FP8: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    r1, r2, index, z1, z2, rnorm1, rnorm2, positives, n1, n2, d, width, offset, stride_r1,
+    stride_c1, stride_r2, stride_c2, stride_z, eps, fp8_scale,
+    PITCH: tl.constexpr, BOTH: tl.constexpr, GATHERED: tl.constexpr, SPLIT: tl.constexpr,
+    FP8: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     offs_2 = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     offs_1 = offs_2
     if BOTH:
@@ -158,51 +127,20 @@ def normalize_views(
 
 def _launch(layout, r1, r2, index, z1, z2, rnorm1, rnorm2, positives, offset, eps, both) -> None:
     launch(
-        _normalize_kernel,
-        (cdiv(len(r2), ROWS),),
-        r1,
-        r2,
-        r1 if index is None else index,
-        layout.elements(z1),
-        layout.elements(z2),
-        rnorm1,
-        rnorm2,
-        positives,
-        len(r1),
-        len(r2),
-        layout.dim,
-        r1.shape[1],
-        offset,
-        *r1.stride(),
-        *r2.stride(),
-        layout.stride,
-        eps,
-        layout.fp8_scale,
-        PITCH=layout.pitch,
-        BOTH=both,
-        GATHERED=index is not None,
-        SPLIT=layout.split,
-        FP8=layout.precision == "fp8",
-        ROWS=ROWS,
-        COLUMNS=COLUMNS,
-        warps=4,
-        stages=1,
-    )
+        _normalize_kernel, (cdiv(len(r2), ROWS),),
+        r1, r2, r1 if index is None else index, layout.elements(z1), layout.elements(z2), rnorm1,
+        rnorm2, positives, len(r1), len(r2), layout.dim, r1.shape[1], offset, *r1.stride(),
+        *r2.stride(), layout.stride, eps, layout.fp8_scale,
+        PITCH=layout.pitch, BOTH=both, GATHERED=index is not None, SPLIT=layout.split,
+        FP8=layout.precision == "fp8", ROWS=ROWS, COLUMNS=COLUMNS, warps=4, stages=1,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["n", "offset"])
 def _positives_kernel(
-    z1,
-    z2,
-    positives,
-    n,
-    offset,
-    stride_z,
-    PITCH: tl.constexpr,
-    SPLIT: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    z1, z2, positives, n, offset, stride_z,
+    PITCH: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     offs_1 = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mask_1 = offs_1 < n
     total = tl.zeros((ROWS,), tl.float64)
@@ -219,19 +157,8 @@ def positives(layout: Layout, z1: Tensor, z2: Tensor, offset: int) -> Tensor:
     """s_ip(i) in fp64, (rows of z1,), from packed rows; p(i) = i + offset lies in z2."""
     cosines = torch.empty(len(z1), dtype=torch.float64, device=z1.device)
     launch(
-        _positives_kernel,
-        (cdiv(len(z1), ROWS),),
-        layout.elements(z1),
-        layout.elements(z2),
-        cosines,
-        len(z1),
-        offset,
-        layout.stride,
-        PITCH=layout.pitch,
-        SPLIT=layout.split,
-        ROWS=ROWS,
-        COLUMNS=COLUMNS,
-        warps=4,
-        stages=1,
-    )
+        _positives_kernel, (cdiv(len(z1), ROWS),),
+        layout.elements(z1), layout.elements(z2), cosines, len(z1), offset, layout.stride,
+        PITCH=layout.pitch, SPLIT=layout.split, ROWS=ROWS, COLUMNS=COLUMNS, warps=4, stages=1,
+    )  # fmt: skip
     return cosines

@@ -48,26 +48,10 @@ def _walk(
 
 @triton.jit(do_not_specialize=["first", "n", "k_first", "k_last", "k_extent"])
 def _product_kernel(
-    p,
-    z,
-    dz,
-    first,
-    n,
-    k_first,
-    k_last,
-    k_extent,
-    stride_p,
-    stride_z,
-    stride_dz,
-    PITCH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    ADD: tl.constexpr,
-    TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    p, z, dz, first, n, k_first, k_last, k_extent, stride_p, stride_z, stride_dz,
+    PITCH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    TRANSPOSED: tl.constexpr, ADD: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     blocks_d: tl.constexpr = tl.cdiv(PITCH, BLOCK_D)
     tile_m = tl.program_id(0) // blocks_d
     tile_d = tl.program_id(0) % blocks_d
@@ -97,17 +81,9 @@ def _product_kernel(
 
 
 def product(
-    layout: Layout,
-    p: Tensor,
-    z: Tensor,
-    dz: Tensor,
-    rows: slice,
-    inner: slice,
-    *,
-    transposed: bool,
-    add: bool,
-    tile: Tile,
-) -> None:
+    layout: Layout, p: Tensor, z: Tensor, dz: Tensor, rows: slice, inner: slice, *,
+    transposed: bool, add: bool, tile: Tile,
+) -> None:  # fmt: skip
     """dz[rows] = (or +=) op(P) z[inner]; ``p`` padded as ``weights`` leaves it, dz (., pitch)."""
     if layout.split and _library_adds(p.device, p.dtype):
         library.product(layout, p, z, dz, rows, inner, transposed=transposed, add=add)
@@ -118,30 +94,14 @@ def product(
     # The tail of z along the product must read as zero: a descriptor ends where the rows end.
     bounded = operand[: inner.stop]
     launch(
-        _product_kernel,
-        (cdiv(n, tile.rows) * cdiv(layout.pitch, tile.columns),),
-        tile_source(p, *shape, tile.tma),
-        tile_source(bounded, tile.inner, tile.columns, tile.tma),
-        dz,
-        rows.start,
-        n,
-        inner.start,
-        inner.stop,
-        extent,
-        p.stride(0),
-        operand.stride(0),
+        _product_kernel, (cdiv(n, tile.rows) * cdiv(layout.pitch, tile.columns),),
+        tile_source(p, *shape, tile.tma), tile_source(bounded, tile.inner, tile.columns, tile.tma),
+        dz, rows.start, n, inner.start, inner.stop, extent, p.stride(0), operand.stride(0),
         dz.stride(0),
-        PITCH=layout.pitch,
-        BLOCK_M=tile.rows,
-        BLOCK_D=tile.columns,
-        BLOCK_K=tile.inner,
-        TRANSPOSED=transposed,
-        ADD=add,
-        TMA=tile.tma,
-        PRECISION=layout.products,
-        warps=tile.warps,
+        PITCH=layout.pitch, BLOCK_M=tile.rows, BLOCK_D=tile.columns, BLOCK_K=tile.inner,
+        TRANSPOSED=transposed, ADD=add, TMA=tile.tma, PRECISION=layout.products, warps=tile.warps,
         stages=tile.stages,
-    )
+    )  # fmt: skip
 
 
 @cache

@@ -45,50 +45,17 @@ from .configs import Tile
 PARTS, BLOCK = 8, 64
 
 
-@triton.jit(
-    do_not_specialize=[
-        "first_fixed",
-        "n_fixed",
-        "n_moving",
-        "offset",
-        "fixed_blocks",
-        "tiles_per_share",
-    ]
-)
+@triton.jit(do_not_specialize=[
+    "first_fixed", "n_fixed", "n_moving", "offset", "fixed_blocks", "tiles_per_share",
+])  # fmt: skip
 def _sums_kernel(
-    fixed,
-    moving,
-    fixed_sum,
-    fixed_max,
-    moving_sum,
-    moving_max,
-    own,
-    fixed_ids,
-    moving_ids,
-    scale,
-    first_fixed,
-    n_fixed,
-    n_moving,
-    stride_z,
-    offset,
-    fixed_blocks,
-    tiles_per_share,
-    operand_scale,
-    D: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    MOVING: tl.constexpr,
-    BOUNDED: tl.constexpr,
-    UPPER: tl.constexpr,
-    TOP1: tl.constexpr,
-    OWN: tl.constexpr,
-    IDS: tl.constexpr,
-    SCALE_TENSOR: tl.constexpr,
-    TMA: tl.constexpr,
-    FLATTEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    fixed, moving, fixed_sum, fixed_max, moving_sum, moving_max, own, fixed_ids, moving_ids, scale,
+    first_fixed, n_fixed, n_moving, stride_z, offset, fixed_blocks, tiles_per_share, operand_scale,
+    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
+    MOVING: tl.constexpr, BOUNDED: tl.constexpr, UPPER: tl.constexpr, TOP1: tl.constexpr,
+    OWN: tl.constexpr, IDS: tl.constexpr, SCALE_TENSOR: tl.constexpr, TMA: tl.constexpr,
+    FLATTEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     block = tl.program_id(0) % fixed_blocks
     share = tl.program_id(0) // fixed_blocks
     local_f = block * BLOCK_F
@@ -195,16 +162,9 @@ def _kept(
 
 @triton.jit
 def _log_of_parts(
-    sums,
-    peaks,
-    offs,
-    mask,
-    parts,
-    stride,
-    BOUNDED: tl.constexpr,
-    PARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    sums, peaks, offs, mask, parts, stride,
+    BOUNDED: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """log of the sum of ``parts`` lines of partials at ``offs``: fp64 (BLOCK,)."""
     offs_p = tl.arange(0, PARTS)
     total = tl.zeros((BLOCK,), tl.float64)
@@ -237,17 +197,9 @@ def _add_logs(a, b):
 
 @triton.jit(do_not_specialize=["n", "parts", "stride"])
 def _fold_kernel(
-    sums,
-    peaks,
-    into,
-    n,
-    parts,
-    stride,
-    FIRST: tl.constexpr,
-    BOUNDED: tl.constexpr,
-    PARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    sums, peaks, into, n, parts, stride,
+    FIRST: tl.constexpr, BOUNDED: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < n
     found = _log_of_parts(sums, peaks, offs, mask, parts, stride, BOUNDED, PARTS, BLOCK)
@@ -258,35 +210,11 @@ def _fold_kernel(
 
 @triton.jit(do_not_specialize=["m", "n", "offset", "row_parts", "row_stride", "col_parts"])
 def _combine_kernel(
-    row_sum,
-    row_max,
-    col_sum,
-    col_max,
-    rest_row,
-    rest_col,
-    positives,
-    row_lse,
-    col_lse,
-    nll_row,
-    nll_col,
-    loss,
-    scale,
-    scale_low,
-    m,
-    n,
-    offset,
-    row_parts,
-    row_stride,
-    col_parts,
-    FOLDED: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
-    PER_ROW: tl.constexpr,
-    BOUNDED: tl.constexpr,
-    SCALE_TENSOR: tl.constexpr,
-    OWN: tl.constexpr,
-    PARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    row_sum, row_max, col_sum, col_max, rest_row, rest_col, positives, row_lse, col_lse, nll_row,
+    nll_col, loss, scale, scale_low, m, n, offset, row_parts, row_stride, col_parts,
+    FOLDED: tl.constexpr, SYMMETRIC: tl.constexpr, PER_ROW: tl.constexpr, BOUNDED: tl.constexpr,
+    SCALE_TENSOR: tl.constexpr, OWN: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     offs_c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     offs_r = offs_c - offset
     mask_c = offs_c < n
@@ -350,22 +278,10 @@ def _share(tile: Tile, blocks: int, columns: int, programs: int) -> int:
 
 
 def sums(
-    layout: Layout,
-    z1: Tensor,
-    z2: Tensor,
-    strip: slice,
-    scale,
-    offset: int,
-    tile: Tile,
-    programs: int,
-    parts,
-    own: Tensor | None,
-    *,
-    bounded: bool,
-    upper: bool,
-    tops: bool,
+    layout: Layout, z1: Tensor, z2: Tensor, strip: slice, scale, offset: int, tile: Tile,
+    programs: int, parts, own: Tensor | None, *, bounded: bool, upper: bool, tops: bool,
     ids: tuple[Tensor, Tensor] | None,
-) -> None:
+) -> None:  # fmt: skip
     """One launch: ``parts`` (``packed.Partials``) of the anchors in ``strip`` (z1) against all
     candidates (z2). ``tops``: with maxima in either form; ``own`` (M,) gets the positives' logits
     as the tiles have them, in base 2. ``ids``: int32 of all rows of z1 and of z2; where they are
@@ -379,61 +295,27 @@ def sums(
     fixed, walked = layout.operand(z1), layout.operand(z2)
     nothing = parts.row_sum
     launch(
-        _sums_kernel,
-        (blocks * len(parts.row_sum),),
+        _sums_kernel, (blocks * len(parts.row_sum),),
         tile_source(fixed, tile.rows, tile.inner, tile.tma),
-        tile_source(walked, tile.columns, tile.inner, tile.tma),
-        parts.row_sum,
-        nothing if parts.row_peak is None else parts.row_peak,
-        parts.col_sum if moving else nothing,
+        tile_source(walked, tile.columns, tile.inner, tile.tma), parts.row_sum,
+        nothing if parts.row_peak is None else parts.row_peak, parts.col_sum if moving else nothing,
         parts.col_peak if moving and parts.col_peak is not None else nothing,
-        nothing if own is None else own,
-        *(ids or (nothing, nothing)),
-        scale,
-        strip.start,
-        len(z1),
-        n,
-        fixed.stride(0),
-        offset,
-        blocks,
-        _share(tile, blocks, n, programs),
-        layout.cosine,
-        D=layout.pitch,
-        BLOCK_T=tile.columns,
-        BLOCK_F=tile.rows,
-        BLOCK_K=tile.inner,
-        MOVING=moving,
-        BOUNDED=bounded,
-        UPPER=upper,
-        TOP1=tops,
-        OWN=own is not None,
-        IDS=ids is not None,
-        SCALE_TENSOR=isinstance(scale, Tensor),
-        TMA=tile.tma,
-        FLATTEN=tile.flatten,
-        PRECISION=layout.products,
-        warps=tile.warps,
-        stages=tile.stages,
-    )
+        nothing if own is None else own, *(ids or (nothing, nothing)), scale, strip.start, len(z1),
+        n, fixed.stride(0), offset, blocks, _share(tile, blocks, n, programs), layout.cosine,
+        D=layout.pitch, BLOCK_T=tile.columns, BLOCK_F=tile.rows, BLOCK_K=tile.inner, MOVING=moving,
+        BOUNDED=bounded, UPPER=upper, TOP1=tops, OWN=own is not None, IDS=ids is not None,
+        SCALE_TENSOR=isinstance(scale, Tensor), TMA=tile.tma, FLATTEN=tile.flatten,
+        PRECISION=layout.products, warps=tile.warps, stages=tile.stages,
+    )  # fmt: skip
 
 
 def fold(sums: Tensor, peaks: Tensor | None, into: Tensor, first: bool, bounded: bool) -> None:
     """``into`` (n,) fp64 log-sums: set (``first``) or increased by the lines of ``sums``."""
     launch(
-        _fold_kernel,
-        (cdiv(len(into), BLOCK),),
-        sums,
-        sums if peaks is None else peaks,
-        into,
-        len(into),
-        *sums.shape,
-        FIRST=first,
-        BOUNDED=bounded,
-        PARTS=PARTS,
-        BLOCK=BLOCK,
-        warps=4,
-        stages=2,
-    )
+        _fold_kernel, (cdiv(len(into), BLOCK),),
+        sums, sums if peaks is None else peaks, into, len(into), *sums.shape,
+        FIRST=first, BOUNDED=bounded, PARTS=PARTS, BLOCK=BLOCK, warps=4, stages=2,
+    )  # fmt: skip
 
 
 def combine_blocks(n: int) -> int:
@@ -459,48 +341,21 @@ def combine(problem, positives: Tensor, scale, parts, rest, out, *, bounded: boo
         row_lines, row_stride = parts.row_sum.shape
         col_lines = len(buffers[2])
     launch(
-        _combine_kernel,
-        (combine_blocks(n),),
-        *buffers,
-        nothing if rest[0] is None else rest[0],
-        nothing if rest[1] is None else rest[1],
-        positives,
-        out.row_lse,
-        out.col_lse if symmetric else out.row_lse,
-        out.nll_row,
-        out.nll_col if symmetric else out.nll_row,
-        out.losses,
-        high,
-        low,
-        m,
-        n,
-        problem.row_offset,
-        row_lines,
-        row_stride,
-        col_lines,
-        FOLDED=parts is None,
-        SYMMETRIC=symmetric,
-        PER_ROW=problem.reduction == "none",
-        BOUNDED=bounded,
-        SCALE_TENSOR=tensor,
-        OWN=positives.dtype == torch.float32,
-        PARTS=PARTS,
-        BLOCK=BLOCK,
-        warps=4,
-        stages=2,
-    )
+        _combine_kernel, (combine_blocks(n),),
+        *buffers, nothing if rest[0] is None else rest[0], nothing if rest[1] is None else rest[1],
+        positives, out.row_lse, out.col_lse if symmetric else out.row_lse, out.nll_row,
+        out.nll_col if symmetric else out.nll_row, out.losses, high, low, m, n, problem.row_offset,
+        row_lines, row_stride, col_lines,
+        FOLDED=parts is None, SYMMETRIC=symmetric, PER_ROW=problem.reduction == "none",
+        BOUNDED=bounded, SCALE_TENSOR=tensor, OWN=positives.dtype == torch.float32, PARTS=PARTS,
+        BLOCK=BLOCK, warps=4, stages=2,
+    )  # fmt: skip
 
 
 def total(losses: Tensor, loss: Tensor, factor: float) -> None:
     """One launch: ``loss`` (0-dim) = sum of ``losses`` / factor, in a fixed order."""
     launch(
-        _total_kernel,
-        (1,),
-        losses,
-        loss,
-        len(losses),
-        factor,
-        BLOCK=1024,
-        warps=4,
-        stages=1,
-    )
+        _total_kernel, (1,),
+        losses, loss, len(losses), factor,
+        BLOCK=1024, warps=4, stages=1,
+    )  # fmt: skip

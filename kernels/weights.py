@@ -44,28 +44,11 @@ REST = tl.constexpr(LO_SCALE)
 
 @triton.jit(do_not_specialize=["m", "n", "offset"])
 def _factors_kernel(
-    upstream,
-    largest,
-    row_lse,
-    col_lse,
-    nll_row,
-    nll_col,
-    row_factor,
-    col_factor,
-    row_shift,
-    col_shift,
-    diagonal,
-    m,
-    n,
-    offset,
-    store,
-    unit,
-    PER_ROW: tl.constexpr,
-    RELATIVE: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
-    BOUNDED: tl.constexpr,
+    upstream, largest, row_lse, col_lse, nll_row, nll_col, row_factor, col_factor, row_shift,
+    col_shift, diagonal, m, n, offset, store, unit,
+    PER_ROW: tl.constexpr, RELATIVE: tl.constexpr, SYMMETRIC: tl.constexpr, BOUNDED: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     offs_c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     offs_r = offs_c - offset
     mask_c = offs_c < n
@@ -116,38 +99,12 @@ def _grouped(pid, blocks_m, blocks_n, GROUP: tl.constexpr):
     do_not_specialize=["first_m", "first_n", "last_m", "last_n", "offset", "blocks_m", "blocks_n"]
 )
 def _weights_kernel(
-    z1,
-    z2,
-    row_factor,
-    col_factor,
-    row_shift,
-    col_shift,
-    out,
-    row_ids,
-    col_ids,
-    scale,
-    first_m,
-    first_n,
-    last_m,
-    last_n,
-    stride_z,
-    stride_out,
-    offset,
-    blocks_m,
-    blocks_n,
-    operand_scale,
-    D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
-    BOUNDED: tl.constexpr,
-    IDS: tl.constexpr,
-    SCALE_TENSOR: tl.constexpr,
-    TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    z1, z2, row_factor, col_factor, row_shift, col_shift, out, row_ids, col_ids, scale, first_m,
+    first_n, last_m, last_n, stride_z, stride_out, offset, blocks_m, blocks_n, operand_scale,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr, SYMMETRIC: tl.constexpr, BOUNDED: tl.constexpr, IDS: tl.constexpr,
+    SCALE_TENSOR: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     tile_m, tile_n = _grouped(tl.program_id(0), blocks_m, blocks_n, GROUP)
     start_m = first_m + tile_m * BLOCK_M
     start_n = first_n + tile_n * BLOCK_N
@@ -197,38 +154,21 @@ def _weights_kernel(
 
 
 def factors(
-    layout: Layout, problem, saved, upstream: Tensor, largest: Tensor | None, bounded: bool
+    layout: Layout, problem, saved, upstream: Tensor, divisor: Tensor | None, bounded: bool
 ) -> Factors:
-    """One launch. ``upstream`` counts for reduction "none" only, else weights are 1; ``largest``,
+    """One launch. ``upstream`` counts for reduction "none" only, else weights are 1; ``divisor``,
     0-dim, is what they are divided by, None for 1."""
     record = Factors(problem.rows, problem.candidates, problem.symmetric, bounded, upstream.device)
     launch(
-        _factors_kernel,
-        (cdiv(problem.candidates, BLOCK),),
-        upstream,
-        upstream if largest is None else largest,
-        saved.row_lse,
-        saved.col_lse if problem.symmetric else saved.row_lse,
-        saved.nll_row,
-        saved.nll_col if problem.symmetric else saved.nll_row,
-        record.row,
-        record.col,
-        record.row_shift,
-        record.col_shift,
-        record.diagonal,
-        problem.rows,
-        problem.candidates,
-        problem.row_offset,
-        STORE,
-        layout.unit,
-        PER_ROW=problem.reduction == "none",
-        RELATIVE=largest is not None,
-        SYMMETRIC=problem.symmetric,
-        BOUNDED=bounded,
-        BLOCK=BLOCK,
-        warps=4,
-        stages=1,
-    )
+        _factors_kernel, (cdiv(problem.candidates, BLOCK),),
+        upstream, upstream if divisor is None else divisor, saved.row_lse,
+        saved.col_lse if problem.symmetric else saved.row_lse, saved.nll_row,
+        saved.nll_col if problem.symmetric else saved.nll_row, record.row, record.col,
+        record.row_shift, record.col_shift, record.diagonal, problem.rows, problem.candidates,
+        problem.row_offset, STORE, layout.unit,
+        PER_ROW=problem.reduction == "none", RELATIVE=divisor is not None,
+        SYMMETRIC=problem.symmetric, BOUNDED=bounded, BLOCK=BLOCK, warps=4, stages=1,
+    )  # fmt: skip
     return record
 
 
@@ -241,57 +181,24 @@ def padded(rows: slice, columns: slice, tile: Tile) -> tuple[int, int]:
 
 
 def weights(
-    layout: Layout,
-    z1: Tensor,
-    z2: Tensor,
-    factors: Factors,
-    scale,
-    offset: int,
-    rows: slice,
-    columns: slice,
-    out: Tensor,
-    tile: Tile,
-    mirror: bool = False,
-) -> Tensor:
+    layout: Layout, z1: Tensor, z2: Tensor, factors: Factors, scale, offset: int, rows: slice,
+    columns: slice, out: Tensor, tile: Tile, mirror: bool = False,
+) -> Tensor:  # fmt: skip
     """One launch: the super-block ``rows`` x ``columns`` of P into ``out``'s memory, padded.
     ``mirror`` says that it is symmetric, of which no use is made here."""
     height, width = padded(rows, columns, tile)
     block = layout.elements(out)[: height * width * layout.parts].view(height, -1)
     a, b = layout.operand(z1), layout.operand(z2)
     launch(
-        _weights_kernel,
-        (height // tile.rows * (width // tile.columns),),
+        _weights_kernel, (height // tile.rows * (width // tile.columns),),
         tile_source(a, tile.rows, tile.inner, tile.tma),
-        tile_source(b, tile.columns, tile.inner, tile.tma),
-        factors.row,
-        factors.col,
-        factors.row_shift,
-        factors.col_shift,
-        block,
-        *(factors.ids or (factors.row, factors.row)),
-        scale,
-        rows.start,
-        columns.start,
-        rows.stop,
-        columns.stop,
-        a.stride(0),
-        block.shape[1],
-        offset,
-        height // tile.rows,
-        width // tile.columns,
-        layout.cosine,
-        D=layout.pitch,
-        BLOCK_M=tile.rows,
-        BLOCK_N=tile.columns,
-        BLOCK_K=tile.inner,
-        GROUP=tile.group,
-        SYMMETRIC=factors.symmetric,
-        BOUNDED=factors.bounded,
-        IDS=factors.ids is not None,
-        SCALE_TENSOR=isinstance(scale, Tensor),
-        TMA=tile.tma,
-        PRECISION=layout.products,
-        warps=tile.warps,
-        stages=tile.stages,
-    )
+        tile_source(b, tile.columns, tile.inner, tile.tma), factors.row, factors.col,
+        factors.row_shift, factors.col_shift, block, *(factors.ids or (factors.row, factors.row)),
+        scale, rows.start, columns.start, rows.stop, columns.stop, a.stride(0), block.shape[1],
+        offset, height // tile.rows, width // tile.columns, layout.cosine,
+        D=layout.pitch, BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.inner,
+        GROUP=tile.group, SYMMETRIC=factors.symmetric, BOUNDED=factors.bounded,
+        IDS=factors.ids is not None, SCALE_TENSOR=isinstance(scale, Tensor), TMA=tile.tma,
+        PRECISION=layout.products, warps=tile.warps, stages=tile.stages,
+    )  # fmt: skip
     return block

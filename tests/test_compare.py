@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -96,7 +97,16 @@ def test_what_is_run(whole):
     assert plan.trainings + 4 == RUNS
     for name, result in results.items():
         assert not result["diverged"] and ("held_out" in result) == name.endswith("search")
-        assert ("accuracy" in result) != name.endswith("search")  # a search sees no test part
+        assert name in ("pixels-seed1", "pixels-seed2") or "sub-vector" in result["accuracy"]
+        assert bool(result.get("trace")) == (
+            name
+            in (
+                "directclr-seed1-rate0.002",
+                "random-seed1-rate0.002",
+                "directclr-seed1-rate0.0005",
+                "random-seed1-rate0.0005",
+            )
+        )
         assert len(result.get("loss", [0] * 12)) == 12
     rows = numbers["rows"]
     assert list(rows) == ["directclr", "random", "untrained", "pixels"]
@@ -134,11 +144,11 @@ def test_the_report_has_every_table_and_figure(whole):
     out, numbers = whole
     text = (out / "report.md").read_text()
     names = {path.name for path in out.glob("*.png")}
-    assert names == {"accuracy.png", "spectra.png", "dims.png", "agreement.png"}
+    assert names == {"accuracy.png", "spectra.png", "dims.png", "mechanism.png", "agreement.png"}
     assert set(re.findall(r"!\[.*\]\((.+)\)", text)) == names
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    # Heads and rules, modes, measures, d0, kinds of agreement, searches.
-    assert len(lines) == 5 * 2 + 4 + 2 + 2 + 4 + 2
+    # Heads and rules, modes, measures, d0, differences, kinds of agreement, searches.
+    assert len(lines) == 6 * 2 + 4 + 2 + 2 + 4 + 4 + 2
     assert len({line.count("|") for line in report.table(numbers).splitlines()}) == 1
     linear = numbers["rows"]["directclr"]["accuracy"]["r"]["linear"]
     assert f"| {report._percent(linear)} |" in text
@@ -240,7 +250,7 @@ def test_an_interrupted_training_resumes_from_its_checkpoint(tmp_path, one_threa
     from directclr_fast.train.supervise import TrainingStopped
 
     plan = compare.plan(**TINY)
-    run = Run("directclr", 1, 2e-3, rounded=True, keep=True)
+    run = Run("directclr", 1, 2e-3, rounded=True, keep=True, watch=True)
     steps = []
 
     def stop(record):
@@ -332,7 +342,12 @@ def test_every_mode_has_the_same_settings_and_rates():
     assert searched == {plan.rates}
     assert plan.trainings == 9 * 3 + 9 * 3 + 4 * 3 + 2 * 3
     quick = compare.plan(data_spec="patches", device="cpu", quick=True)
-    assert quick.settings["max_steps"] == 20 and len(quick.seeds) == len(quick.rates) == 2
+    assert quick.modes == ("directclr", "baseline") and quick.settings["epochs"] == 1
+    assert quick.trainings == len(quick.known({})) - 2 * 3 == 2 * 3
+    real = compare.plan(data_spec="fashion-mnist", device="cpu")
+    assert (
+        real.trainings == 9 * (3 + 5) + 2 * 3 + 4 * 3 and real.settings["encoder"] == "small-deep"
+    )
 
 
 def test_default_set(monkeypatch, tmp_path):
@@ -345,22 +360,37 @@ def test_default_set(monkeypatch, tmp_path):
 VERDICTS = ("above", "below", "undecided")
 
 
-def values(mean, deviation=0.01):
-    return report.spread([mean - deviation, mean, mean + deviation])
+def values(mean, deviation=0.01, turn=0):
+    """Of three seeds, spread in an order of their own."""
+    of = [mean - deviation, mean, mean + deviation]
+    return report.spread(of[turn:] + of[:turn])
 
 
 def row(linear):
-    return {"accuracy": {"r": {"linear": values(linear), "knn": values(linear)}}}
+    of = values(linear, turn=round(1e3 * linear) % 3)
+    return {"accuracy": {"r": {"linear": of, "knn": of}}}
 
 
 def test_verdict():
-    assert report.verdict(values(0.70), values(0.60)) == "above"
-    assert report.verdict(values(0.60), values(0.70)) == "below"
-    assert report.verdict(values(0.61), values(0.60)) == "undecided"
-    assert report.verdict(values(0.9), report.spread([0.1])) == "undecided"  # one run has no chance
-    # Two standard errors of 0.01 sqrt(2 / 3) each are not enough, 2.78 are.
-    assert report.verdict(values(0.60 + 2.7 * 0.01 * (2 / 3) ** 0.5), values(0.60)) == "undecided"
-    assert report.verdict(values(0.60 + 2.9 * 0.01 * (2 / 3) ** 0.5), values(0.60)) == "above"
+    """Paired by seed: what both have in common is no chance."""
+    assert report.verdict(values(0.70), values(0.60, turn=1)) == "above"
+    assert report.verdict(values(0.60), values(0.70, turn=1)) == "below"
+    assert report.verdict(values(0.61), values(0.60, turn=1)) == "undecided"
+    assert report.verdict(values(0.601), values(0.60)) == "above"
+    assert report.verdict(values(0.9), report.spread([0.1])) == "undecided"  # no pairs
+    assert report.verdict(report.spread([0.9]), report.spread([0.1])) == "undecided"
+    # Differences of mean m and deviation 0.01 sqrt(3): 4.30 standard errors of 0.01 are needed.
+    assert report.verdict(values(0.60 + 0.0429), values(0.60, turn=1)) == "undecided"
+    assert report.verdict(values(0.60 + 0.0431), values(0.60, turn=1)) == "above"
+
+
+def test_t_table():
+    """Student's t against the density's integral, computed here."""
+    for n, t in report._T.items():
+        nu, x = n - 1, torch.linspace(0, t, 200_001, dtype=torch.float64)
+        log = math.lgamma((nu + 1) / 2) - math.lgamma(nu / 2) - math.log(nu * math.pi) / 2
+        density = math.exp(log) * (1 + x.square() / nu) ** (-(nu + 1) / 2)
+        assert 2 * torch.trapezoid(density, x) == pytest.approx(0.95, abs=4e-4)
 
 
 def test_order_follows_the_numbers():
@@ -398,6 +428,7 @@ def test_what_diverged_is_in_the_table():
     ("--data imagenet", "data: expected one of digits, patches, .*, got 'imagenet'"),
     ("--data fake --epochs 0", "epochs: expected at least 1, got 0"),
     ("--data fake --jobs 0", "jobs: expected at least 1, got 0"),
+    ("--data fake --dims 22 300", "dims: expected 1 to 256 .the encoder's width., got 300"),
     ("--data fake --encoder vgg", "encoder: expected one of resnet18, .*, got 'vgg'"),
 ])  # fmt: skip
 def test_errors(flags, text, tmp_path, capsys):

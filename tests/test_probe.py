@@ -156,11 +156,11 @@ def test_encode_keeps_the_order_and_the_encoder():
     assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
     assert features.shape == (50, 256) and not features.requires_grad
     with torch.no_grad():
-        want = encoder.eval()(views.plain(images.images, 8))
+        want = encoder.eval()(views.for_evaluation(images.images, 8))
     # Rounding is relative to what is averaged, not to what is left of it.
     torch.testing.assert_close(features, want, rtol=1e-4, atol=1e-5 * want.max().item())
     pixels, _ = probe.encode(None, images, 8, batch_size=16)
-    torch.testing.assert_close(pixels, views.plain(images.images, 8).flatten(1))
+    torch.testing.assert_close(pixels, views.for_evaluation(images.images, 8).flatten(1))
 
 
 def test_load_features():

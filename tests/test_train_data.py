@@ -494,12 +494,11 @@ def test_order_depends_on_seed_and_epoch_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize(("drop_last", "sizes"), [(True, [32] * 3), (False, [32, 32, 32, 4])])
-def test_epoch_is_the_permutation_in_pieces(drop_last, sizes):
-    sampler = data.EpochSampler(100, 32, drop_last=drop_last)
+def test_epoch_is_the_permutation_in_pieces():
+    sampler = data.EpochSampler(100, 32)
     batches = list(sampler)
-    assert [len(b) for b in batches] == sizes and len(sampler) == len(sizes)
-    assert torch.equal(torch.cat(batches), sampler.order(0)[: sum(sizes)])
+    assert [len(b) for b in batches] == [32] * 3 and len(sampler) == 3
+    assert torch.equal(torch.cat(batches), sampler.order(0)[:96])
     assert sampler.position == 0  # reading ahead moves nothing
 
 
@@ -528,12 +527,12 @@ def test_sampler_refuses_the_place_of_another_order(changed, said):
         other.load_state_dict(state)
 
 
-@pytest.mark.parametrize(("world", "drop_last"), [(2, True), (3, True), (2, False)])
-def test_ranks_together_see_what_one_process_sees(world, drop_last):
-    args = (50, 8, 3, drop_last)
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_together_see_what_one_process_sees(world):
+    args = (50, 8, 3)
     whole = list(data.EpochSampler(*args))
     parts = [list(data.EpochSampler(*args, rank=r, world_size=world)) for r in range(world)]
-    assert len(whole) == (6 if drop_last else 7)
+    assert len(whole) == 6
     for k, batch in enumerate(whole):
         assert torch.equal(torch.cat([p[k] for p in parts]), batch)
         assert {len(p[k]) for p in parts} <= {len(batch) // world, -(-len(batch) // world)}
@@ -549,10 +548,6 @@ def test_ranks_together_see_what_one_process_sees(world, drop_last):
         (dict(n=10, batch_size=0), "batch size: expected at least 1, got 0"),
         (dict(n=10, batch_size=4, rank=2, world_size=2), "rank: expected 0 to 1, got 2"),
         (dict(n=10, batch_size=2, world_size=3), "expected at least the 3 ranks, got 2"),
-        (
-            dict(n=13, batch_size=4, world_size=2, drop_last=False),
-            "expected at least the 2 ranks, got 4 and a last one of 1",
-        ),
     ],
 )
 def test_sampler_errors(args, text):

@@ -23,7 +23,7 @@ from directclr_fast.train import encoders
     ],
 )
 def test_representation(name, channels, size, width, image_size):
-    if name != "small":
+    if not name.startswith("small"):
         pytest.importorskip("torchvision")
     torch.manual_seed(0)
     model = encoders.build(name, channels=channels, image_size=image_size)
@@ -65,8 +65,21 @@ def test_residual_branches_start_at_zero():
     pytest.importorskip("torchvision")
     model = encoders.build("resnet50", image_size=32)
     assert not any(block.bn3.weight.any() for block in model.layer1)
-    small = encoders.build("small")
-    assert not any(block.branch[-1].weight.any() for block in small.blocks)
+    for name in ("small", "small-deep"):
+        small = encoders.build(name)
+        assert not any(block.branch[-1].weight.any() for block in small.blocks)
+
+
+def test_the_last_shortcut_is_the_identity_or_cut():
+    deep, cut = (
+        encoders.build(f"small-{kind}", channels=1, image_size=8) for kind in ("deep", "cut")
+    )
+    assert len(deep.blocks) == len(cut.blocks) == 5 and not [*deep.blocks[-1].shortcut.parameters()]
+    h = torch.rand(2, 256, 2, 2)
+    assert torch.equal(deep.blocks[-1](h), h)
+    branch = cut.blocks[-1].branch
+    assert torch.equal(cut.blocks[-1](h), branch(h).relu()) and branch(h).std() > 0.1
+    assert [*deep.state_dict()] == [*cut.state_dict()]
 
 
 def test_untrained_small_encoder_sees_the_whole_image():

@@ -162,11 +162,11 @@ def test_identity_parameters_give_the_image_back():
         "sigma": torch.zeros(4),
         "solarise": torch.zeros(4, dtype=torch.bool),
     }
-    close(view.apply(x, p), views.plain(x), atol=1e-5)
+    close(view.apply(x, p), views.for_evaluation(x), atol=1e-5)
     view = views.make_views("affine", 32).first
     theta = torch.eye(2, 3).expand(4, 2, 3)
     p = {"theta": theta, "factor": torch.ones(4), "noise": torch.zeros(4, 3, 32, 32)}
-    close(view.apply(x, p), views.plain(x), atol=1e-5)
+    close(view.apply(x, p), views.for_evaluation(x), atol=1e-5)
 
 
 # ---------------------------------------------------------------- the parameters
@@ -340,10 +340,10 @@ def test_float_images_are_taken_as_they_are():
 
 def test_autocast_does_not_reach_the_views():
     x, make = images(4, 3, 32), views.make_views("small", 32)
-    want, evaluation = make(x, generator())[0], views.plain(x, 24)
+    want, evaluation = make(x, generator())[0], views.for_evaluation(x, 24)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(make(x, generator())[0], want)
-        assert torch.equal(views.plain(x, 24), evaluation)
+        assert torch.equal(views.for_evaluation(x, 24), evaluation)
 
 
 @pytest.mark.parametrize("preset", ["small", "affine"])
@@ -357,8 +357,8 @@ def test_apply_compiles_whole(preset):
 def test_normalised_with_imagenets_numbers():
     x = images(2, 3, 8)
     want = tv.normalize(x / 255, views.MEAN, views.STD)
-    close(views.plain(x), want)
-    close(views.plain(x[:, :1]), (x[:, :1] / 255 - 0.449) / 0.226)
+    close(views.for_evaluation(x), want)
+    close(views.for_evaluation(x[:, :1]), (x[:, :1] / 255 - 0.449) / 0.226)
 
 
 @pytest.mark.parametrize(
@@ -370,7 +370,7 @@ def test_plain_cuts_the_centre(h, w, size, side):
     top, left = (h - side) // 2, (w - side) // 2
     cut = (x / 255)[:, :, top : top + side, left : left + side]
     want = tv.resize(cut, [size, size], BICUBIC, antialias=True).clamp(0, 1)
-    got = views.plain(x, size)
+    got = views.for_evaluation(x, size)
     close(got, tv.normalize(want, views.MEAN, views.STD), atol=1e-4)
     assert got.is_contiguous()
 
@@ -390,7 +390,7 @@ def test_bad_input_gets_a_sentence():
     ):
         make(images(2, 3, 8).long(), generator())
     with pytest.raises(ValueError, match=r"images: expected shape \(B, C, H, W\), got \(3, 8, 8\)"):
-        views.plain(images(2, 3, 8)[0])
+        views.for_evaluation(images(2, 3, 8)[0])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -474,7 +474,7 @@ def test_superblocks_fit_the_workspace(size, workspace):
     tile = stages._tile("weights", layout, torch.device("cpu"))
     rows, columns = stages._superblock(asked, layout, tile)
     assert rows % tile.rows == 0 and columns % tile.columns == 0
-    limit = backend.DEFAULT_WORKSPACE_BYTES if workspace is None else workspace
+    limit = stages.workspace(asked)
     assert 2 * rows * columns <= max(limit, 2 * tile.rows * tile.columns)
 
 
@@ -482,12 +482,12 @@ def test_superblocks_fit_the_workspace(size, workspace):
 def test_product_tiles_divide_the_padding_of_weight_tiles(arch):
     """``products`` reads P in its own tiles without a mask along the padding."""
     for itemsize in (2, 4, configs.HI_LO):
-        for plain in (True, False):
-            outer = configs.tile("weights", arch, itemsize, plain)
+        for crowded in (False, True):
+            outer = configs.tile("weights", arch, itemsize, crowded)
             inner = configs.tile("products", arch, itemsize)
             assert outer.rows % inner.rows == 0 and outer.columns % inner.rows == 0
             assert outer.rows % inner.inner == 0 and outer.columns % inner.inner == 0
-            assert 64 % configs.tile("sums", arch, itemsize, plain).inner == 0
+            assert 64 % configs.tile("sums", arch, itemsize, crowded).inner == 0
 
 
 def test_a_column_outside_the_row_reads_nan_and_is_not_written(monkeypatch):  # A21

@@ -20,17 +20,8 @@
 
 namespace directclr::DCLR_ISA {
 
-// Scratch of one thread: sizes follow the problem where it is smaller than a block.
-struct Extent {
-  int64_t nc, mc, wide;
-};
-DCLR_INLINE Extent extent(int64_t m, int64_t n, int64_t pitch) {
-  return {smaller(NC, round_up(n, NR)), smaller(MC, round_up(m, MR)), round_up(pitch, NR) + VL};
-}
-
 static int64_t fp32_scratch_bytes(int64_t m, int64_t n, int64_t pitch) {
-  const Extent e = extent(m, n, pitch);
-  return 4 * (2 * MC * NC + (2 * e.nc + e.mc + MR) * e.wide + 3 * NC) + 8 * 64;
+  return scratch_at(nullptr, m, n, pitch).bytes;
 }
 
 static int64_t keep_panel_floats(int64_t n) { return round_up(n, NR) * MR; }
@@ -53,19 +44,9 @@ constexpr auto scratch_bytes = fp32_scratch_bytes;
 constexpr const TileKernels* kTiles = nullptr;
 #endif
 
-// Cuts up a thread's scratch, in whole cache lines.
-struct Arena {
-  char* next;
-  inline __attribute__((always_inline)) float* floats(int64_t count) {
-    float* r = reinterpret_cast<float*>(next);
-    next += round_up(4 * count, 64);
-    return r;
-  }
-};
-
 template <class T>
 static void sums_with(const Sums& args, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
-                    double* col_sum, double* col_ref, float* col_top, const SumsScratch& s) {
+                    double* col_sum, double* col_ref, float* col_top, const Scratch& s) {
   const auto run = args.bounded ? (args.row_top ? sums_of<T, true, true> : sums_of<T, true, false>)
                                 : (args.row_top ? sums_of<T, false, true> : sums_of<T, false, false>);
   run(args, i0, i1, j0, j1, col_sum, col_ref, col_top, s);
@@ -82,15 +63,7 @@ static void sums(const Sums& args, int64_t i0, int64_t i1, int64_t j0, int64_t j
   };
   if (with_kind(args.pair.operands, on_tiles)) return;
 #endif
-  Arena arena{static_cast<char*>(scratch)};
-  const Extent e = extent(args.pair.m, args.pair.n, args.pair.pitch);
-  SumsScratch s;
-  s.tiles = arena.floats(MC * NC);
-  s.columns = arena.floats(e.nc * e.wide);
-  s.row_copy = arena.floats(MR * e.wide);
-  s.col_sum = arena.floats(NC);
-  s.col_ref = arena.floats(NC);
-  s.col_top = arena.floats(NC);
+  const Scratch s = scratch_at(scratch, args.pair.m, args.pair.n, args.pair.pitch);
   const auto run = kHasBf16 && args.pair.operands == kBf16 ? sums_with<Bf16> : sums_with<Fp32>;
   run(args, i0, i1, j0, j1, col_sum, col_ref, col_top, s);
 }
@@ -105,15 +78,7 @@ static void products(const Products& args, int64_t i0, int64_t i1, int64_t j0, i
   };
   if (with_kind(args.pair.operands, on_tiles)) return;
 #endif
-  Arena arena{static_cast<char*>(scratch)};
-  const Extent e = extent(args.pair.m, args.pair.n, args.pair.pitch);
-  ProductsScratch s;
-  s.tiles = arena.floats(MC * NC);
-  s.g = arena.floats(MC * NC);
-  s.columns = arena.floats(e.nc * e.wide);
-  s.rows2 = arena.floats(e.nc * e.wide);
-  s.rows1 = arena.floats(e.mc * e.wide);
-  s.row_copy = arena.floats(MR * e.wide);
+  const Scratch s = scratch_at(scratch, args.pair.m, args.pair.n, args.pair.pitch);
   const auto run = kHasBf16 && args.pair.operands == kBf16 ? products_of<Bf16> : products_of<Fp32>;
   run(args, i0, i1, j0, j1, s);
 }

@@ -7,7 +7,7 @@ namespace directclr::DCLR_ISA {
 
 // dz1 += G z2 for the rows of the block.
 template <class T>
-DCLR_INLINE void add_G_z2(const Products& args, const Block& b, const ProductsScratch& s) {
+DCLR_INLINE void add_G_z2(const Products& args, const Block& b, const Scratch& s) {
   const int64_t pitch = args.pair.pitch, d = args.pair.d;
   const int64_t panel = panel_words<T>(b), inner = round_up(b.nc, MR);
   for (int64_t c = 0; c < d; c += NR) {
@@ -22,7 +22,7 @@ DCLR_INLINE void add_G_z2(const Products& args, const Block& b, const ProductsSc
 
 // dz2 += G' z1 for the columns of the block.
 template <class T>
-DCLR_INLINE void add_Gt_z1(const Products& args, const Block& b, const ProductsScratch& s) {
+DCLR_INLINE void add_Gt_z1(const Products& args, const Block& b, const Scratch& s) {
   const int64_t pitch = args.pair.pitch, d = args.pair.d;
   const int64_t panel = panel_words<T>(b), inner = round_up(b.mc, MR);
   pack_rows<T>(args.pair.z1 + b.i0 * pitch, pitch, d, b.mc, inner / T::PACK, s.rows1);
@@ -38,7 +38,7 @@ DCLR_INLINE void add_Gt_z1(const Products& args, const Block& b, const ProductsS
 
 template <class T>
 static void products_of(const Products& args, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
-                        const ProductsScratch& s) {
+                        const Scratch& s) {
   const Pair& pair = args.pair;
   const int64_t pitch = pair.pitch, d = pair.d;
   const int64_t ld = round_up((d + T::PACK - 1) / T::PACK, VL);

@@ -13,6 +13,36 @@ namespace directclr::DCLR_ISA {
 
 constexpr int64_t kTile = MR * NR;
 
+// A thread's, in whole cache lines; sizes follow the problem where it is smaller than a block.
+struct Scratch {
+  float *tiles, *g;                    // MC x NC: partial tiles; G (bf16: two halves)
+  float *columns, *rows2, *rows1;      // x pitch: NC of z2 for S and for G z2, MC of z1 for G' z1
+  float* row_copy;                     // MR x pitch
+  float *col_sum, *col_ref, *col_top;  // NC
+  int64_t bytes;
+
+  // Of bf16, the copy of G with pairs along i.
+  inline __attribute__((always_inline)) float* g2() const { return g + MC * NC / 2; }
+};
+
+static Scratch scratch_at(void* at, int64_t m, int64_t n, int64_t pitch) {
+  const int64_t nc = smaller(NC, round_up(n, NR)), mc = smaller(MC, round_up(m, MR));
+  const int64_t wide = round_up(pitch, NR) + VL;
+  char* next = static_cast<char*>(at);
+  const auto floats = [&](int64_t count) {
+    float* r = reinterpret_cast<float*>(next);
+    next += round_up(4 * count, 64);
+    return r;
+  };
+  Scratch s{};
+  s.tiles = floats(MC * NC), s.g = floats(MC * NC);
+  s.columns = floats(nc * wide), s.rows2 = floats(nc * wide), s.rows1 = floats(mc * wide);
+  s.row_copy = floats(MR * wide);
+  s.col_sum = floats(NC), s.col_ref = floats(NC), s.col_top = floats(NC);
+  s.bytes = next - static_cast<char*>(at);
+  return s;
+}
+
 // Words of k that are added up one after another before they join the tile. The error of a sum is
 // made where it is large, so c chains err about 1 / c as much as one. Where they are cut depends on d
 // alone: equal rows have equal products, wherever they stand.

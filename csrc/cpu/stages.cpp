@@ -128,27 +128,11 @@ struct Schedule {
 
 Pair make_pair(const SimilarityArgs& s) {
   const double scale = s.scale * kLog2e;
-  Pair p;
-  p.z1 = s.z1;
-  p.z2 = s.z2;
-  p.m = s.m;
-  p.n = s.n;
-  p.d = s.d;
-  p.pitch = pitch(s.d);
-  p.row_offset = s.row_offset;
-  p.upper = s.upper;
-  p.operands = kFp32;  // until Arithmetic has chosen
-  p.scale_hi = float(scale);
-  p.scale_lo = float(scale - double(p.scale_hi));
-  p.scale = s.scale;
-  p.scale1 = p.scale2 = nullptr;
-  p.ids1 = s.ids1;
-  p.ids2 = s.ids2;
-  p.logits = nullptr;
-  p.own = nullptr;
-  p.keep = static_cast<float*>(s.workspace);
-  p.keep_panels = 0;
-  return p;
+  const float high = float(scale);
+  return {s.z1, s.z2, s.m, s.n, s.d, pitch(s.d), s.row_offset, s.upper,
+          kFp32,  // until Arithmetic has chosen
+          high, float(scale - double(high)), nullptr, nullptr, s.ids1, s.ids2, s.scale, nullptr,
+          nullptr, static_cast<float*>(s.workspace), 0};
 }
 
 bool bounded(const SimilarityArgs& s) {

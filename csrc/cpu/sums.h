@@ -97,18 +97,9 @@ DCLR_INLINE void fold_row(vf sum, vf ref, double& to_sum, double& to_ref) {
   }
 }
 
-struct SumsScratch {
-  float* columns;   // NC x pitch
-  float* tiles;     // MC x NC
-  float* row_copy;  // MR x pitch
-  float* col_sum;   // NC
-  float* col_ref;   // NC
-  float* col_top;   // NC
-};
-
 template <class T, bool BOUNDED, bool TOP>
 static void sums_of(const Sums& args, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
-                    double* col_sum, double* col_ref, float* col_top, const SumsScratch& s) {
+                    double* col_sum, double* col_ref, float* col_top, const Scratch& s) {
   const Pair& pair = args.pair;
   const vf hi = splat(pair.scale_hi), lo = splat(pair.scale_lo);
   const int64_t ld = round_up((pair.d + T::PACK - 1) / T::PACK, VL);

@@ -1,7 +1,7 @@
-// Every body of the kernels against the formula in plain double loops, on buffers of exactly the
-// stated sizes: the program that csrc/sanitize.sh runs under AddressSanitizer and
-// UndefinedBehaviorSanitizer. The tests of accuracy are in tests/test_native_kernels.py; here a
-// wrong index must not go unseen.
+// Every body of the kernels on buffers of exactly the stated sizes: the program that csrc/sanitize.sh
+// runs under AddressSanitizer and UndefinedBehaviorSanitizer, or ThreadSanitizer. Similarities are held
+// to double loops, a step to what its gradients promise; the tests of accuracy are in
+// tests/test_native_kernels.py.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -33,16 +33,6 @@ struct Case {
   Operands operands = kFp32;
 };
 
-double worst(const Floats& got, const std::vector<double>& truth) {
-  double size = 1e-30, off = 0;
-  for (double t : truth) size = std::max(size, std::fabs(t));
-  for (size_t i = 0; i < got.size(); ++i) {
-    const double e = std::fabs(double(got[i]) - truth[i]);
-    off = e <= off ? off : e;  // keeps a NaN
-  }
-  return off / size;
-}
-
 void run_case(const Case& c) {
   const char* isa = kernels().name;
   const int64_t m = c.m, n = c.n, d = c.d, p = pitch(d), width = d + 3;
@@ -57,7 +47,7 @@ void run_case(const Case& c) {
     }
   }
   Floats z1(m * p), z2(n * p), rnorm1(m), rnorm2(n), dz1(m * p), dz2(n * p), g1(m * width),
-      g2(n * width), nll_row(m);
+      g2(n * width);
   std::vector<double> logits(m), row_lse(m), col_lse(n), diagonal(m), wr(m), wc(n);
   for (double& v : wr) v = std::fabs(normal(random));
   for (double& v : wc) v = std::fabs(normal(random));
@@ -106,7 +96,6 @@ void run_case(const Case& c) {
   for (int64_t i = 0; i < m; ++i) {
     const double nll = std::log1p(std::exp(log_sum(rows, i, m) - logits[i]));
     const double nll_col = std::log1p(std::exp(col_lse[c.offset + i] - logits[i]));
-    nll_row[i] = float(nll);
     row_lse[i] = logits[i] + nll;
     col_lse[c.offset + i] = logits[i] + nll_col;
     diagonal[i] = a * (wr[i] * std::expm1(-nll) + wc[c.offset + i] * std::expm1(-nll_col));
@@ -122,63 +111,9 @@ void run_case(const Case& c) {
   double dots[2];
   finish({z1.data(), dz1.data(), rnorm1.data(), d, p, 1e12f, o1, width, true}, m, &dots[0], team);
   finish({z2.data(), dz2.data(), rnorm2.data(), d, p, 1e12f, o2, width, true}, n, &dots[1], team);
-
-  const auto unit = [&](const Floats& x, int64_t rows) {
-    std::vector<double> z(rows * d);
-    for (int64_t i = 0; i < rows; ++i) {
-      double q = 0;
-      for (int64_t k = 0; k < d; ++k) q += double(x[i * width + k]) * x[i * width + k];
-      for (int64_t k = 0; k < d; ++k) z[i * d + k] = x[i * width + k] / std::sqrt(q);
-    }
-    return z;
-  };
-  const std::vector<double> u1 = unit(x1, m), u2 = unit(x2, n);
-  // r and q without the positives: 1 - p would cancel even in double.
-  std::vector<double> e(m * n), r(m), q(n), nll(m);
-  for (int64_t i = 0; i < m; ++i) {
-    for (int64_t j = 0; j < n; ++j) {
-      double s = 0;
-      for (int64_t k = 0; k < d; ++k) s += u1[i * d + k] * u2[j * d + k];
-      e[i * n + j] = std::exp(a * (s - 1));
-      if (j == c.offset + i) continue;
-      r[i] += e[i * n + j];
-      q[j] += e[i * n + j];
-    }
-    nll[i] = std::log1p(r[i] / e[i * n + c.offset + i]);
+  for (const Floats& g : {g1, g2}) {
+    for (float v : g) expect(std::isfinite(v), "gradient", isa, m, n, d);
   }
-  std::vector<double> t1(m * d), t2(n * d), full1(m * width), full2(n * width);
-  for (int64_t i = 0; i < m; ++i) {
-    for (int64_t j = 0; j < n; ++j) {
-      const bool positive = j == c.offset + i;
-      const bool has_positive = j >= c.offset && j < c.offset + m;
-      const double pair = has_positive ? e[(j - c.offset) * n + j] : 0.0;
-      const double row = r[i] + e[i * n + c.offset + i], col = q[j] + pair;
-      double g = e[i * n + j] * (wr[i] / row + wc[j] / col);
-      if (positive) g = -wr[i] * r[i] / row - wc[j] * q[j] / col;
-      for (int64_t k = 0; k < d; ++k) {
-        t1[i * d + k] += a * g * u2[j * d + k];
-        t2[j * d + k] += a * g * u1[i * d + k];
-      }
-    }
-  }
-  const auto tangent = [&](const std::vector<double>& dz, const std::vector<double>& z,
-                           const Floats& rnorm, int64_t rows, std::vector<double>& full) {
-    for (int64_t i = 0; i < rows; ++i) {
-      double along = 0;
-      for (int64_t k = 0; k < d; ++k) along += dz[i * d + k] * z[i * d + k];
-      for (int64_t k = 0; k < d; ++k) {
-        full[i * width + k] = (dz[i * d + k] - along * z[i * d + k]) * rnorm[i];
-      }
-    }
-  };
-  tangent(t1, u1, rnorm1, m, full1);
-  tangent(t2, u2, rnorm2, n, full2);
-  const double tolerance = (c.operands ? 0.05 : 2e-5) * std::max(1.0, 0.1 * a);
-  expect(worst(nll_row, nll) < tolerance, "nll_row", isa, m, n, d);
-  // A width of one has no tangent: rounding is all there is.
-  if (d == 1) return;
-  expect(worst(g1, full1) < tolerance, "grad1", isa, m, n, d);
-  expect(worst(g2, full2) < tolerance, "grad2", isa, m, n, d);
 }
 
 // A whole step on buffers of exactly its sizes: its loss, and by how much a small step against its

@@ -14,18 +14,6 @@
 
 namespace directclr::DCLR_ISA {
 
-struct ProductsScratch {
-  float* columns;   // NC x pitch: z2, packed for S
-  float* tiles;     // MC x NC
-  float* row_copy;  // MR x pitch
-  float* g;         // MC x NC (bf16: two halves)
-  float* rows2;     // NC x pitch: z2, packed for G z2
-  float* rows1;     // MC x pitch: z1, packed for G' z1
-
-  // Of bf16, the copy with pairs along i.
-  inline __attribute__((always_inline)) float* g2() const { return g + MC * NC / 2; }
-};
-
 // Words of a panel of G.
 template <class T>
 DCLR_INLINE int64_t panel_words(const Block& b) {
@@ -57,7 +45,7 @@ DCLR_INLINE void padded(float (&to)[MOST], const float* first, int64_t count) {
 
 // G of the block, to s.g (and s.g2()); `columns` is its packed z2.
 template <class T>
-DCLR_INLINE void weights_of_block(const Products& args, const Block& b, const ProductsScratch& s) {
+DCLR_INLINE void weights_of_block(const Products& args, const Block& b, const Scratch& s) {
   const Pair& pair = args.pair;
   const vf hi = splat(pair.scale_hi), lo = splat(pair.scale_lo);
   const int64_t panel = panel_words<T>(b);

@@ -296,16 +296,16 @@ std::string add_positives(const Layout& layout, const AddPositivesArguments& a, 
 using namespace directclr;
 
 // The tiles of a launch in their order: how many, of which the first `room` as (row, column) go to
-// `found`. With an odd number of tile rows the last ones' clusters have a tile beyond the end.
-extern "C" int64_t host_tiles(int m, int n, int height, bool upper, int32_t* found, int64_t room) {
+// `tiles`. With an odd number of tile rows the last ones' clusters have a tile beyond the end.
+extern "C" int64_t host_tiles(int m, int n, int height, bool upper, int32_t* tiles, int64_t room) {
   const TileOrder order(m, n, height, kTileWidth, upper);
   const int clusters = order.clusters();
   TileOrder::Walk walk;
   for (int place = 0; place < clusters && place < room / kClusterTiles; ++place) {
     const TileOrder::Cluster at = walk.to(order, place);
     for (int block = 0; block < kClusterTiles; ++block) {
-      *found++ = at.row * kClusterTiles + block;
-      *found++ = at.column;
+      *tiles++ = at.row * kClusterTiles + block;
+      *tiles++ = at.column;
     }
   }
   return int64_t(clusters) * kClusterTiles;
@@ -313,7 +313,7 @@ extern "C" int64_t host_tiles(int m, int n, int height, bool upper, int32_t* fou
 
 // What a warpgroup does at the barriers of `tiles` tiles: begin and end of each, as the barrier's id,
 // negative where it arrives only, 0 where nothing is done.
-extern "C" void host_turns(bool leads, int tiles, int* found) {
+extern "C" void host_turns(bool leads, int tiles, int* barriers) {
   static thread_local int last;
   struct Noting {
     static void sync(int id) { last = id; }
@@ -321,8 +321,8 @@ extern "C" void host_turns(bool leads, int tiles, int* found) {
   };
   Turns<Noting> turns;
   for (int tile = 0; tile < tiles; ++tile) {
-    last = 0, turns.begin(leads), *found++ = last;
-    last = 0, turns.end(leads), *found++ = last;
+    last = 0, turns.begin(leads), *barriers++ = last;
+    last = 0, turns.end(leads), *barriers++ = last;
   }
 }
 

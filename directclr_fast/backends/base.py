@@ -101,12 +101,13 @@ Ids = tuple[Tensor, Tensor]
 
 
 class Backend:
-    """One implementation of the stages; a new one joins ``dispatch``'s table.
+    """One implementation of the stages; a new one joins ``problem.PRIORITY``.
 
-    What raises ``NotImplementedError`` here is every subclass's to define.
+    What raises ``NotImplementedError`` here is every subclass's to define; types are stated here.
     """
 
     name: str
+    default_workspace: int  # bytes
 
     def why_not(self, problem: Problem) -> list[str]:
         """Reasons this backend cannot run ``problem``; empty when it can."""
@@ -119,6 +120,11 @@ class Backend:
     def precision(self, problem: Problem) -> str:
         """That of the products: what "auto" stands for, otherwise what is asked."""
         return "highest" if problem.precision == "auto" else problem.precision
+
+    def workspace(self, problem: Problem) -> int:
+        """Bytes of scratch memory that a call may take."""
+        asked = problem.workspace_bytes
+        return self.default_workspace if asked is None else asked
 
     def details(self) -> dict[str, str]:
         """What doctor shows beside the reasons."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..address import CPU, address, start
 from ..problem import Problem
 from ..products import rounding
-from .base import Backend, Ids, Pair, Saved, Tops
+from .base import Backend, Pair, Saved, Tops
 
 try:
     from .. import _cpu
@@ -30,10 +30,6 @@ if _cpu is not None and _asked and _asked not in _cpu.available_isas():
     raise ValueError(
         f"DIRECTCLR_FAST_ISA: expected one of {', '.join(_cpu.available_isas())}, got {_asked!r}"
     )
-
-# Keeping S saves one of three tile products in the backward pass: 16 MiB hold all of it up to N =
-# 2048, where that is 20 % of the step; at N = 4096, 16 and 48 MiB measured within 5 % of none.
-DEFAULT_WORKSPACE_BYTES = 16 * 2**20
 
 # The octaves of exp(a s) are counted in fp32, and -2^24 of them stands for "left out"
 # (csrc/cpu/exp2.h).
@@ -65,6 +61,9 @@ def _strided(r: Tensor, dim: int, index: Tensor | None) -> tuple[int, int, int, 
 
 class Cpu(Backend):
     name = "cpu"
+    # Keeping S saves one of three tile products in the backward pass: 16 MiB hold all of it up to
+    # N = 2048, where that is 20 % of the step; at N = 4096 16 and 48 MiB measured within 5 %.
+    default_workspace = 16 * 2**20
 
     def why_not(self, problem: Problem) -> list[str]:
         if _cpu is None:
@@ -115,8 +114,7 @@ class Cpu(Backend):
     def kept_shape(self, problem: Problem) -> tuple[int, ...]:
         # As many whole row panels of S as fit; a panel is padded by less than 64 either way. The
         # shape is the same for every instruction set, since compiled graphs are cached with it.
-        workspace = problem.workspace_bytes
-        workspace = DEFAULT_WORKSPACE_BYTES if workspace is None else workspace
+        workspace = self.workspace(problem)
         if not problem.differentiable or not workspace:
             return (0,)
         whole = (problem.rows + 63) * (problem.candidates + 63)
@@ -126,128 +124,79 @@ class Cpu(Backend):
     def kept_buffer(self, problem: Problem, like: Tensor) -> Tensor:
         return _new(self.kept_shape(problem), _F32)
 
-    def normalize(self, problem: Problem, r: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
+    def normalize(self, problem, r, index):
         rows, pitch = r.shape[0], _cpu.pitch(problem.dim)
         z, rnorm = _new((rows, pitch), _F32), _new((rows,), _F32)
         _cpu.normalize(
-            _strided(r, problem.dim, index),
-            rows,
-            problem.dim,
-            problem.eps,
-            address(z, _F32, rows * pitch),
-            address(rnorm, _F32, rows),
-            torch.get_num_threads(),
-        )
+            _strided(r, problem.dim, index), rows, problem.dim, problem.eps,
+            address(z, _F32, rows * pitch), address(rnorm, _F32, rows), torch.get_num_threads(),
+        )  # fmt: skip
         return z, rnorm
 
-    def sums(
-        self,
-        problem: Problem,
-        z1: Tensor,
-        z2: Tensor,
-        scale,
-        kept: Tensor,
-        logits: Tensor | None = None,
-        tops: Tops | None = None,
-        ids: Ids | None = None,
-    ):
+    def sums(self, problem, z1, z2, scale, kept, logits=None, tops=None, ids=None):
         _check_scale(scale)
-        row = _new((2, problem.rows), _F64, torch.zeros)
-        column = None
+        row, column = _new((2, problem.rows), _F64, torch.zeros), None
         if problem.symmetric:
             column = _new((2, problem.candidates), _F64, torch.zeros)
-        offset = problem.row_offset
-        self._sums(problem, z1, z2, scale, kept, row, column, logits, offset, False, tops, ids)
+        self._sums(problem, z1, z2, scale, kept, row, column, logits, False, tops, ids)
         return _log(row), None if column is None else _log(column)
 
-    def self_sums(self, problem: Problem, z: Tensor, scale, top=None, ids=None) -> Tensor:
+    def self_sums(self, problem, z, scale, top=None, ids=None):
         total = _new((2, z.shape[0]), _F64, torch.zeros)
         tops = None if top is None else Tops(top, top, None)
-        self._sums(problem, z, z, scale, None, total, total, None, 0, True, tops, ids)
+        self._sums(problem, z, z, scale, None, total, total, None, True, tops, ids)
         return _log(total)
 
-    def _sums(
-        self, problem, z1, z2, scale, kept, row, column, logits, offset, upper, tops, ids
-    ) -> None:
+    def _sums(self, problem, z1, z2, scale, kept, row, column, logits, upper, tops, ids) -> None:
         m, n = z1.shape[0], z2.shape[0]
         row_sum, column_sum = address(row, _F64, 2 * m), address(column, _F64, 2 * n)
         tops = tops or Tops(None, None, None)
         _cpu.sums(
-            *_unit_rows(problem, z1, z2),
-            m,
-            n,
-            problem.dim,
-            offset,
-            scale,
-            upper,
-            OPERANDS[self.precision(problem)],
-            *_ids(ids, m, n),
-            *_workspace(kept),
-            row_sum,
-            row_sum + 8 * m,
-            column_sum,
-            column_sum and column_sum + 8 * n,
-            address(logits, _F64, m),
-            address(tops.row, _F32, m),
-            address(tops.col, _F32, n),
-            address(tops.own, _F32, m),
-            torch.get_num_threads(),
-        )
+            *self._similarity(problem, z1, z2, scale, upper, ids, kept),
+            row_sum, row_sum + 8 * m, column_sum, column_sum and column_sum + 8 * n,
+            address(logits, _F64, m), address(tops.row, _F32, m), address(tops.col, _F32, n),
+            address(tops.own, _F32, m), torch.get_num_threads(),
+        )  # fmt: skip
 
-    def products(
-        self, problem: Problem, z1: Tensor, z2: Tensor, scale, pair: Pair, kept, need, ids=None
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def _similarity(self, problem, z1, z2, scale, upper, ids, kept) -> tuple:
+        """What `sums` and `products` take first: two sets of rows, and how they are multiplied."""
+        m, n, pitch = z1.shape[0], z2.shape[0], _cpu.pitch(problem.dim)
+        rows, columns = ids or (None, None)
+        size = 0 if kept is None else kept.numel()
+        return (
+            address(z1, _F32, m * pitch), address(z2, _F32, n * pitch), m, n, problem.dim,
+            0 if upper else problem.row_offset, scale, upper, OPERANDS[self.precision(problem)],
+            address(rows, torch.int32, m), address(columns, torch.int32, n),
+            address(kept, _F32, size), 4 * size,
+        )  # fmt: skip
+
+    def products(self, problem, z1, z2, scale, pair, kept, need, ids=None):
         dz1 = torch.zeros_like(z1) if need[0] else None
         dz2 = torch.zeros_like(z2) if need[1] else None
         if dz1 is None and dz2 is None:
             return dz1, dz2
-        offset = problem.row_offset
-        self._products(problem, z1, z2, scale, pair, kept, dz1, dz2, offset, False, ids)
+        self._products(problem, z1, z2, scale, pair, kept, dz1, dz2, False, ids)
         return dz1, dz2
 
-    def add_self_products(
-        self, problem: Problem, z: Tensor, scale, w: Tensor, lse: Tensor, dz: Tensor, ids=None
-    ) -> None:
+    def add_self_products(self, problem, z, scale, w, lse, dz, ids=None):
         pair = Pair(w, lse, w, lse, None)
-        self._products(problem, z, z, scale, pair, None, dz, dz, 0, True, ids)
+        self._products(problem, z, z, scale, pair, None, dz, dz, True, ids)
 
-    def _products(self, problem, z1, z2, scale, pair, kept, dz1, dz2, offset, upper, ids) -> None:
+    def _products(self, problem, z1, z2, scale, pair, kept, dz1, dz2, upper, ids) -> None:
         m, n, pitch = z1.shape[0], z2.shape[0], z1.shape[1]
         _cpu.products(
-            *_unit_rows(problem, z1, z2),
-            m,
-            n,
-            problem.dim,
-            offset,
-            scale,
-            upper,
-            OPERANDS[self.precision(problem)],
-            *_ids(ids, m, n),
-            *_workspace(kept),
-            address(pair.w, _F64, m),
-            address(pair.v, _F64, n),
-            address(pair.row_lse, _F64, m),
-            address(pair.col_lse, _F64, n),
-            address(pair.diagonal, _F64, m),
-            address(dz1, _F32, m * pitch),
-            address(dz2, _F32, n * pitch),
-            torch.get_num_threads(),
-        )
+            *self._similarity(problem, z1, z2, scale, upper, ids, kept),
+            address(pair.w, _F64, m), address(pair.v, _F64, n), address(pair.row_lse, _F64, m),
+            address(pair.col_lse, _F64, n), address(pair.diagonal, _F64, m),
+            address(dz1, _F32, m * pitch), address(dz2, _F32, n * pitch), torch.get_num_threads(),
+        )  # fmt: skip
 
     def gradient_buffer(self, problem: Problem, rows: int, device: torch.device) -> Tensor:
         # One group: `finish` writes every column itself. Several groups add up.
         make = torch.empty if problem.groups == 1 else torch.zeros
         return make((rows, problem.width), dtype=problem.dtype, device=CPU)
 
-    def finish(
-        self,
-        problem: Problem,
-        z: Tensor,
-        rnorm: Tensor,
-        dz: Tensor,
-        dr: Tensor | None,
-        index: Tensor | None,
-    ) -> float:
+    def finish(self, problem, z, rnorm, dz, dr, index):
         into, target = None, None
         if dr is not None:
             into = dr if problem.groups == 1 else dr.new_empty(dr.shape[0], problem.dim)
@@ -255,15 +204,10 @@ class Cpu(Backend):
             target = *_strided(into, problem.dim, columns), into.shape[1], True
         rows, pitch = len(dz if dr is None else dr), _cpu.pitch(problem.dim)
         total = _cpu.finish(
-            address(z, _F32, rows * pitch),
-            address(dz, _F32, rows * pitch),
-            address(rnorm, _F32, rows),
-            rows,
-            problem.dim,
-            problem.eps,
-            target,
+            address(z, _F32, rows * pitch), address(dz, _F32, rows * pitch),
+            address(rnorm, _F32, rows), rows, problem.dim, problem.eps, target,
             torch.get_num_threads(),
-        )
+        )  # fmt: skip
         if into is not dr:
             dr.index_add_(1, index, into)
         return total
@@ -303,12 +247,9 @@ class Cpu(Backend):
                 targets[side] = *_strided(grad, problem.dim, index), problem.width, True
         dtemperature = _cpu.backward(
             _step(problem, states[0], scale),
-            start("upstream", dloss),
-            dloss.stride(0) if each else 0,
-            *targets,
-            need[2],
+            start("upstream", dloss), dloss.stride(0) if each else 0, *targets, need[2],
             torch.get_num_threads(),
-        )
+        )  # fmt: skip
         return *grads, dtemperature if need[2] else None
 
 
@@ -318,21 +259,11 @@ def _step(problem: Problem, saved: Saved, scale: float) -> tuple:
     return (
         (problem.rows, z1.data_ptr(), rnorm1.data_ptr()),
         (problem.candidates, z2.data_ptr(), rnorm2.data_ptr()),
-        problem.dim,
-        problem.eps,
-        scale,
-        problem.negatives == "both",
-        problem.symmetric,
-        OPERANDS[BACKEND.precision(problem)],
-        problem.reduction == "mean",
-        problem.reduction == "none",
-        kept.data_ptr(),
-        4 * kept.numel(),
-        row_lse.data_ptr(),
-        col_lse.data_ptr(),
-        nll_row.data_ptr(),
-        nll_col.data_ptr(),
-    )
+        problem.dim, problem.eps, scale, problem.negatives == "both", problem.symmetric,
+        OPERANDS[BACKEND.precision(problem)], problem.reduction == "mean",
+        problem.reduction == "none", kept.data_ptr(), 4 * kept.numel(), row_lse.data_ptr(),
+        col_lse.data_ptr(), nll_row.data_ptr(), nll_col.data_ptr(),
+    )  # fmt: skip
 
 
 def _check_scale(scale: float) -> None:
@@ -345,22 +276,6 @@ def _check_scale(scale: float) -> None:
 
 def _new(shape: tuple[int, ...], dtype: torch.dtype, make=torch.empty) -> Tensor:
     return make(shape, dtype=dtype, device=CPU)
-
-
-def _unit_rows(problem: Problem, z1: Tensor, z2: Tensor) -> tuple[int, int]:
-    pitch = _cpu.pitch(problem.dim)
-    return address(z1, _F32, len(z1) * pitch), address(z2, _F32, len(z2) * pitch)
-
-
-def _ids(ids: Ids | None, m: int, n: int) -> tuple[int, int]:
-    rows, columns = ids or (None, None)
-    return address(rows, torch.int32, m), address(columns, torch.int32, n)
-
-
-def _workspace(kept: Tensor | None) -> tuple[int, int]:
-    """(address, bytes) of the tiles kept, (0, 0) for none."""
-    size = 0 if kept is None else kept.numel()
-    return address(kept, _F32, size), 4 * size
 
 
 def _log(accumulated: Tensor) -> Tensor:

@@ -9,9 +9,7 @@ from __future__ import annotations
 import sys
 
 import torch
-from torch import Tensor
 
-from ..kernels.layout import layout_of
 from ..problem import Problem
 from . import hopper
 from .packed import Packed, capability
@@ -59,13 +57,7 @@ class Cuda(Packed):
         major, minor = divmod(hopper._cuda.built_with(), 1000)
         return {"built with CUDA": f"{major}.{minor // 10}"}
 
-    def _layout(self, problem: Problem, z: Tensor | None = None):
-        chosen = self.precision(problem)
-        if z is not None and problem.precision == "auto":  # as the rows were packed
-            chosen = "highest" if z.dtype == torch.float32 else "fp16"
-        return layout_of(chosen, problem.dim)
-
-    def _tile(self, kernel: str, layout, device: torch.device, plain: bool = True):
+    def _tile(self, kernel, layout, device, crowded=False):
         return hopper.tile(layout)
 
     def _whole_rows(self, tile) -> int:

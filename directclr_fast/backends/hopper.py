@@ -1,6 +1,7 @@
 """The kernels of csrc/cuda as ``packed.Packed`` wants them: tensors in, launches out.
 
 Every function queues its work on the current stream of its tensors' device and waits for nothing.
+Arguments are those of its namesake in ``kernels/``, where they are told.
 """
 
 from __future__ import annotations
@@ -210,9 +211,7 @@ def combine_blocks(n: int) -> int:
 
 
 def combine(problem, positives: Tensor, scale, parts, rest, out, *, bounded: bool) -> None:
-    """One launch: ``out`` (``packed.Combined``) from ``parts``, of one strip, or from ``rest``, the
-    log-sums of several by row and by column. ``positives`` (M,): cosines, fp64, or what ``sums``
-    wrote as ``own``, fp32."""
+    """One launch: ``out`` from ``parts`` or from ``rest``."""
     m, n, on = problem.rows, problem.candidates, _On(positives)
     per_row = problem.reduction == "none"
     partials = dict.fromkeys((*_PARTIALS, "row_lines", "col_lines"), 0)
@@ -248,10 +247,9 @@ def total(losses: Tensor, loss: Tensor, factor: float) -> None:
 
 
 def factors(
-    layout: Layout, problem, saved, upstream: Tensor, largest: Tensor | None, bounded: bool
+    layout: Layout, problem, saved, upstream: Tensor, divisor: Tensor | None, bounded: bool
 ) -> Factors:
-    """One launch. ``upstream`` counts for reduction "none" only, else weights are 1; ``largest``,
-    0-dim, is what they are divided by, None for 1."""
+    """One launch."""
     record = Factors(problem.rows, problem.candidates, problem.symmetric, bounded, upstream.device)
     m, n, on = problem.rows, problem.candidates, _On(upstream)
     columns, own = (n, m) if problem.symmetric else (0, 0)
@@ -259,7 +257,7 @@ def factors(
     col_shift = m if bounded else col
     arguments = _cuda.FactorsArguments(
         upstream=on.f32(upstream, size=m) if problem.reduction == "none" else 0,
-        largest=on.f32(largest, size=1),
+        largest=on.f32(divisor, size=1),
         row_lse=on.f64(saved.row_lse, size=m), col_lse=on.f64(saved.col_lse, size=columns),
         nll_row=on.f64(saved.nll_row, size=m), nll_col=on.f64(saved.nll_col, size=own),
         row=on.f32(record.row, size=m), col=on.f32(record.col, size=col),
@@ -309,12 +307,7 @@ def finish(
     offset: int, *, upstream: Tensor | None, scale, factor: float, index: Tensor | None, width: int,
     eps: float, add: bool,
 ) -> None:  # fmt: skip
-    """One launch for one or two ``views``, each with its number (1 or 2); ``other`` is the z that
-    is not the first one's.
-
-    With ``diagonal`` (M,) the positives' terms are added and everything is multiplied by
-    factor * upstream * scale; without it acc is the gradient already.
-    """
+    """One launch for one or two ``views``."""
     sides, on = [], _On(views[0][0].z)
     for (view, number), partner in zip(views, (other, views[0][0].z), strict=False):
         to_other, to_diagonal = (offset, 0) if number == 1 else (-offset, -offset)
@@ -332,12 +325,10 @@ def finish(
     outputs = [view.dr for view, _ in views if view.dr is not None]
     dtype = _DTYPES[outputs[0].dtype if outputs else torch.float32]
     diagonals = 0 if diagonal is None else diagonal.shape[0]
-    # An eps below fp32's reach has no largest reciprocal there.
-    largest = min(1.0 / eps, float("inf")) if eps > 0 else float("inf")
     scale_at, scale_value = on.scale(scale)
     arguments = _cuda.FinishArguments(
         dtype=dtype, index=on.index(layout, index), diagonal=on.f32(diagonal, size=diagonals),
-        diagonals=diagonals, d=layout.dim, width=width, largest_rnorm=largest, add=add,
+        diagonals=diagonals, d=layout.dim, width=width, largest_rnorm=1.0 / eps, add=add,
         factor=factor, upstream=on.f32(upstream, size=1), scale=scale_at, scale_value=scale_value,
     )  # fmt: skip
     first, second = sides if len(sides) > 1 else (sides[0], None)
@@ -347,7 +338,7 @@ def finish(
 def add_positives(
     layout: Layout, dz: Tensor, other: Tensor, diagonal: Tensor, factor: Tensor, step: int, shift
 ) -> None:
-    """dz_i = factor dz_i + diagonal_{i + shift} z'_{i + step}, where that entry exists; fp32."""
+    """One launch."""
     on = _On(dz)
     arguments = _cuda.AddPositivesArguments(
         dz=on.f32(dz, size=dz.shape[0] * layout.pitch), other=on.rows(layout, other),

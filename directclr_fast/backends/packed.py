@@ -1,7 +1,7 @@
 """The five stages over unit rows packed for tensor cores (kernels/layout.py), whoever wrote the
 kernels.
 
-:class:`Packed` owns the tensors and the order of launches. A plain call (one column group,
+:class:`Packed` owns the tensors and the order of launches. A call of one pair (one column group,
 negatives "cross") takes 4 launches forward and, where the weights fit in one super-block, 5
 backward; the other options go through the driver over the same kernels. A subclass
 says which tiles its kernels take and hands in the kernels: an object with ``device``,
@@ -19,16 +19,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels.layout import layout_of
 from ..kernels.records import STORE, Factors, View
 from ..problem import Problem
 from ..products import may_round
-from .base import Backend, Ids, Pair, Saved, Statistics, Tops
+from .base import Backend, Pair, Saved, Statistics, Tops
 
 LN2 = math.log(2.0)
-
-# One super-block of weights: 8192 x 8192 in half precision.
-DEFAULT_WORKSPACE_BYTES = 128 * 2**20
-
 
 # Of one strip of anchors: what is beyond waits for another launch.
 PARTIAL_BYTES = 64 * 2**20
@@ -66,9 +63,10 @@ _capability = cache(torch.cuda.get_device_capability)
 
 
 class Packed(Backend):
-    """Abstract: ``kernels`` and the next three methods are a subclass's."""
+    """Abstract: ``kernels``, ``_tile`` and ``_programs`` are a subclass's."""
 
     kernels: object
+    default_workspace = 128 * 2**20  # one super-block of weights: 8192 x 8192 in half precision
 
     def precision(self, problem: Problem) -> str:
         """That of the products: "auto" rounds operands where eager PyTorch would, and to fp16.
@@ -83,10 +81,13 @@ class Packed(Backend):
 
     def _layout(self, problem: Problem, z: Tensor | None = None):
         """That of packed rows to be made, or of ``z``: the process's setting may have changed."""
-        raise NotImplementedError
+        chosen = self.precision(problem)
+        if z is not None and problem.precision == "auto":
+            chosen = "highest" if z.dtype == torch.float32 else "fp16"
+        return layout_of(chosen, problem.dim)
 
-    def _tile(self, kernel: str, layout, device: torch.device, plain: bool = True):
-        """Tile of "sums", "tops", "ids", "weights" or "products", a ``kernels.configs.Tile``."""
+    def _tile(self, kernel: str, layout, device: torch.device, crowded: bool = False):
+        """Tile of "sums", "tops", "ids", "weights" or "products", of ``kernels.configs``."""
         raise NotImplementedError
 
     def _programs(self, device: torch.device) -> int:
@@ -99,9 +100,7 @@ class Packed(Backend):
 
     def _superblock(self, problem: Problem, layout, tile) -> tuple[int, int]:
         """(rows, columns) of a super-block that fits the workspace, in whole tiles."""
-        workspace = problem.workspace_bytes
-        workspace = DEFAULT_WORKSPACE_BYTES if workspace is None else workspace
-        elements = workspace // layout.dtype.itemsize
+        elements = self.workspace(problem) // layout.dtype.itemsize
         both = problem.negatives == "both"
         rows_there = problem.candidates if both else problem.rows
 
@@ -126,13 +125,12 @@ class Packed(Backend):
         """Whether ``forward`` and ``backward`` below replace the driver for this call."""
         return problem.negatives == "cross" and problem.groups == 1
 
-    def forward(
-        self, problem: Problem, r1: Tensor, r2: Tensor, columns: Tensor | None, scale
-    ) -> tuple[Tensor, list[Saved], Statistics | None]:
+    def forward(self, problem, r1, r2, columns, scale):
         """normalize, sums, combine, total: 4 launches while the partial sums fit one strip."""
         layout, offset = self._layout(problem), problem.row_offset
         bounded, exact = self._bounded_sums(problem, scale), layout.precision == "highest"
-        tile = self._tile("tops" if problem.return_stats else "sums", layout, r1.device, bounded)
+        kernel = "tops" if problem.return_stats else "sums"
+        tile = self._tile(kernel, layout, r1.device, not bounded)
         index = None if columns is None else columns[0]
         with self.kernels.device(r1):
             z1, z2, rnorm1, rnorm2, cosines = self.kernels.normalize_views(
@@ -163,15 +161,7 @@ class Packed(Backend):
         saved = Saved(z1, z2, rnorm1, rnorm2, row_lse, col_lse, nll_row, nll_col, kept)
         return loss, [saved], statistics
 
-    def backward(
-        self,
-        problem: Problem,
-        dloss: Tensor,
-        states: list[Saved],
-        columns: Tensor | None,
-        scale,
-        need: tuple[bool, bool, bool],
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(self, problem, dloss, states, columns, scale, need):
         """factors, weights, two products, finish: 5 launches for one super-block."""
         need1, need2, need_temperature = need
         (state,) = states
@@ -181,14 +171,13 @@ class Packed(Backend):
         per_row = problem.reduction == "none"
         with self.kernels.device(dloss):
             dloss = dloss.contiguous()
-            largest = dloss.abs().amax() if per_row else None
-            upstream = dloss if largest is None else largest
+            divisor = dloss.abs().amax() if per_row else None
+            upstream = dloss if divisor is None else divisor
             if layout.precision == "highest":
-                largest = _largest_mass(state, dloss if per_row else None)
-                upstream = largest if per_row else dloss * largest
-            factors = self.kernels.factors(
-                layout, problem, state, dloss, largest, problem.bounded(scale)
-            )
+                divisor = _largest_mass(state, dloss if per_row else None)
+                upstream = divisor if per_row else dloss * divisor
+            bounded = problem.bounded(scale)
+            factors = self.kernels.factors(layout, problem, state, dloss, divisor, bounded)
             dz1, dz2 = self._tile_products(
                 problem, layout, state.z1, state.z2, scale, factors, problem.row_offset, wanted
             )
@@ -207,20 +196,12 @@ class Packed(Backend):
                 factor = 1.0 / (STORE * layout.unit * (2.0 if problem.symmetric else 1.0))
                 if problem.reduction == "mean":
                     factor /= problem.rows
+                other = state.z2 if views[0][1] == 1 else state.z1
                 self.kernels.finish(
-                    layout,
-                    views,
-                    state.z2 if views[0][1] == 1 else state.z1,
-                    factors.diagonal,
-                    problem.row_offset,
-                    upstream=upstream,
-                    scale=scale,
-                    factor=factor,
-                    index=index,
-                    width=problem.width,
-                    eps=problem.eps,
+                    layout, views, other, factors.diagonal, problem.row_offset, upstream=upstream,
+                    scale=scale, factor=factor, index=index, width=problem.width, eps=problem.eps,
                     add=False,
-                )
+                )  # fmt: skip
             dtemperature = None
             if need_temperature:
                 dtemperature = -views[0][0].dots.sum(dtype=torch.float64) * scale
@@ -236,7 +217,7 @@ class Packed(Backend):
         )
         if not any(wanted):
             return dz1, dz2
-        tile = self._tile("weights", layout, z1.device, factors.bounded)
+        tile = self._tile("weights", layout, z1.device, not factors.bounded)
         inner = self._tile("products", layout, z1.device)
         height, width = self._superblock(problem, layout, tile)
         out = torch.empty(height * width, dtype=layout.dtype, device=z1.device)
@@ -245,16 +226,10 @@ class Packed(Backend):
                 p = self.kernels.weights(
                     layout, z1, z2, factors, scale, offset, rows, columns, out, tile
                 )
-                if dz1 is not None:
-                    self.kernels.product(
-                        layout, p, z2, dz1, rows, columns,
-                        transposed=False, add=columns.start > 0, tile=inner,
-                    )  # fmt: skip
-                if dz2 is not None:
-                    self.kernels.product(
-                        layout, p, z1, dz2, columns, rows,
-                        transposed=True, add=rows.start > 0, tile=inner,
-                    )  # fmt: skip
+                for dz, z, own, along in ((dz1, z2, rows, columns), (dz2, z1, columns, rows)):
+                    if dz is not None:
+                        how = {"transposed": dz is dz2, "add": along.start > 0, "tile": inner}
+                        self.kernels.product(layout, p, z, dz, own, along, **how)
         return dz1, dz2
 
     # ---------------------------------------------------------------- the plan of the sums
@@ -294,12 +269,11 @@ class Packed(Backend):
             return z1.new_empty(shape, dtype=torch.float32) if there else None
 
         peaks = tops is not None or not bounded
+        by_row, by_col = (row_lines, length), (col_lines, n - first)
         parts = Partials(
-            buffer(True, row_lines, length),
-            buffer(peaks, row_lines, length),
-            buffer(columns, col_lines, n - first),
-            buffer(columns and peaks, col_lines, n - first),
-        )
+            buffer(True, *by_row), buffer(peaks, *by_row),
+            buffer(columns, *by_col), buffer(columns and peaks, *by_col),
+        )  # fmt: skip
         self.kernels.sums(
             layout, z1, z2, strip, scale, offset, tile, programs, parts, own,
             bounded=bounded, upper=upper, tops=tops is not None, ids=ids,
@@ -313,17 +287,14 @@ class Packed(Backend):
         return parts, first
 
     def _fold_strips(
-        self, layout, z1, z2, scale, offset, tile, strips, *,
-        columns, bounded, tops, own=None, upper=False, ids=None,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        self, layout, z1, z2, scale, offset, tile, strips, *, columns, bounded, **how
+    ) -> tuple[Tensor, Tensor | None]:
         """(rest_row (M,), rest_col (N,) or None) in fp64, strip after strip."""
+        how |= {"columns": columns, "bounded": bounded}
         row = z1.new_empty(z1.shape[0], dtype=torch.float64)
         col = z1.new_empty(z2.shape[0], dtype=torch.float64) if columns else None
         for strip in strips:
-            parts, first = self._partials(
-                layout, z1, z2, strip, scale, offset, tile,
-                columns=columns, bounded=bounded, tops=tops, own=own, upper=upper, ids=ids,
-            )  # fmt: skip
+            parts, first = self._partials(layout, z1, z2, strip, scale, offset, tile, **how)
             self.kernels.fold(parts.row_sum, parts.row_peak, row[strip], True, bounded)
             if columns:
                 start = strip.start == 0
@@ -342,13 +313,8 @@ class Packed(Backend):
         losses = statistic(0 if per_row else self.kernels.combine_blocks(n))
         if per_row:
             losses = positives.new_empty(m, dtype=torch.float32)
-        out = Combined(
-            losses,
-            statistic(m),
-            statistic(n if symmetric else 0),
-            statistic(m),
-            statistic(m if symmetric else 0),
-        )
+        columns, own = (n, m) if symmetric else (0, 0)
+        out = Combined(losses, statistic(m), statistic(columns), statistic(m), statistic(own))
         self.kernels.combine(problem, positives, scale, parts, rest, out, bounded=bounded)
         if per_row:
             return out
@@ -365,21 +331,11 @@ class Packed(Backend):
     def unit_rows(self, problem: Problem, z: Tensor) -> Tensor:
         return self._layout(problem, z).unit_rows(z)
 
-    def normalize(self, problem: Problem, r: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
+    def normalize(self, problem, r, index):
         with self.kernels.device(r):
             return self.kernels.normalize(self._layout(problem), r, index, problem.eps)
 
-    def sums(
-        self,
-        problem: Problem,
-        z1: Tensor,
-        z2: Tensor,
-        scale,
-        kept: Tensor,
-        logits: Tensor | None = None,
-        tops: Tops | None = None,
-        ids: Ids | None = None,
-    ):
+    def sums(self, problem, z1, z2, scale, kept, logits=None, tops=None, ids=None):
         layout, offset, met = self._layout(problem, z1), problem.row_offset, logits is not None
         met = met and offset < problem.candidates
         exact = met and layout.precision == "highest"
@@ -392,7 +348,7 @@ class Packed(Backend):
             torch.mul(own.double(), LN2, out=logits)
         return sums
 
-    def self_sums(self, problem: Problem, z: Tensor, scale, top=None, ids=None) -> Tensor:
+    def self_sums(self, problem, z, scale, top=None, ids=None):
         tops = None if top is None else Tops(top, top, None)
         row, column = self._log_sums(problem, z, z, scale, 0, True, tops, None, ids, upper=True)
         return torch.logaddexp(row, column)
@@ -406,17 +362,14 @@ class Packed(Backend):
         layout, bounded = self._layout(problem, z1), self._bounded_sums(problem, scale)
         bounded = bounded and ids is None
         kernel = "tops" if problem.return_stats else "sums" if ids is None else "ids"
-        tile = self._tile(kernel, layout, z1.device, bounded and not upper)
+        tile = self._tile(kernel, layout, z1.device, upper or not bounded)
+        how = {"columns": columns, "bounded": bounded, "tops": tops, "own": own}
+        how |= {"upper": upper, "ids": ids}
         with self.kernels.device(z1):
             strips = self._strips(z1, z2, tile, columns, tops is not None or not bounded)
-            return self._fold_strips(
-                layout, z1, z2, scale, offset, tile, strips,
-                columns=columns, bounded=bounded, tops=tops, own=own, upper=upper, ids=ids,
-            )  # fmt: skip
+            return self._fold_strips(layout, z1, z2, scale, offset, tile, strips, **how)
 
-    def products(
-        self, problem: Problem, z1: Tensor, z2: Tensor, scale, pair: Pair, kept, need, ids=None
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def products(self, problem, z1, z2, scale, pair, kept, need, ids=None):
         layout, offset = self._layout(problem, z1), problem.row_offset
         factors, unit = _factors(pair, problem.bounded(scale), layout.unit)
         factors.ids = ids
@@ -425,18 +378,15 @@ class Packed(Backend):
             if dz1 is not None:
                 self.kernels.add_positives(layout, dz1, z2, factors.diagonal, unit, offset, 0)
             if dz2 is not None:
-                self.kernels.add_positives(
-                    layout, dz2, z1, factors.diagonal, unit, -offset, -offset
-                )
+                back = -offset, -offset
+                self.kernels.add_positives(layout, dz2, z1, factors.diagonal, unit, *back)
         return dz1, dz2
 
-    def add_self_products(
-        self, problem: Problem, z: Tensor, scale, w: Tensor, lse: Tensor, dz: Tensor, ids=None
-    ) -> None:
+    def add_self_products(self, problem, z, scale, w, lse, dz, ids=None):
         layout = self._layout(problem, z)
         factors, unit = _factors(Pair(w, lse, w, lse, w), problem.bounded(scale), layout.unit)
         factors.ids = ids
-        tile = self._tile("weights", layout, z.device, factors.bounded)
+        tile = self._tile("weights", layout, z.device, not factors.bounded)
         inner = self._tile("products", layout, z.device)
         side = min(self._superblock(problem, layout, tile))
         step = max(tile.rows, tile.columns)
@@ -465,31 +415,14 @@ class Packed(Backend):
         make = torch.zeros if problem.gathered else torch.empty
         return make((rows, problem.width), dtype=problem.dtype, device=device)
 
-    def finish(
-        self,
-        problem: Problem,
-        z: Tensor,
-        rnorm: Tensor,
-        dz: Tensor,
-        dr: Tensor | None,
-        index: Tensor | None,
-    ) -> Tensor:
+    def finish(self, problem, z, rnorm, dz, dr, index):
         view = View(z, rnorm, dz, dr, dots=True)
         with self.kernels.device(z):
             self.kernels.finish(
-                self._layout(problem, z),
-                [(view, 1)],
-                z,
-                None,
-                0,
-                upstream=None,
-                scale=1.0,
-                factor=1.0,
-                index=index,
-                width=problem.width,
-                eps=problem.eps,
+                self._layout(problem, z), [(view, 1)], z, None, 0, upstream=None, scale=1.0,
+                factor=1.0, index=index, width=problem.width, eps=problem.eps,
                 add=problem.groups > 1,
-            )
+            )  # fmt: skip
         return view.dots.sum(dtype=problem.statistics_dtype)
 
 

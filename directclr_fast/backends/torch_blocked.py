@@ -12,21 +12,18 @@ import torch
 from torch import Tensor
 
 from ..problem import Problem
-from .base import Backend, Ids, Pair, Tops
+from .base import Backend, Ids, Pair
 
 # Two buffers of BLOCK_M x BLOCK_N fp32, 2 MiB each: the GEMM runs at its full rate and a block
 # stays in cache between the passes over it. From 256 x 512 to 2048 x 2048 the step at N = 4096,
 # d = 360 stayed within 6 % (2-core AVX-512 machine), so the small end is taken for memory's sake.
 BLOCK_M = 512
 BLOCK_N = 1024
-DEFAULT_WORKSPACE_BYTES = 64 * 2**20
 
 
 def block_shape(problem: Problem) -> tuple[int, int]:
     """(BLOCK_M, BLOCK_N) for this call: two buffers of it fit the workspace."""
-    workspace = problem.workspace_bytes
-    workspace = DEFAULT_WORKSPACE_BYTES if workspace is None else workspace
-    itemsize = problem.compute_dtype.itemsize
+    workspace, itemsize = BACKEND.workspace(problem), problem.compute_dtype.itemsize
     rows, columns = min(BLOCK_M, problem.rows), min(BLOCK_N, problem.candidates)
     if problem.negatives == "both":
         rows = min(BLOCK_M, problem.candidates)
@@ -37,6 +34,7 @@ def block_shape(problem: Problem) -> tuple[int, int]:
 
 class Torch(Backend):
     name = "torch"
+    default_workspace = 64 * 2**20
 
     def why_not(self, problem: Problem) -> list[str]:
         reasons = []
@@ -52,17 +50,14 @@ class Torch(Backend):
         return problem.dim, problem.compute_dtype
 
     def kept_shape(self, problem: Problem) -> tuple[int, ...]:
-        workspace = problem.workspace_bytes
-        workspace = DEFAULT_WORKSPACE_BYTES if workspace is None else workspace
         size = problem.rows * problem.candidates * problem.compute_dtype.itemsize
-        size *= problem.groups
-        known = problem.temperature is not None
-        if problem.differentiable and known and size <= workspace:
+        fits = size * problem.groups <= self.workspace(problem)
+        if problem.differentiable and problem.temperature is not None and fits:
             if problem.bounded(1.0 / problem.temperature):
                 return (problem.rows, problem.candidates)
         return (0,)
 
-    def normalize(self, problem: Problem, r: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
+    def normalize(self, problem, r, index):
         x = r[:, : problem.dim] if index is None else r.index_select(1, index)
         # fp64 squares: rows of 1e19 do not overflow, rows of 1e-30 do not vanish.
         norm = torch.linalg.vector_norm(x, dim=1, dtype=problem.statistics_dtype)
@@ -71,17 +66,7 @@ class Torch(Backend):
         # Division, not a product with 1/norm: a row of one column is then exactly +-1.
         return torch.div(x, norm[:, None], out=z), norm.reciprocal_()
 
-    def sums(
-        self,
-        problem: Problem,
-        z1: Tensor,
-        z2: Tensor,
-        scale,
-        kept: Tensor,
-        logits: Tensor | None = None,
-        tops: Tops | None = None,
-        ids: Ids | None = None,
-    ):
+    def sums(self, problem, z1, z2, scale, kept, logits=None, tops=None, ids=None):
         bounded = problem.bounded(scale)
         row = _Accumulator(problem, z1, bounded)
         col = _Accumulator(problem, z2, bounded) if problem.symmetric else None
@@ -99,7 +84,7 @@ class Torch(Backend):
             tops.own.copy_(logits)
         return row.log_sum(), None if col is None else col.log_sum()
 
-    def self_sums(self, problem: Problem, z: Tensor, scale, top=None, ids=None) -> Tensor:
+    def self_sums(self, problem, z, scale, top=None, ids=None):
         bounded = problem.bounded(scale)
         row = _Accumulator(problem, z, bounded)
         for rows, columns, s in _blocks(problem, z, z, scale, 0, ids, triangle=True):
@@ -113,9 +98,7 @@ class Torch(Backend):
                 row.add(columns, s, 0)
         return row.log_sum()
 
-    def products(
-        self, problem: Problem, z1: Tensor, z2: Tensor, scale, pair: Pair, kept, need, ids=None
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def products(self, problem, z1, z2, scale, pair, kept, need, ids=None):
         dz1 = torch.zeros_like(z1) if need[0] else None
         dz2 = torch.zeros_like(z2) if need[1] else None
         if dz1 is None and dz2 is None:
@@ -137,9 +120,7 @@ class Torch(Backend):
                 dz2[columns].addmm_(g.T, z1[rows])
         return dz1, dz2
 
-    def add_self_products(
-        self, problem: Problem, z: Tensor, scale, w: Tensor, lse: Tensor, dz: Tensor, ids=None
-    ) -> None:
+    def add_self_products(self, problem, z, scale, w, lse, dz, ids=None):
         # H + H^T is symmetric, so the blocks above the diagonal serve both of their halves.
         weigh = _Weigher(problem, scale, Pair(w, lse, w, lse, w))
         for rows, columns, s in _blocks(problem, z, z, scale, 0, ids, triangle=True):
@@ -154,15 +135,7 @@ class Torch(Backend):
             return torch.zeros(shape, dtype=problem.dtype, device=device)
         return torch.empty(shape, dtype=problem.dtype, device=device)
 
-    def finish(
-        self,
-        problem: Problem,
-        z: Tensor,
-        rnorm: Tensor,
-        dz: Tensor,
-        dr: Tensor | None,
-        index: Tensor | None,
-    ) -> Tensor:
+    def finish(self, problem, z, rnorm, dz, dr, index):
         dot = torch.linalg.vecdot(z, dz)
         total = dot.sum(dtype=problem.statistics_dtype)
         if dr is not None:

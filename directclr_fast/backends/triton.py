@@ -13,11 +13,8 @@ import sys
 from functools import cached_property
 
 import torch
-from torch import Tensor
 
-from ..kernels.layout import layout_of
 from ..problem import Problem
-from .packed import DEFAULT_WORKSPACE_BYTES as DEFAULT_WORKSPACE_BYTES
 from .packed import Packed, capability
 
 
@@ -86,21 +83,14 @@ class Triton(Packed):
             shown["tiles of"] = configs.architecture(torch.device("cuda", 0))[0]
         return shown
 
-    def _layout(self, problem: Problem, z: Tensor | None = None):
-        """That of packed rows to be made, or of ``z``: the process's setting may have changed."""
-        chosen = self.precision(problem)
-        if z is not None and problem.precision == "auto":
-            chosen = "highest" if z.dtype == torch.float32 else "fp16"
-        return layout_of(chosen, problem.dim)
-
-    def _tile(self, kernel: str, layout, device: torch.device, plain: bool = True):
+    def _tile(self, kernel, layout, device, crowded=False):
         from ..kernels import configs
 
         arch = self.arch or configs.architecture(device)[0]
         itemsize = configs.HI_LO if layout.precision == "highest" else layout.dtype.itemsize
         if layout.precision == "fp8" and kernel != "products":
             itemsize = 1
-        return configs.tile(kernel, arch, itemsize, plain)
+        return configs.tile(kernel, arch, itemsize, crowded)
 
     def _programs(self, device: torch.device) -> int:
         """Programs that fill the device a few times over."""

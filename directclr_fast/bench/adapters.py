@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import sys
 from collections.abc import Callable, Iterator
 
 import torch
@@ -145,5 +144,4 @@ def _text(side: str, record: dict) -> str:
     return f"{side} {record['median'] * 1e3:.1f} ms {record['peak_mib']:.0f} MiB"
 
 
-if __name__ == "__main__":
-    study.main(sys.modules[__name__])
+study.as_script(__name__)

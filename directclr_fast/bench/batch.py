@@ -155,10 +155,7 @@ def _points(cases: list[dict]) -> dict[tuple[str, int], dict]:
 
 def table(cases: list[dict]) -> str:
     """Markdown: a row for each N and loss, means over the seeds; the accuracy's least and most."""
-    lines = [
-        "| N | loss | seeds | linear probe, % | ms an image | MiB |",
-        "|---|---|---|---|---|---|",
-    ]
+    rows = []
     for (loss, n), of in sorted(_points(cases).items(), key=lambda item: item[0][::-1]):
         seeds = len(of["accuracy"])
         cells = ["no memory, or diverged", "", ""]
@@ -167,8 +164,8 @@ def table(cases: list[dict]) -> str:
             cells = [f"{statistics.mean(of['accuracy']):.1f} ({low:.1f} to {high:.1f})"]
             cells += [f"{statistics.mean(of['ms']):.2f}" if of["ms"] else ""]
             cells += [f"{statistics.mean(of['mib']):.0f}"]
-        lines.append(f"| {n} | {loss} | {seeds} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([n, loss, seeds, *cells])
+    return plots.markdown(("N", "loss", "seeds", "linear probe, %", "ms an image", "MiB"), rows)
 
 
 def draw(cases: list[dict], path: Path) -> None:

@@ -9,7 +9,6 @@ process (ru_maxrss: interpreter, libraries, images and checkpoint included). Lin
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -61,5 +60,4 @@ def measure(arguments: argparse.Namespace) -> Iterator[tuple[dict, str]]:
         yield case, f"N {n}, {arguments.encoder}, {how}: {shown}"
 
 
-if __name__ == "__main__":
-    study.main(sys.modules[__name__])
+study.as_script(__name__)

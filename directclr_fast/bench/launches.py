@@ -11,13 +11,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-import sys
 from collections import defaultdict
 from collections.abc import Iterator
 
 import torch
 
 from .. import dispatch, driver
+from ..backends.packed import Packed
 from ..problem import Problem
 from ..world import ALONE
 from . import study
@@ -32,7 +32,7 @@ FLAGS = {
     "--rounds": {"type": int, "default": 20},
     "--device": {"default": "cuda", "help": "cpu: a rehearsal, kernels interpreted, no times"},
 }
-SIMILARITY = ("sums", "weights", "product")  # 2 M N d operations in all of a step, each
+PRODUCTS = {"sums": 1, "weights": 1, "product": 2}  # of 2 M N d operations, in a step
 
 
 class Spans:
@@ -74,9 +74,8 @@ class Spans:
         return dict(total)
 
 
-def step_of(name: str, problem: Problem):
+def step_of(backend: Packed, problem: Problem):
     """(function that does one step, its Spans)."""
-    backend = dispatch.load(name)
     shape = (problem.rows, problem.width)
     r1, r2 = (torch.randn(shape, device=problem.device_type) for _ in range(2))
     upstream = torch.ones((), device=problem.device_type)
@@ -98,6 +97,26 @@ def step_of(name: str, problem: Problem):
     return timed_step, spans
 
 
+def medians(backend: Packed, problem: Problem, rounds: int) -> dict[str, float]:
+    """Milliseconds of each launch of a step, the L2 cache overwritten before it."""
+    device = problem.device_type
+    step, spans = step_of(backend, problem)
+    flush = torch.empty(FLUSH_BYTES if device == "cuda" else 1, device=device).byte()
+    taken = defaultdict(list)
+    for turn in range(3 + rounds):
+        flush.zero_()
+        step()
+        for launch, ms in spans.taken().items():
+            taken[launch] += [ms] * (turn >= 3)  # warm-up, and kernels are compiled
+    return {launch: statistics.median(ms or [0.0]) for launch, ms in taken.items()}
+
+
+def rate(launch: str, problem: Problem, ms: float) -> float:
+    """TFLOP/s of a launch that multiplies; 0 where nothing was timed."""
+    operations = 2.0 * PRODUCTS[launch] * problem.rows * problem.candidates * problem.dim
+    return operations / ms / 1e9 if ms else 0.0
+
+
 def measure(arguments: argparse.Namespace) -> Iterator[tuple[dict, str]]:
     """Every backend at every size; one that cannot run is a case with its reasons."""
     device = arguments.device
@@ -109,29 +128,16 @@ def measure(arguments: argparse.Namespace) -> Iterator[tuple[dict, str]]:
         if reasons := dispatch.load(name).why_not(problem):
             yield case | {"why_not": reasons}, f"{title}: {'; '.join(reasons)}"
             continue
-        step, spans = step_of(name, problem)
-        flush = torch.empty(FLUSH_BYTES if device == "cuda" else 1, device=device).byte()
-        taken = defaultdict(list)
-        for turn in range(3 + arguments.rounds):
-            flush.zero_()
-            step()
-            for launch, ms in spans.taken().items():
-                taken[launch] += [ms] * (turn >= 3)  # warm-up, and kernels are compiled
-        medians = {launch: statistics.median(ms or [0.0]) for launch, ms in taken.items()}
-        operations = 2.0 * rows * rows * dim
-        both = sum(medians.values())
-        lines = [f"{title}: {both:.3f} ms, {rate(4 * operations, both):.0f} TFLOP/s at 8c"]
-        for launch, ms in medians.items():
-            count = 2 if launch == "product" else 1
-            share = f"  {rate(count * operations, ms):7.0f} TFLOP/s" if launch in SIMILARITY else ""
+        of_launch = medians(dispatch.load(name), problem, arguments.rounds)
+        both = sum(of_launch.values())
+        whole = sum(rate(launch, problem, both) for launch in PRODUCTS)
+        lines = [f"{title}: {both:.3f} ms, {whole:.0f} TFLOP/s at 8c"]
+        for launch, ms in of_launch.items():
+            share = ""
+            if launch in PRODUCTS:
+                share = f"  {rate(launch, problem, ms):7.0f} TFLOP/s"
             lines.append(f"  {launch:16} {ms:9.3f} ms{share}")
-        yield case | {"ms": medians, "total_ms": both}, "\n".join(lines)
+        yield case | {"ms": of_launch, "total_ms": both}, "\n".join(lines)
 
 
-def rate(operations: float, ms: float) -> float:
-    """TFLOP/s; 0 where nothing was timed."""
-    return operations / ms / 1e9 if ms else 0.0
-
-
-if __name__ == "__main__":
-    study.main(sys.modules[__name__])
+study.as_script(__name__)

@@ -150,15 +150,11 @@ def measure(arguments: argparse.Namespace) -> Iterator[tuple[dict, str]]:
             else:
                 failed[name], gone[name] = result["failed"], f"failed at N = {rows}"
         record = {
-            "rows": rows,
-            "width": case.width,
-            "dim": case.dim,
-            "negatives": case.negatives,
+            "rows": rows, "width": case.width, "dim": case.dim, "negatives": case.negatives,
             "gradients_mib": 2 * rows * case.width * 4 / MIB,
-            "z_and_dz_mib": 4 * rows * -(-case.dim // 16) * 16 * 4 / MIB,
-            "peak_mib": peaks,
+            "z_and_dz_mib": 4 * rows * -(-case.dim // 16) * 16 * 4 / MIB, "peak_mib": peaks,
             "failed": failed,
-        }
+        }  # fmt: skip
         must = record["gradients_mib"] + record["z_and_dz_mib"]
         shown = [f"{name} {peak:.0f} ({peak - must:+.0f})" for name, peak in peaks.items()]
         shown += [f"{name}: {text}" for name, text in failed.items()]
@@ -188,5 +184,4 @@ def peak(step: Callable[[], object]) -> int:
     return status("VmHWM") - before
 
 
-if __name__ == "__main__":
-    study.main(sys.modules[__name__])
+study.as_script(__name__)

@@ -45,14 +45,14 @@ def photographs(out: Path, quality: int) -> list[str]:
     import skimage
     from PIL import Image, ImageOps
 
-    found, lanczos = [], Image.Resampling.LANCZOS
+    files, lanczos = [], Image.Resampling.LANCZOS
     for name in data.PHOTOGRAPHS:
         with Image.open(Path(skimage.__file__).parent / "data" / name) as picture:
             if picture.mode.startswith("RGB"):
-                found.append(str(out / f"{Path(name).stem}.jpg"))
+                files.append(str(out / f"{Path(name).stem}.jpg"))
                 picture = ImageOps.fit(picture.convert("RGB"), (500, 375), lanczos)
-                picture.save(found[-1], quality=quality)
-    return found
+                picture.save(files[-1], quality=quality)
+    return files
 
 
 def version(checkout: str) -> types.SimpleNamespace:
@@ -203,5 +203,4 @@ def _speed(times: dict) -> float:
     return 1 / times["median"]
 
 
-if __name__ == "__main__":
-    study.main(sys.modules[__name__])
+study.as_script(__name__)

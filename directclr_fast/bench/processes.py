@@ -2,9 +2,7 @@
 
     python -m directclr_fast.bench.processes --rows 4096 --out distributed.json
 
-One process with all rows and two with half of them each ("all", "ring") take turns. The result also
-has the constants with which docs/scaling.py models two processes: the rate of the one, and the link
-as the two see it.
+One process with all rows and two with half of them each ("all", "ring") take turns.
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -21,15 +18,12 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from .. import flops
 from ..loss import fast_directclr_loss
 from ..testing import make_views
-from ..world import all_gather
 from . import study
 from .timing import interleaved
 
 PROCESSES = 2
-ROUNDS_OF_LINK = 15
 FLAGS = {
     "--rows": {"type": int, "nargs": "+", "default": [4096]},
     "--width": {"type": int, "default": 2048},
@@ -44,18 +38,6 @@ def step(spent: list[float], r1, r2, dim: int, **options) -> None:
     before = time.process_time()
     fast_directclr_loss(r1, r2, dim, **options).backward()
     spent.append(time.process_time() - before)
-
-
-def link(block: int) -> tuple[float, float]:
-    """(bytes/s one process sends in an all-gather of such blocks, seconds of a tiny one)."""
-
-    def gather(elements: int):
-        own, into = torch.zeros(elements), torch.empty(PROCESSES * elements)
-        return lambda: all_gather(into, own)
-
-    times = interleaved({"tiny": gather(8), "whole": gather(block // 4)}, ROUNDS_OF_LINK)
-    tiny, whole = (times[name]["median"] for name in ("tiny", "whole"))
-    return block * (PROCESSES - 1) / max(whole - tiny, 1e-9), tiny
 
 
 def case_of(rank: int, rows: int, arguments: argparse.Namespace) -> dict:
@@ -79,15 +61,8 @@ def case_of(rank: int, rows: int, arguments: argparse.Namespace) -> dict:
         {"one": alone, "all": lambda: together("all"), "ring": lambda: together("ring")},
         arguments.rounds,
     )
-    speed, latency = link(half * -(-dim // 16) * 16 * 4)
-    constants = {
-        "rate": flops.total(rows, rows, dim) / times["one"]["median"],
-        "near": speed, "far": speed, "per_node": PROCESSES,
-        "near_hop": latency, "far_hop": 0.0, "launch": 0.0,
-    }  # fmt: skip
     return {
         "rows": rows, "width": width, "dim": dim, "processes": PROCESSES, "variants": times,
-        "constants": constants,
         "processor_seconds": {n: statistics.median(v[1:]) for n, v in spent.items() if v},
     }  # fmt: skip
 
@@ -129,5 +104,4 @@ def measure(arguments: argparse.Namespace) -> Iterator[tuple[dict, str]]:
         other.join()
 
 
-if __name__ == "__main__":
-    study.main(sys.modules[__name__])
+study.as_script(__name__)

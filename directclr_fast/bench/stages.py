@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 
@@ -132,5 +131,4 @@ def _case(args: argparse.Namespace, threads: int) -> tuple[dict, str]:
     return case, "\n".join(text)
 
 
-if __name__ == "__main__":
-    study.main(sys.modules[__name__])
+study.as_script(__name__)

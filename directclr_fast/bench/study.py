@@ -43,6 +43,12 @@ def main(study: ModuleType, argv: list[str] | None = None) -> None:
         write({"machine": machine(), **head, "cases": cases})
 
 
+def as_script(name: str) -> None:
+    """Ends a study, whose module has this name: :func:`main` where it is the program."""
+    if name == "__main__":
+        main(sys.modules[name])
+
+
 def writer(path: str | Path) -> Callable[[dict], None]:
     """A function that writes a result to ``path``, whole each time. Raises now if it cannot."""
     checkpoint.writable("out", Path(path).parent)

@@ -10,7 +10,6 @@ the batch, seen in two views.
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 
@@ -34,18 +33,10 @@ FLAGS = {
 def trainer(loss: str, rows: int, amp: str, arguments: argparse.Namespace, folder: str) -> Trainer:
     """A run that is never started, of one batch with all the images."""
     config = TrainConfig(
-        data=f"fake:n={rows},size={arguments.image_size}",
-        encoder=arguments.encoder,
-        image_size=arguments.image_size,
-        batch_size=rows,
-        epochs=1000,
-        optimizer="lars",
-        loss=loss,
-        amp=amp,
-        device=arguments.device,
-        checkpoint_dir=folder,
-        name=f"{loss}-{amp}",
-    )
+        data=f"fake:n={rows},size={arguments.image_size}", encoder=arguments.encoder,
+        image_size=arguments.image_size, batch_size=rows, epochs=1000, optimizer="lars", loss=loss,
+        amp=amp, device=arguments.device, checkpoint_dir=folder, name=f"{loss}-{amp}",
+    )  # fmt: skip
     made = Trainer(config, progress=False)
     made.model.train()
     return made
@@ -147,5 +138,4 @@ def _case(
     return case, "\n".join(lines)
 
 
-if __name__ == "__main__":
-    study.main(sys.modules[__name__])
+study.as_script(__name__)

@@ -12,24 +12,25 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import sys
 from collections.abc import Iterator
 
 import torch
 
 from ..backends.triton import Triton
-from ..kernels import configs, normalize, products, weights
-from ..kernels.common import Layout
+from ..kernels import configs, products
 from ..kernels.configs import Tile
-from . import study
-from .timing import failure, interleaved
+from ..problem import Problem
+from . import launches, study
+from .timing import failure
+from .variants import Case
 
-KERNELS = ("sums", "weights", "products")
+LAUNCHES = {"sums": "sums", "weights": "weights", "products": "product"}  # of each kernel
 FLAGS = {
-    "--kernel": {"nargs": "+", "choices": KERNELS, "default": KERNELS},
+    "--kernel": {"nargs": "+", "choices": [*LAUNCHES], "default": [*LAUNCHES]},
     "--dim": {"type": int, "nargs": "+", "default": [360]},
-    "--rows": {"type": int, "default": 16384},
+    "--rows": {"type": int, "default": 16384, "help": "a multiple of 256, the largest tile"},
     "--precision": {"default": "fp16", "choices": ("fp16", "bf16", "fp8")},
+    "--device": launches.FLAGS["--device"],
 }
 
 
@@ -52,69 +53,31 @@ def candidates(kernel: str, hopper: bool) -> Iterator[Tile]:
                 yield dataclasses.replace(tile, tma=tma, flatten=True)
 
 
-def runner(kernel: str, layout: Layout, rows: int, tile: Tile):
-    """(function to time, operations) of one kernel at this size."""
-    device = torch.device("cuda")
-    r = torch.randn(rows, layout.dim, device=device)
-    z1, _ = normalize.normalize(layout, r, None, 1e-12)
-    z2, _ = normalize.normalize(layout, torch.randn_like(r), None, 1e-12)
-    operations = 2 * rows * rows * layout.dim
-    if kernel == "sums":
-        backend = Triton()
-        strip = backend._strips(z1, z2, tile, True, False)[0]
-        operations = operations * (strip.stop - strip.start) // rows
-        return (
-            lambda: backend._partials(
-                layout, z1, z2, strip, 10.0, 0, tile, columns=True, bounded=True, tops=None
-            ),
-            operations,
-        )
-    block = slice(0, min(rows, 8192))
-    operations = 2 * block.stop**2 * layout.dim
-    out = torch.zeros(block.stop**2, dtype=layout.dtype, device=device)
-    if kernel == "weights":
-        factors = weights.Factors(rows, rows, True, True, device)
-        for vector in (factors.row, factors.col):
-            vector.fill_(1e-3)
-        return (
-            lambda: weights.weights(layout, z1, z2, factors, 10.0, 0, block, block, out, tile),
-            operations,
-        )
-    dz = torch.empty(rows, layout.pitch, device=device)
-    p = out.view(block.stop, block.stop)
-    return (
-        lambda: products.product(
-            layout, p, z2, dz, block, block, transposed=False, add=False, tile=tile
-        ),
-        operations,
-    )
-
-
-def timed(kernel: str, layout: Layout, rows: int, tile: Tile) -> dict:
-    """{"ms", "tflops"}, the L2 cache cold; {"failed"} where the tile does not compile or run."""
+def timed(kernel: str, problem: Problem, tile: Tile) -> dict:
+    """{"ms", "tflops"} of its launches in a step; {"failed"} where it does not compile or run."""
+    backend, launch = Triton(), LAUNCHES[kernel]
+    usual = backend._tile
+    backend._tile = lambda name, *how: tile if name == kernel else usual(name, *how)
     try:
-        function, operations = runner(kernel, layout, rows, tile)
-        times = interleaved({"tile": function}, 9, warmup=2, device="cuda")["tile"]
+        ms = launches.medians(backend, problem, 9)[launch]
     except Exception as error:
-        times = failure(error)
-    if "failed" in times:
-        return {"failed": times["failed"]}
-    ms = 1e3 * times["median"]
-    return {"ms": ms, "tflops": operations / ms / 1e9}
+        return {"failed": failure(error)["failed"]}
+    return {"ms": ms, "tflops": launches.rate(launch, problem, ms)}
 
 
 def measure(arguments: argparse.Namespace) -> Iterator[tuple[dict, str]]:
     """Every kernel at every d, the best tiles first."""
-    arch = configs.architecture(torch.device("cuda", 0))[0]
+    device = arguments.device
+    arch = configs.architecture(torch.device(device))[0]
     for dim, kernel in itertools.product(arguments.dim, arguments.kernel):
-        size = (kernel, Layout(arguments.precision, dim), arguments.rows)
+        problem = Case(arguments.rows, dim, dim, device=device).problem(arguments.precision)
         rows = []
         library = products._library_adds
         if kernel == "products":  # the library's product is timed beside ours, not instead of it
-            rows.append({"tile": "library", **timed(*size, Tile(128, 128, 64, 8, 3))})
+            rows.append({"tile": "library", **timed(kernel, problem, Tile(128, 128, 64, 8, 3))})
             products._library_adds = lambda *_: False
         for tile in candidates(kernel, arch in ("sm_90", "sm_100")):
-            rows.append({"tile": dataclasses.asdict(tile), **timed(*size, tile)})
+            rows.append({"tile": dataclasses.asdict(tile), **timed(kernel, problem, tile)})
         products._library_adds = library
         rows.sort(key=lambda row: -row.get("tflops", 0.0))
         lines = [f"{kernel}, d {dim}, {arguments.precision}, {arch}"]
@@ -122,5 +85,4 @@ def measure(arguments: argparse.Namespace) -> Iterator[tuple[dict, str]]:
         yield {"kernel": kernel, "dim": dim, "arch": arch, "rows": rows}, "\n".join(lines)
 
 
-if __name__ == "__main__":
-    study.main(sys.modules[__name__])
+study.as_script(__name__)

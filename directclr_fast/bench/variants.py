@@ -76,17 +76,10 @@ class Case:
     def problem(self, precision: str = "auto") -> Problem:
         """What the package's backends are asked."""
         return Problem(
-            rows=self.rows,
-            candidates=self.rows,
-            width=self.width,
-            dim=self.dim,
-            dtype=self.torch_dtype,
-            device_type=self.device,
-            temperature=self.temperature,
-            negatives=self.negatives,
-            precision=precision,
-            differentiable=True,
-        )
+            rows=self.rows, candidates=self.rows, width=self.width, dim=self.dim,
+            dtype=self.torch_dtype, device_type=self.device, temperature=self.temperature,
+            negatives=self.negatives, precision=precision, differentiable=True,
+        )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

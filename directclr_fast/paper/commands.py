@@ -114,7 +114,13 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
     add("--data-root", help="folder of the sets that are fetched")
     add("--download", action="store_true", help="fetch a missing set")
     add("--modes", help="comma-separated, default all")
-    add("--seeds", type=int, default=3, help="of each mode, default 3")
+    add("--seeds", type=int, help="of each mode, default 3 (fashion-mnist: 5)")
+    add(
+        "--dims",
+        type=int,
+        nargs="*",
+        help="d0 beside the default one; default a quarter to 4 times",
+    )
     add("--encoder", help="default: the budget of the set, as for the next four")
     add("--image-size", type=int)
     add("--batch-size", type=int)
@@ -122,13 +128,13 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
     add("--epochs", type=int)
     add("--device", default="auto")
     add("--jobs", type=int, help="runs side by side, default one for each core")
-    add("--quick", action="store_true", help="20 steps, 2 seeds: a first look")
+    add("--quick", action="store_true", help="directclr and baseline, one epoch: a first look")
 
 
 def run_compare(arguments: argparse.Namespace) -> None:
     from . import compare, report
 
-    names = ("data_root", "encoder", "image_size", "batch_size", "learning_rate", "epochs")
+    names = ("data_root", "encoder", "image_size", "batch_size", "learning_rate", "epochs", "dims")
     settings = {name: getattr(arguments, name) for name in (*names, "device")}
     if arguments.modes is not None:
         settings["modes"] = arguments.modes.split(",")

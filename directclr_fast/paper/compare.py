@@ -29,7 +29,7 @@ SEARCH_SEED = 0  # the seeds of the table are 1, 2, ...
 FACTORS = (0.25, 1.0, 4.0)  # of the recipe's learning rate: the search
 SHARES = (0.25, 0.5, 2.0, 4.0)  # of the default d0: the sweep, beside d0 itself and all columns
 # What differs from the trainer's recipe of the set, so that all of it takes some 20 minutes on two
-# cores: about 200 steps a run.
+# cores, about 200 steps a run; on fashion-mnist, where it is meant to tell projectors apart, hours.
 _SMALL = {
     "encoder": "small",
     "optimizer": "adamw",
@@ -42,10 +42,21 @@ BUDGETS = {
     "patches": {**_SMALL, "image_size": 24, "epochs": 5, "warmup_epochs": 1},
     "cifar10": {**_SMALL, "image_size": 24, "epochs": 1, "warmup_epochs": 0},
     "cifar100": {**_SMALL, "image_size": 24, "epochs": 1, "warmup_epochs": 0},
-    "fashion-mnist": {**_SMALL, "image_size": 28, "epochs": 1, "warmup_epochs": 0},
+    "fashion-mnist": {
+        **_SMALL,
+        "encoder": "small-deep",
+        "image_size": 20,
+        "batch_size": 256,
+        "learning_rate": 8e-3,
+        "epochs": 2,
+        "warmup_epochs": 0,
+        "amp": None,  # the recipe's
+    },
     "digits": {**_SMALL, "epochs": 20, "warmup_epochs": 2},
 }
-QUICK = {"epochs": 1, "warmup_epochs": 0, "max_steps": 20}
+QUICK = {"epochs": 1, "warmup_epochs": 0}
+SEEDS, FEW = {"fashion-mnist": 5}, 3  # of the table where not 3; at most so many beside the table
+CUT = {"small-deep": "small-cut"}  # encoders by those whose last block has a shortcut to cut
 # Settings of TrainConfig that a run has for itself, and those that do not change its result.
 _OF_A_RUN = ("mode", "dim", "learning_rate", "loss", "seed", "checkpoint_dir", "name")
 _FREE = ("data_root", "download", "device", "workers")
@@ -54,13 +65,21 @@ _FREE = ("data_root", "download", "device", "workers")
 @dataclass(frozen=True)
 class Plan:
     """``settings``: of every run, by the names of TrainConfig. ``dims``: d0 of the sweep, beside
-    DirectCLR's own."""
+    DirectCLR's own. ``losses``: whether a mode is trained with both losses; ``shortcut``: whether
+    modes are trained without the last block's, too."""
 
     settings: dict
     modes: tuple[str, ...]
     seeds: tuple[int, ...]
     rates: tuple[float, ...]
     dims: tuple[int, ...]
+    losses: bool = True
+    shortcut: bool = True
+
+    @property
+    def few(self) -> tuple[int, ...]:
+        """The seeds of what stands beside the table."""
+        return self.seeds[:FEW]
 
     @property
     def agreement(self) -> str:
@@ -83,12 +102,20 @@ class Plan:
         return max(search, key=lambda run: done[run.name].get("held_out", -1.0)).learning_rate
 
     def table(self, mode: str, rate: float) -> list[Run]:
-        """The runs of a mode's row."""
-        keep = mode == self.agreement
-        return [Run(mode, seed, rate, keep=keep) for seed in self.seeds]
+        """The runs of a mode's row; the first is looked at on the way."""
+        how = {"keep": self.losses and mode == self.agreement}
+        return [Run(mode, s, rate, watch=s == self.seeds[0], **how) for s in self.seeds]
 
     def sweep(self, rate: float) -> list[Run]:
-        return [Run("directclr", seed, rate, dim) for dim in self.dims for seed in self.seeds]
+        return [Run("directclr", seed, rate, dim) for dim in self.dims for seed in self.few]
+
+    def cut(self, mode: str, rate: float) -> list[Run]:
+        """A mode without the last block's shortcut; of an encoder that has one, the modes that the
+        paper's argument is about."""
+        encoder = CUT.get(self.settings["encoder"])
+        if encoder is None or not self.shortcut or mode not in ("directclr", "baseline"):
+            return []
+        return [Run(mode, seed, rate, encoder=encoder) for seed in self.few]
 
     def again(self, rate: float) -> list[Run]:
         """The runs that the loss backends' agreement is read from, beside the mode's own."""
@@ -96,35 +123,36 @@ class Plan:
         return [
             Run(self.agreement, seed, **common, **how)
             for how in ({"loss": "reference"}, {"rounded": True})
-            for seed in self.seeds
+            for seed in self.few
+            if self.losses
         ]
 
     def known(self, done: dict[str, dict]) -> list[Run]:
-        """Every run whose settings are decided by what is done, the search first."""
+        """Every run whose settings are decided by what is done: the search, the table, the rest."""
         rates = {mode: self.chosen(mode, done) for mode in self.modes}
+        rates = {mode: rate for mode, rate in rates.items() if rate is not None}
         runs = [run for mode in self.modes for run in self.search(mode)]
-        for mode, rate in rates.items():
-            if rate is not None:
-                runs += self.table(mode, rate)
-                if mode == self.agreement:
-                    runs += self.again(rate)
-                if mode == "directclr":
-                    runs += self.sweep(rate)
-        return runs + [Run(mode, s) for mode in ("untrained", "pixels") for s in self.seeds]
+        runs += [run for mode, rate in rates.items() for run in self.table(mode, rate)]
+        runs += [Run(mode, s) for mode in ("untrained", "pixels") for s in self.few]
+        if self.agreement in rates:
+            runs += self.again(rates[self.agreement])
+        runs += [run for mode, rate in rates.items() for run in self.cut(mode, rate)]
+        return runs + (self.sweep(rates["directclr"]) if "directclr" in rates else [])
 
     @property
     def trainings(self) -> int:
         """How many trainings there will be."""
         a_mode = len(self.search(self.modes[0])) + len(self.seeds)
-        more = 2 + (len(self.dims) if "directclr" in self.modes else 0)
-        return len(self.modes) * a_mode + more * len(self.seeds)
+        more = self.again(0.0) + [run for mode in self.modes for run in self.cut(mode, 0.0)]
+        more += self.sweep(0.0) if "directclr" in self.modes else []
+        return len(self.modes) * a_mode + len(more)
 
 
 def plan(
     *,
     data_spec: str | None = None,
-    modes: Sequence[str] = MODES,
-    seeds: int = 3,
+    modes: Sequence[str] | None = None,
+    seeds: int | None = None,
     quick: bool = False,
     rates: Sequence[float] | None = None,
     dims: Sequence[int] | None = None,
@@ -133,15 +161,15 @@ def plan(
     """The comparison on a set: ``settings`` by the names of TrainConfig go over the set's budget.
 
     ``data_spec`` None is CIFAR-10 where it is there or may be downloaded, otherwise the patches.
-    ``quick``: 20 steps, at most two seeds, two rates and two d0.
+    ``seeds`` None is 5 on fashion-mnist, otherwise 3. ``quick``: DirectCLR and no projector, three
+    seeds, one epoch at the recipe's learning rate, and nothing beside them.
     """
+    modes = modes or (("directclr", "baseline") if quick else MODES)
     if unknown := [mode for mode in modes if mode not in MODES]:
         raise ValueError(f"modes: expected some of {', '.join(MODES)}, got {unknown[0]!r}")
-    if not modes:
-        raise ValueError("modes: expected at least one, got none")
     if len(set(modes)) < len(modes):
         raise ValueError(f"modes: expected each once, got {','.join(modes)}")
-    if seeds < 1:
+    if seeds is not None and seeds < 1:
         raise ValueError(f"seeds: expected at least 1, got {seeds}")
     given = {k: v for k, v in settings.items() if v is not None}
     spec = data_spec or _present(given.get("data_root"), bool(given.get("download")))
@@ -151,14 +179,17 @@ def plan(
     config = TrainConfig(data=spec, **{**budget, **(QUICK if quick else {}), **given}).resolve()
     settings = {k: getattr(config, k) for k in config.to_dict() if k not in _OF_A_RUN}
     if rates is None:
-        rates = [factor * config.learning_rate for factor in FACTORS[: 2 if quick else 3]]
+        rates = [factor * config.learning_rate for factor in ((1.0,) if quick else FACTORS)]
+    width = encoders.build(config.encoder, image_size=config.image_size).width
     if dims is None:
-        width = encoders.build(config.encoder, image_size=config.image_size).width
-        dims = [round(share * default_dim(width)) for share in (SHARES[1:3] if quick else SHARES)]
-    seeds = min(seeds, 2) if quick else seeds
+        dims = [round(share * default_dim(width)) for share in SHARES if not quick]
+    if wrong := [dim for dim in dims if not 0 < dim <= width]:
+        raise ValueError(f"dims: expected 1 to {width} (the encoder's width), got {wrong[0]}")
     # DirectCLR first: most runs wait for its learning rate.
     modes = sorted(modes, key=lambda mode: (mode != "directclr", MODES.index(mode)))
-    return Plan(settings, tuple(modes), tuple(range(1, seeds + 1)), tuple(rates), tuple(dims))
+    seeds = tuple(range(1, 1 + (seeds or (3 if quick else SEEDS.get(spec, 3)))))
+    more = {"losses": spec not in SEEDS and not quick, "shortcut": not quick}
+    return Plan(settings, tuple(modes), seeds, tuple(rates), tuple(dims), **more)
 
 
 def _present(root: str | None, download: bool) -> str:
@@ -238,7 +269,7 @@ class _Shown(Progress):
 
     def __init__(self, show: bool, plan: Plan, done: dict, each: int) -> None:
         self.each, self.done = each, len(done)
-        self.runs = plan.trainings + 2 * len(plan.seeds)
+        self.runs = plan.trainings + 2 * len(plan.few)
         self.before = each * sum(Run(**result["run"]).trains for result in done.values())
         self.now: dict[str, int] = {}  # steps by name of a run of this call
         self.begin = time.monotonic()

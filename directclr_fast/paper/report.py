@@ -36,8 +36,8 @@ PROJECTOR = {
     "untrained": "no training",
     "pixels": "no encoder",
 }
-# Two-sided 95 % of Student's t with 2 (n - 1) degrees of freedom, for two means of n runs.
-_T = {2: 4.30, 3: 2.78, 4: 2.45, 5: 2.31, 6: 2.23, 7: 2.18, 8: 2.14}
+# Two-sided 95 % of Student's t with n - 1 degrees of freedom, for the mean of n differences.
+_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 
 
 # ---------------------------------------------------------------- numbers
@@ -52,7 +52,7 @@ def summary(plan, done: dict[str, dict], weights: Path, steps: int) -> dict:
     rates = {mode: plan.chosen(mode, done) for mode in plan.modes}
     rows = {mode: _row([done[r.name] for r in plan.table(mode, rates[mode])]) for mode in rates}
     for mode in ("untrained", "pixels"):
-        rows[mode] = _row([done[Run(mode, seed).name] for seed in plan.seeds])
+        rows[mode] = _row([done[Run(mode, seed).name] for seed in plan.few])
     numbers = {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "machine": machine(),
@@ -71,11 +71,37 @@ def summary(plan, done: dict[str, dict], weights: Path, steps: int) -> dict:
         },
         "rows": rows,
         "order": {measure: order(rows, measure) for measure in _MEASURE},
+        "trace": {
+            mode: done[plan.table(mode, rate)[0].name].get("trace") for mode, rate in rates.items()
+        },
     }
     if "directclr" in rates:
         numbers["sweep"] = _sweep(plan, done, rates["directclr"], rows)
-    numbers["agreement"] = _agreement(plan, done, rates[plan.agreement], weights)
+        numbers["differences"] = _differences(rows)
+    cut = {mode: [done[run.name] for run in plan.cut(mode, rate)] for mode, rate in rates.items()}
+    numbers["cut"] = {mode: _row(results) for mode, results in cut.items() if results}
+    if plan.losses:
+        numbers["agreement"] = _agreement(plan, done, rates[plan.agreement], weights)
     return numbers
+
+
+def _differences(rows: dict[str, dict]) -> dict:
+    """By measure and mode, DirectCLR's r less that mode's; of DirectCLR itself its r less its
+    sub-vector."""
+    own = rows["directclr"].get("accuracy")
+    others = (
+        {} if own is None else {m: row["accuracy"] for m, row in rows.items() if "accuracy" in row}
+    )
+    return {
+        measure: {
+            mode: difference(
+                own["r"][measure],
+                of["sub-vector" if mode == "directclr" else "r"][measure],
+            )
+            for mode, of in others.items()
+        }
+        for measure in _MEASURE
+    }
 
 
 def spread(values: list[float]) -> dict:
@@ -116,16 +142,22 @@ def _row(results: list[dict]) -> dict:
     return row
 
 
+def difference(a: dict, b: dict) -> dict | None:
+    """a - b, two values of :func:`spread`, paired by seed: the mean, and half the width of its 95 %
+    interval (Student's). None where there are no pairs, or only one."""
+    x, y = a["values"], b["values"]
+    if len(x) != len(y) or len(x) < 2:
+        return None
+    of = spread([v - w for v, w in zip(x, y)])
+    return of | {"half": _T.get(len(x), 2.26) * of["deviation"] / math.sqrt(len(x))}
+
+
 def verdict(a: dict, b: dict) -> str:
     """Whether a's mean is "above" or "below" b's by more than chance (95 %), or "undecided"."""
-    difference = a["mean"] - b["mean"]
-    if a["deviation"] is None or b["deviation"] is None:
+    of = difference(a, b)
+    if of is None or abs(of["mean"]) <= of["half"]:
         return "undecided"
-    n = min(len(a["values"]), len(b["values"]))
-    error = math.sqrt(sum(v["deviation"] ** 2 / len(v["values"]) for v in (a, b)))
-    if abs(difference) <= _T.get(n, 2.1) * error:
-        return "undecided"
-    return "above" if difference > 0 else "below"
+    return "above" if of["mean"] > 0 else "below"
 
 
 def order(rows: dict[str, dict], measure: str) -> dict:
@@ -173,9 +205,9 @@ def _sweep(plan, done: dict, rate: float, rows: dict) -> list[dict]:
 
 def _agreement(plan, done: dict, rate: float, weights: Path) -> dict:
     """The fast loss, the reference and the fast one from rounded weights, over whole trainings."""
-    again, n = plan.again(rate), len(plan.seeds)
+    again, n = plan.again(rate), len(plan.few)
     runs = {
-        "fast": plan.table(plan.agreement, rate), "reference": again[:n], "rounded": again[n:]
+        "fast": plan.table(plan.agreement, rate)[:n], "reference": again[:n], "rounded": again[n:]
     }  # fmt: skip
     results = {kind: [done[run.name] for run in of_kind] for kind, of_kind in runs.items()}
     agreement = {"mode": plan.agreement, "learning_rate": rate}
@@ -256,6 +288,33 @@ def _order_table(numbers: dict) -> str:
     return plots.markdown(head, lines)
 
 
+def _differences_table(numbers: dict) -> str:
+    def cell(of: dict | None) -> str:
+        return "" if of is None else f"{100 * of['mean']:+.2f} ± {100 * of['half']:.2f}"
+
+    by = numbers["differences"]
+    lines = [
+        ["its r[:, :d0]" if mode == "directclr" else mode, *(cell(by[m][mode]) for m in _MEASURE)]
+        for mode in by["linear"]
+    ]
+    return plots.markdown(("directclr's r less", *_MEASURE.values()), lines)
+
+
+def _cut_table(numbers: dict) -> str:
+    head = ("mode", "shortcut", "linear, r", "kNN, r", "linear, r[:, :d0]", "effective rank of r")
+    lines = [
+        [
+            mode, how,
+            *_accuracies(row["accuracy"]["r"]), _percent(row["accuracy"]["sub-vector"]["linear"]),
+            _shown(row["spectra"]["representation"]["effective_rank"]),
+        ]
+        for mode, cut in numbers["cut"].items()
+        for how, row in (("identity", numbers["rows"][mode]), ("cut", cut))
+        if "accuracy" in row
+    ]  # fmt: skip
+    return plots.markdown(head, lines)
+
+
 def _sweep_table(numbers: dict) -> str:
     head = ("d0", "linear, r", "kNN, r", "linear, r[:, :d0]", "kNN, r[:, :d0]")
     return plots.markdown(head, [
@@ -330,7 +389,14 @@ def _figures(numbers: dict, out: Path) -> dict[str, str]:
             "trained on. The last point is the baseline, all columns, at its own learning rate."
         )
         _draw_sweep(numbers, out / "dims.png")
-    if not numbers["agreement"].get("diverged"):
+    if any(numbers.get("trace", {}).values()):
+        captions["mechanism.png"] = (
+            f"Seed {numbers['seeds'][0]} over training: effective ranks of r, its sub-vector and "
+            "what the loss sees; effective rank of the gradient at the encoder's output and at "
+            "the input of its last block; spectrum of DirectCLR's r."
+        )
+        _draw_mechanism(numbers, out / "mechanism.png")
+    if _agree(numbers):
         captions["agreement.png"] = (
             "Loss of every step with the fast loss (lines) and the reference (dots), and "
             "how far apart the two are, beside the fast loss from rounded initial weights."
@@ -394,6 +460,38 @@ def _draw_sweep(numbers: dict, path: Path) -> None:
         axes.set_xscale("log", base=2)
         axes.set_xticks([line["dim"] for line in lines], [str(line["dim"]) for line in lines])
         axes.set(xlabel="d0, columns that the loss reads", ylabel="accuracy on the test part, %")
+
+
+def _draw_mechanism(numbers: dict, path: Path) -> None:
+    traces = {mode: trace for mode, trace in numbers["trace"].items() if trace}
+    with plots.panels(path, 3, size=(5.2, 4.2)) as (ranks, gradients, over):
+        for mode, trace in traces.items():
+            steps, style = [seen["step"] for seen in trace], _style(mode)
+            for axes, key, marks in (
+                (ranks, "spectra", {"representation": "-", "sub-vector": ":", "embedding": "--"}),
+                (gradients, "gradient", {"output": "--", "input": "-"}),
+            ):
+                for part, line in marks.items():
+                    if part in trace[0][key]:
+                        values = [seen[key][part]["effective_rank"] for seen in trace]
+                        how = {"color": style["color"], "linestyle": line, "linewidth": 1}
+                        axes.plot(steps, values, label=f"{mode}, {part}", **how)
+        chosen = "directclr" if "directclr" in traces else [*traces][0]
+        for k, seen in enumerate(traces[chosen]):
+            logs = seen["spectra"]["representation"]["log10"]
+            places = [1 + 8 * i for i in range(len(logs))]
+            over.plot(places, logs, color=f"{0.8 - 0.8 * k / len(traces[chosen]):.2f}",
+                      label=f"step {seen['step']}")  # fmt: skip
+        for axes, title in ((ranks, "effective rank"), (gradients, "of the gradient")):
+            axes.set_xscale("symlog")
+            axes.set(xlabel="step", ylabel=title)
+        over.set_ylim(-8, 0.3)
+        over.set(xlabel="rank of the eigenvalue", ylabel=f"log10 eigenvalue / largest, {chosen}")
+
+
+def _agree(numbers: dict) -> bool:
+    """Whether both losses were trained with, to the end."""
+    return not numbers.get("agreement", {"diverged": True}).get("diverged")
 
 
 def _draw_agreement(numbers: dict, path: Path) -> None:
@@ -460,7 +558,20 @@ def text(numbers: dict, captions: dict[str, str]) -> str:
     ]
     if len(numbers.get("sweep", [])) > 1:
         parts += ["## DirectCLR over d0", _sweep_table(numbers)]
-    if not numbers["agreement"].get("diverged"):
+    if numbers.get("differences"):
+        parts += [
+            "## DirectCLR less the others",
+            _differences_table(numbers),
+            "Percent of the test part, mean of the differences by seed and 95 % interval "
+            "(Student's, each by itself).",
+        ]
+    if numbers.get("cut"):
+        parts += [
+            "## Without the last block's shortcut",
+            _cut_table(numbers),
+            f"Cut: the first {len(numbers['seeds'][:3])} seeds, at the learning rate of the mode.",
+        ]
+    if _agree(numbers):
         mode = numbers["agreement"]["mode"]
         parts += [
             f"## Both losses over whole trainings of {mode}",

@@ -26,11 +26,11 @@ from ..train.config import TrainConfig
 from ..train.loop import Model, Trainer, TrainingDiverged
 from ..train.objective import default_dim
 from ..train.supervise import Signals, TrainingStopped
-from . import spectrum
+from . import mechanism, spectrum
 
 ROUNDING = 2.0**-23  # of fp32, relative
 SMALL = 1e-4  # of the largest eigenvalue; counted beside the collapsed ones
-EPOCHS = 25  # of the linear probe of a run with a batch size of its own
+EPOCHS, MANY, FEWER = 100, 20_000, 25  # of the linear probe; of more training samples fewer epochs
 REPORT_EVERY = 0.5  # seconds between two reports of a run's step to the process that started it
 
 
@@ -38,9 +38,10 @@ REPORT_EVERY = 0.5  # seconds between two reports of a run's step to the process
 class Run:
     """``mode`` is one of the trainer's, or "untrained" (the encoder as it starts) or "pixels".
 
-    ``batch_size`` None: that of all runs. ``search``: the learning rate is on trial, so the test
-    part is not looked at. ``rounded``: each initial weight is moved by at most one rounding error.
-    ``keep``: the final weights are kept.
+    ``batch_size``, ``encoder`` None: that of all runs. ``search``: settings are on trial, so all is
+    measured inside the training part (probe.held_out). ``rounded``: each initial weight is moved by
+    at most one rounding error. ``keep``: the final weights are kept. ``watch``: it is looked at on
+    the way (mechanism.py).
     """
 
     mode: str
@@ -52,6 +53,8 @@ class Run:
     rounded: bool = False
     keep: bool = False
     batch_size: int | None = None
+    encoder: str | None = None
+    watch: bool = False
 
     @property
     def trains(self) -> bool:
@@ -64,6 +67,7 @@ class Run:
         words += [f"rate{self.learning_rate:g}"] if self.trains else []
         words += [f"dim{self.dim}"] if self.dim is not None else []
         words += [f"batch{self.batch_size}"] if self.batch_size is not None else []
+        words += [self.encoder] if self.encoder is not None else []
         words += [self.loss] if self.loss != "fast" else []
         words += [w for w in ("search", "rounded") if getattr(self, w)]
         return "-".join(words)
@@ -72,7 +76,8 @@ class Run:
 def config_of(run: Run, settings: dict, work: Path) -> TrainConfig:
     """The resolved settings of a run: those of all runs, and what sets this one apart."""
     own = {"mode": run.mode, "dim": run.dim, "learning_rate": run.learning_rate, "loss": run.loss}
-    own |= {} if run.batch_size is None else {"batch_size": run.batch_size}
+    also = {"batch_size": run.batch_size, "encoder": run.encoder}
+    own |= {name: value for name, value in also.items() if value is not None}
     if not run.trains:
         own = {}
     folder = {"checkpoint_dir": str(work), "name": run.name}
@@ -96,11 +101,13 @@ def execute(run: Run, settings: dict, out: Path, on_step: Callable[[dict], None]
             _round(trainer.model, run.seed)
         model, channels = trainer.model, trainer.channels
         try:
-            trainer.run(on_step)
+            trainer.run(on_step, _watched(config, folder / "trace.json") if run.watch else None)
         except TrainingDiverged as error:
             result |= {"diverged": True, "why": str(error).partition(";")[0]}
         lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
         result["loss"] = [line["loss"] for line in lines if "loss" in line]  # text if not finite
+        if run.watch:
+            result["trace"] = json.loads((folder / "trace.json").read_text())
     else:
         images = config.images(False)
         channels = images.shape[0]
@@ -116,6 +123,21 @@ def execute(run: Run, settings: dict, out: Path, on_step: Callable[[dict], None]
     if run.trains:
         shutil.rmtree(folder)
     return result
+
+
+def _watched(config: TrainConfig, path: Path) -> Callable[[Trainer], None]:
+    """What looks at a trainer where it is due, and keeps what it saw at ``path``: a run that goes
+    on comes to the same places with the same weights."""
+    trace = json.loads(path.read_text()) if path.exists() else []
+    seen = {look["step"] for look in trace}
+
+    def look(trainer: Trainer) -> None:
+        end = min(trainer.total_steps, config.max_steps or trainer.total_steps)
+        if trainer.step in mechanism.steps(end) and trainer.step not in seen:
+            trace.append({"step": trainer.step, **mechanism.look(trainer.model, config)})
+            checkpoint.write_json(path, trace)
+
+    return look
 
 
 def side_by_side(
@@ -223,21 +245,22 @@ def _round(model: torch.nn.Module, seed: int) -> None:
 
 
 def _measure(run: Run, config: TrainConfig, model, encoder, channels: int) -> dict:
-    """Probes of r and r[:, :d0] and spectra; of a search the probe inside the training part; of a
-    run with a batch size of its own the linear probe of r."""
+    """Probes of r and r[:, :d0] and spectra; of a run with a batch size of its own the linear probe
+    of r."""
     device = config.device
     if run.search:
         images = config.images(True)
-        features, labels = probe.encode(encoder, images, config.image_size, device)
-        inside = probe.held_out(features, labels, images.num_classes)
-        return {"held_out": probe.linear_probe(inside, device=device)}
-    features = probe.load_features(encoder, config, channels)
-    seeded = {"seed": run.seed, "device": device}
+        r, labels = probe.encode(encoder, images, config.image_size, device)
+        features = probe.held_out(r, labels, images.num_classes)
+    else:
+        features = probe.load_features(encoder, config, channels)
+    how = {"seed": run.seed, "device": device}
+    how["epochs"] = EPOCHS if len(features.train) <= MANY else FEWER
     if run.batch_size is not None:
-        return {
-            "accuracy": {"r": {"linear": probe.linear_probe(features, epochs=EPOCHS, **seeded)}}
-        }
-    result = {"accuracy": {"r": probe.scores(features, **seeded)}}
+        return {"accuracy": {"r": {"linear": probe.linear_probe(features, **how)}}}
+    result = {"accuracy": {"r": probe.scores(features, **how)}}
+    if run.search:
+        result["held_out"] = result["accuracy"]["r"]["linear"]
     if run.trains:
         spectra = spectrum.of_model(model, features.test)
     else:
@@ -245,7 +268,7 @@ def _measure(run: Run, config: TrainConfig, model, encoder, channels: int) -> di
     if run.mode != "pixels":
         result["dim"] = run.dim or default_dim(model.width)
         part = features.columns(slice(0, result["dim"]))
-        result["accuracy"]["sub-vector"] = probe.scores(part, **seeded)
+        result["accuracy"]["sub-vector"] = probe.scores(part, **how)
     parts = [part for part in ("representation", "embedding") if part in spectra]
     result["spectra"] = {part: _short(spectra[part]) for part in parts}
     return result
@@ -253,12 +276,10 @@ def _measure(run: Run, config: TrainConfig, model, encoder, channels: int) -> di
 
 def _short(report: spectrum.CollapseReport) -> dict:
     """A spectrum as log10 relative to its largest eigenvalue, to three digits."""
-    eigenvalues = torch.tensor(report.spectrum, dtype=torch.float64)
-    logs = (eigenvalues / eigenvalues[0].clamp_min(1e-300)).clamp_min(1e-18).log10()
     names = ("dimensions", "samples", "collapsed", "effective_rank")
     same = {name: getattr(report, name) for name in names}
-    small = spectrum.collapsed(eigenvalues, SMALL)
-    return {**same, "small": small, "log10": [round(v, 3) for v in logs.tolist()]}
+    small = spectrum.collapsed(torch.tensor(report.spectrum, dtype=torch.float64), SMALL)
+    return {**same, "small": small, "log10": spectrum.logs(report.spectrum)}
 
 
 def apart(a: Path, b: Path) -> float:

@@ -204,6 +204,13 @@ def effective_rank(spectrum: Tensor) -> float:
     return torch.exp(-torch.special.xlogy(p, p).sum()).item()
 
 
+def logs(spectrum: list[float]) -> list[float]:
+    """log10 of eigenvalues relative to the first, to three digits, -18 at least."""
+    values = torch.tensor(spectrum, dtype=torch.float64)
+    values = (values / values[0].clamp_min(1e-300)).clamp_min(1e-18).log10()
+    return [round(value, 3) for value in values.tolist()]
+
+
 def check(threshold: float | None) -> None:
     """ValueError unless 0 <= threshold < 1, or None."""
     if threshold is not None and not 0.0 <= threshold < 1.0:

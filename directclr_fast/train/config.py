@@ -11,39 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# The released ImageNet recipe (docs/design.md section 8), and what stands in for it on small sets.
+# The released ImageNet recipe, and what stands in for it on small sets.
 _RELEASED = {
-    "encoder": "resnet50",
-    "image_size": 224,
-    "views": "imagenet",
-    "optimizer": "lars",
-    "batch_size": 4096,
-    "learning_rate": 4.8,
-    "weight_decay": 1e-6,
-    "epochs": 100,
+    "encoder": "resnet50", "image_size": 224, "views": "imagenet", "optimizer": "lars",
+    "batch_size": 4096, "learning_rate": 4.8, "weight_decay": 1e-6, "epochs": 100,
     "warmup_epochs": 10,
-}
+}  # fmt: skip
 _SMALL = {
-    **_RELEASED,
-    "encoder": "resnet18",
-    "image_size": 32,
-    "views": "small",
-    "optimizer": "sgd",
-    "batch_size": 512,
-    "learning_rate": 0.5,
-    "weight_decay": 1e-4,
-    "epochs": 200,
-}
+    **_RELEASED, "encoder": "resnet18", "image_size": 32, "views": "small", "optimizer": "sgd",
+    "batch_size": 512, "learning_rate": 0.5, "weight_decay": 1e-4, "epochs": 200,
+}  # fmt: skip
 _ON_A_CPU = {
-    **_SMALL,
-    "encoder": "small",
-    "optimizer": "adamw",
-    "batch_size": 256,
-    "learning_rate": 2e-3,
-    "epochs": 20,
-    "warmup_epochs": 2,
-    "amp": "bf16 where faster",
-}
+    **_SMALL, "encoder": "small", "optimizer": "adamw", "batch_size": 256, "learning_rate": 2e-3,
+    "epochs": 20, "warmup_epochs": 2, "amp": "bf16 where faster",
+}  # fmt: skip
 RECIPES = {
     "folder": _RELEASED,
     "cifar10": _SMALL,

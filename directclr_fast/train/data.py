@@ -358,9 +358,8 @@ class EpochSampler:
     n, batch_size: images of the set and of a batch, the latter over all ranks together. Rank r of W
     takes the r-th of W contiguous parts of every batch, as equal as can be (`share`), so that W
     ranks together see what one process would, and a run may go on with another W.
-    drop_last: leave out the images that do not fill the last batch; they change with the epoch.
-    `what` names the images in the error: ValueError if a batch holds more than the set, or fewer
-    than the ranks.
+    Images that do not fill the last batch are left out; they change with the epoch. `what` names
+    the images in the error: ValueError if a batch holds more than the set, or fewer than the ranks.
 
     Iterating gives this rank's share of the epoch's batches, int64 (b,), from `position` to its end
     and moves nothing, so that workers may read ahead: whoever trains moves `position`, and calls
@@ -372,7 +371,6 @@ class EpochSampler:
         n: int,
         batch_size: int,
         seed: int = 0,
-        drop_last: bool = True,
         *,
         rank: int = 0,
         world_size: int = 1,
@@ -384,18 +382,16 @@ class EpochSampler:
             raise ValueError(f"batch size: expected at most {n} (the {what}), got {batch_size}")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank: expected 0 to {world_size - 1}, got {rank}")
-        last = batch_size if drop_last else n % batch_size or batch_size
-        if min(batch_size, last) < world_size:
-            got = batch_size if last == batch_size else f"{batch_size} and a last one of {last}"
-            raise ValueError(f"batch size: expected at least the {world_size} ranks, got {got}")
-        self.n, self.batch_size, self.seed, self.drop_last = n, batch_size, seed, drop_last
-        self.what = what
+        if batch_size < world_size:
+            expected = f"at least the {world_size} ranks"
+            raise ValueError(f"batch size: expected {expected}, got {batch_size}")
+        self.n, self.batch_size, self.seed, self.what = n, batch_size, seed, what
         self.rank, self.world_size = rank, world_size
         self.epoch = self.position = 0
 
     def __len__(self) -> int:
         """Batches in a whole epoch."""
-        return self.n // self.batch_size if self.drop_last else -(-self.n // self.batch_size)
+        return self.n // self.batch_size
 
     def order(self, epoch: int) -> Tensor:
         """The permutation of an epoch, int64 (n,), the same on every rank."""
@@ -405,7 +401,7 @@ class EpochSampler:
     def __iter__(self) -> Iterator[Tensor]:
         batches = self.order(self.epoch).split(self.batch_size)[: len(self)]
         for batch in batches[self.position :]:
-            yield batch[self.share(len(batch))]
+            yield batch[self.share(self.batch_size)]
 
     def share(self, n: int) -> slice:
         """Which of the n images of a batch are this rank's."""
@@ -486,10 +482,9 @@ class _WithBoxes:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         s, epoch = self.sampler, self.sampler.epoch
         for position, indices in enumerate(s, s.position):
-            n = min(s.batch_size, s.n - position * s.batch_size)
             generator = torch.Generator().manual_seed(_mix(s.seed, epoch, position))
-            numbers = torch.rand(n, 2, views.NUMBERS, generator=generator)
-            yield indices, numbers[s.share(n)]
+            numbers = torch.rand(s.batch_size, 2, views.NUMBERS, generator=generator)
+            yield indices, numbers[s.share(s.batch_size)]
 
 
 class Batches:

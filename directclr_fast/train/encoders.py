@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-ENCODERS = ("resnet18", "resnet50", "small")
+ENCODERS = ("resnet18", "resnet50", "small", "small-deep", "small-cut")
 SMALL_IMAGE = 64  # pixels; up to here a ResNet keeps the full resolution in its first layers
 
 
@@ -17,7 +17,8 @@ def build(name: str, *, channels: int = 3, image_size: int | None = None) -> nn.
 
     resnet18 (R 512) and resnet50 (R 2048) are torchvision's; for image_size up to 64 they start
     with a 3x3 convolution of stride 1 and no max-pool. small (R 256) is for 8 to 32 pixels and
-    trains on a CPU; above 16 pixels its stem halves the sides.
+    trains on a CPU; above 16 pixels its stem halves the sides. small-deep (R 256) ends in one more
+    block, whose shortcut is the identity, as a ResNet's last; in small-cut that shortcut is cut.
     image_size: pixels of the side; None means large. ValueError for an unknown name or bad size,
     ImportError if torchvision is needed and missing.
     """
@@ -27,8 +28,12 @@ def build(name: str, *, channels: int = 3, image_size: int | None = None) -> nn.
         raise ValueError(f"channels: expected at least 1, got {channels}")
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size: expected at least 1 pixel, got {image_size}")
-    if name == "small":
-        return SmallEncoder(channels, stem_stride=1 if (image_size or 32) <= 16 else 2)
+    if name.startswith("small"):
+        widths = (32, 64, 128, 256, 256)[: 4 if name == "small" else 5]
+        encoder = SmallEncoder(channels, widths, stem_stride=1 if (image_size or 32) <= 16 else 2)
+        if name == "small-cut":
+            encoder.blocks[-1].cut()
+        return encoder
     try:
         from torchvision import models
     except ImportError as error:
@@ -48,6 +53,11 @@ def build(name: str, *, channels: int = 3, image_size: int | None = None) -> nn.
     # A stem made here gets the initialisation that torchvision gives its own.
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     return model
+
+
+def last_block(encoder: nn.Module) -> nn.Module:
+    """The residual block before the average pool, of an encoder of this module."""
+    return encoder.blocks[-1] if isinstance(encoder, SmallEncoder) else encoder.layer4[-1]
 
 
 class _Block(nn.Module):
@@ -71,16 +81,22 @@ class _Block(nn.Module):
             self.shortcut = nn.Sequential(pool, conv, nn.BatchNorm2d(cout))
         self.relu = nn.ReLU(inplace=True)
 
+    def cut(self) -> None:
+        """Leaves out the shortcut. The branch, now all there is, no longer starts at zero."""
+        self.shortcut = None
+        nn.init.ones_(self.branch[-1].weight)
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.relu(self.branch(x) + self.shortcut(x))
+        branch = self.branch(x)
+        return self.relu(branch if self.shortcut is None else branch + self.shortcut(x))
 
 
 class SmallEncoder(nn.Module):
-    """A 3x3 stem, then four residual blocks; all but the first halve H and W."""
+    """A 3x3 stem, then a residual block for each of `widths`: the first, and one that is no wider
+    than that before it, keep H and W, others halve them."""
 
-    def __init__(self, channels: int, stem_stride: int):
+    def __init__(self, channels: int, widths: tuple[int, ...], stem_stride: int):
         super().__init__()
-        widths = (32, 64, 128, 256)
         self.width = widths[-1]
         self.stem = nn.Sequential(
             nn.Conv2d(channels, widths[0], 3, stem_stride, 1, bias=False),
@@ -89,7 +105,7 @@ class SmallEncoder(nn.Module):
         )
         pairs = zip((widths[0], *widths), widths, strict=False)
         self.blocks = nn.Sequential(
-            *(_Block(cin, cout, 1 if i == 0 else 2) for i, (cin, cout) in enumerate(pairs))
+            *(_Block(cin, cout, 1 if cin == cout else 2) for cin, cout in pairs)
         )
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

@@ -184,23 +184,23 @@ def _resized(
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(path)
         with image:
-            found, (w, h) = boxes(*image.size), image.size
-            least = min(min(x1 - x0, y1 - y0) for x0, y0, x1, y1 in found)
+            placed, (w, h) = boxes(*image.size), image.size
+            least = min(min(x1 - x0, y1 - y0) for x0, y0, x1, y1 in placed)
             times = next((k for k in (8, 4, 2) if least >= k * size), 1)
             if times > 1:  # JPEG decodes straight to a half, quarter or eighth
                 image.draft("RGB", (w // times, h // times))
             times = times if image.size != (w, h) else 1
             if image.mode == "F" or image.mode.startswith("I"):
                 image = Image.fromarray(_eight_bits(np.asarray(image)))
-            if times == 1 and all(isinstance(side, int) for box in found for side in box):
+            if times == 1 and all(isinstance(side, int) for box in placed for side in box):
                 # A batch of one in channels_last: PyTorch's fast path.
                 pixels, how = _pixels(image)[None].permute(0, 3, 1, 2), resample.name.lower()
-                cuts = [pixels[..., y0:y1, x0:x1] for x0, y0, x1, y1 in found]
+                cuts = [pixels[..., y0:y1, x0:x1] for x0, y0, x1, y1 in placed]
                 to = {"size": (size, size), "mode": how, "antialias": True}
                 return torch.cat([F.interpolate(piece, **to) for piece in cuts])
             image = image.convert("RGB")
         pieces = []
-        for box in found:
+        for box in placed:
             ends = (image.width, image.height) * 2
             box = [min(side / times, end) for side, end in zip(box, ends)]
             piece = image.resize((size, size), resample, box=box)
@@ -289,8 +289,8 @@ class _Walk:
     def _entries(self, folder: str) -> list[os.DirEntry]:
         """What is in a folder but what is hidden, by name; nothing of what this tool wrote."""
         try:
-            with os.scandir(folder) as found:
-                entries = sorted(found, key=lambda entry: entry.name)
+            with os.scandir(folder) as listing:
+                entries = sorted(listing, key=lambda entry: entry.name)
         except OSError:
             self.leave("folders that cannot be read", folder)
             return []
@@ -344,19 +344,19 @@ class _Walk:
     def by_class(self) -> dict[str | None, list[str]]:
         """Sorted pictures of each class that has some, by name; without any, all that lie in the
         folder itself, by None."""
-        found = {}
+        taken = {}
         for name in self.classes:
             # Of whole paths: sub-folders stand among the files of their parent, as in ImageFolder.
             if files := sorted(self.of_class(name)):
-                found[name] = files
+                taken[name] = files
             else:
                 self.leave("folders without pictures", self.classes[name])
         loose = sorted(self.pictures(self.top))
-        if not found and loose:
+        if not taken and loose:
             return {None: loose}
         for path in loose:
             self.leave("pictures outside the classes", path)
-        return found
+        return taken
 
 
 def missing(spec: str, package: str, error: ImportError) -> ImportError:
@@ -379,8 +379,8 @@ def load(root: Path, train: bool, size: int, skip_unreadable: bool = False) -> F
     if not here.is_dir():
         raise FileNotFoundError(f"data: expected the validation folder beside train, got no {here}")
     walk = _Walk(here)
-    found = walk.by_class()
-    classes = tuple(name for name in found if name is not None)
+    pictures = walk.by_class()
+    classes = tuple(name for name in pictures if name is not None)
     if here != base and classes:
         other = _Walk(base)
         known = tuple(name for name in other.classes if next(other.of_class(name), None))
@@ -390,7 +390,7 @@ def load(root: Path, train: bool, size: int, skip_unreadable: bool = False) -> F
             )
         classes = known
     paths, labels = [], []
-    for name, files in found.items():
+    for name, files in pictures.items():
         if not split:
             files = [f for k, f in enumerate(files) if (k % 10 == 1) != train]
         paths += map(os.fsencode, files)

@@ -9,13 +9,8 @@ r"""Batches larger than activation memory: the encoder by chunks, the loss once 
 The chain rule and no approximation: the gradient is that of a plain step which encodes in the same
 chunks and keeps every graph. Pass 3 replays the random state and the autocast of pass 1, so dropout
 leaves out the same. What acts on rows of the whole batch (the loss, the projector's BatchNorm in
-"simclr") acts on the whole batch.
-
-Memory: the uint8 images of the batch, the parameters of their views (some 60 numbers a row; the
-"affine" views also draw their noise, as much as one view in fp32), four (N, R) tensors, what the
-loss needs, and the activations of one chunk of one view. The views are made anew in each pass; kept
-in fp32 they would take 8 bytes a pixel. Time: one more encoder forward than a plain step, with
-"two-pass" two.
+"simclr") acts on the whole batch. Kept are the uint8 images, the parameters of their views, four
+(N, R) tensors and one chunk's activations; views are made anew in each pass.
 
 BatchNorm inside the encoder would need the whole batch in every layer: its rule has to be chosen.
 
@@ -23,14 +18,12 @@ BatchNorm inside the encoder would need the whole batch in every layer: its rule
 ``cache_bn``   what normalises a chunk
 ============== ===================================================================================
 "chunk"        The chunk's own mean and variance, with their gradient: exactly a plain step whose
-               encoder is called once for each chunk. Running statistics move once for each chunk,
-               in pass 1. A chunk is then what a small batch is to BatchNorm.
+               encoder is called once for each chunk. Running statistics move in pass 1.
 "two-pass"     Mean and variance of each view's whole batch, as constants. A pass of its own gathers
-               them before pass 1, each layer's over all chunks while the layers before it normalise
-               by the chunk: so those of the first BatchNorm are exactly the whole batch's, deeper
-               ones up to the chunks' noise, and all exactly if there is one chunk. Constants: the
-               gradient leaves out how the statistics depend on the weights, as no pass by chunks
-               could tell. Running statistics move once for each view, as in a plain step.
+               them before pass 1, while the layers before normalise by the chunk: exactly the whole
+               batch's at the first BatchNorm or with one chunk, deeper up to the chunks' noise. The
+               gradient leaves out how they depend on the weights, as no pass by chunks could tell.
+               Running statistics move once for each view, as in a plain step.
 "frozen-stats" The running statistics, as constants, which never move: for an encoder that has them
                (a resumed run). On new weights they are 0 and 1 and nothing is normalised. Weight
                and bias of BatchNorm are trained.

@@ -215,15 +215,19 @@ class Trainer:
         """Steps of the whole schedule."""
         return self.config.steps or self.config.epochs * len(self.sampler)
 
-    def run(self, on_step: Callable[[dict], None] | None = None) -> dict:
+    def run(
+        self,
+        on_step: Callable[[dict], None] | None = None,
+        look: Callable[[Trainer], None] | None = None,
+    ) -> dict:
         """Trains to the end and returns the last log line with totals.
 
-        ``on_step`` is called with each log line, some steps after its own, on rank 0. A step whose
-        loss or gradient is not finite changes nothing but the log's ``skipped``. Raises
-        :class:`TrainingDiverged` after ``max_skipped`` of them in a row (on a GPU, up to twice as
-        many) or where a weight is not finite: the last good checkpoint is kept. SIGTERM or SIGINT
-        raise :class:`TrainingStopped` at the end of the step, after a checkpoint, unless that step
-        was skipped.
+        ``on_step`` is called with each log line, some steps after its own, on rank 0; ``look`` with
+        this trainer, before the first step and after each. A step whose loss or gradient is not
+        finite changes nothing but the log's ``skipped``. Raises :class:`TrainingDiverged` after
+        ``max_skipped`` of them in a row (on a GPU, up to twice as many) or where a weight is not
+        finite: the last good checkpoint is kept. SIGTERM or SIGINT raise :class:`TrainingStopped`
+        at the end of the step, after a checkpoint, unless that step was skipped.
         """
         last = min(self.total_steps, self.config.max_steps or self.total_steps)
         save_every = self.config.save_every or len(self.sampler)
@@ -246,10 +250,13 @@ class Trainer:
             show = [lambda record: self._show(progress, record)]
             show += [self.logger.add, *([] if on_step is None else [on_step])]
             self.model.train()
+            look = look or (lambda _: None)
+            look(self)
             for images, labels, _ in itertools.islice(self.endless(), max(0, last - self.step)):
                 self.now = f"in step {self.step + 1}"
                 values = self.train_step(images, labels)
                 self.step += 1
+                look(self)
                 self.log.tick()
                 end = self.step == last
                 if self.step % self.config.log_every == 0 or end:

@@ -1,6 +1,6 @@
 """Optimisers and the learning-rate schedule of the paper's recipe.
 
-LARS is the variant of the DirectCLR release (docs/design.md section 8).
+LARS is the variant of the DirectCLR release.
 """
 
 from __future__ import annotations

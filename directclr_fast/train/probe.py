@@ -66,7 +66,7 @@ def encode(
     encoder.eval()
     features, labels = [], []
     for batch, label, _ in data.in_order(images, batch_size, device, workers):
-        features.append(encoder(views.plain(batch, image_size)).float().cpu())
+        features.append(encoder(views.for_evaluation(batch, image_size)).float().cpu())
         labels.append(label.cpu())
     encoder.train(training)
     if failed := getattr(images, "failed", None):
@@ -219,8 +219,8 @@ def load_features(
 
 
 def scores(
-    features: Features, *, seed: int = 0, device: str | torch.device = "cpu"
+    features: Features, *, seed: int = 0, epochs: int = 100, device: str | torch.device = "cpu"
 ) -> dict[str, float]:
     """Linear-probe and kNN accuracy, 0 to 1, of one set of features."""
-    linear = linear_probe(features, seed=seed, device=device)
+    linear = linear_probe(features, seed=seed, epochs=epochs, device=device)
     return {"linear": linear, "knn": knn(features, device=device)}

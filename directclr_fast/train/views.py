@@ -493,7 +493,7 @@ def _fit(x: Tensor, size: int) -> Tensor:
 
 
 @torch.no_grad()
-def plain(images: Tensor, image_size: int | None = None) -> Tensor:
+def for_evaluation(images: Tensor, image_size: int | None = None) -> Tensor:
     """The evaluation input: no chance, normalised fp32 (B, C, S, S) from uint8 or float 0..1 (B, C,
     H, W).
 

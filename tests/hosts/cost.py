@@ -3,10 +3,9 @@
     python tests/hosts/cost.py --out bench/results/hosts/cost.json
 
 For each number of hosts, way to gather and rate: the bytes that a host sent in a step, beside those
-that docs/scaling.py counts, and the time, beside its model with the constants that were measured
-here: operations/s of one process with all rows, the rate that the link was given, the time of a
-tiny all-gather. Hosts that are namespaces share this machine's cores: with more of them than cores,
-or with other work on it, bytes are as exact and times say little. Linux, root.
+that docs/scaling.py counts, and the time. Hosts that are namespaces share this machine's cores:
+with more of them than cores, or with other work on it, bytes are as exact and times say little.
+Linux, root.
 """
 
 from __future__ import annotations
@@ -30,9 +29,8 @@ from directclr_fast import fast_directclr_loss, flops
 from directclr_fast.machine import machine
 from directclr_fast.testing import make_views
 from directclr_fast.train.checkpoint import write_json
-from directclr_fast.world import all_gather
 
-MODEL = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "scaling.py"))
+COUNT = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "scaling.py"))["sent_bytes"]
 DIM, PITCH, WIDTH = 360, 368, 2048
 
 
@@ -40,7 +38,6 @@ def rank_of(rank: int, size: int, folder: str) -> None:
     """One host's process: {"rows", "gather", "steps"} per line of stdin; seconds of each step."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/init", rank=rank, world_size=size)
-    tiny, everyone = torch.zeros(8), torch.zeros(8 * size)
     for line in sys.stdin:
         command = json.loads(line)
         gather, rows = command["gather"], command["rows"]
@@ -51,9 +48,7 @@ def rank_of(rank: int, size: int, folder: str) -> None:
         group = {} if gather == "one" else {"group": "world", "gather": gather}
 
         def step(gather=gather, own=own, group=group) -> None:
-            if gather == "tiny":
-                all_gather(everyone, tiny)
-            elif gather != "one" or rank == 0:
+            if gather != "one" or rank == 0:
                 fast_directclr_loss(*own, DIM, **group).backward()
 
         seconds, processor = [], time.process_time()
@@ -100,29 +95,17 @@ def measure(arguments: argparse.Namespace):
             for rate in arguments.rates:
                 for host in hosts:
                     host.rate(rate * 1e9)
-                tiny = processes.run(rows=2 * size, gather="tiny", steps=20)[0]
-                hop = statistics.median(tiny[0]["seconds"]) / (size - 1)
                 for gather in ("all", "ring"):
                     steps = {"rows": rows, "gather": gather, "steps": arguments.steps}
                     said, sent = processes.run(**steps)
                     there = [max(times) for times in zip(*(told["seconds"] for told in said))]
-                    constants = {
-                        "rate": flops.total(rows, rows, DIM) / one, "near": rate * 1e9 / 8,
-                        "far": rate * 1e9 / 8, "per_node": size, "near_hop": hop, "far_hop": 0.0,
-                        "launch": 0.0,
-                    }  # fmt: skip
-                    here = MODEL["Machine"](**constants, source="")
                     yield {
                         "hosts": size, "rows": rows, "dim": DIM, "gather": gather,
                         "gbit_s": rate, "seconds": there, "one_process_seconds": one,
                         "processor_seconds": max(told["processor"] for told in said),
                         "sent_bytes": max(sent) / arguments.steps,
-                        "model_bytes": MODEL["sent_bytes"](rows, PITCH, size, gather),
+                        "model_bytes": COUNT(rows, PITCH, size, gather),
                         "gathered_bytes": flops.gathered_bytes(rows, PITCH, 4),
-                        "model_seconds": MODEL["step_time"](
-                            rows, PITCH, size, gather, here, itemsize=4
-                        ).total,
-                        "constants": constants,
                     }  # fmt: skip
 
 
@@ -148,7 +131,7 @@ def main() -> None:
         print(
             f"{case['hosts']} hosts, {case['gather']}, {case['gbit_s']} Gbit/s: "
             f"{case['sent_bytes']:,.0f} bytes sent ({case['sent_bytes'] / case['model_bytes']:.3f} "
-            f"of the model's), {1e3 * seconds:.0f} ms (model {1e3 * case['model_seconds']:.0f})",
+            f"of the count), {1e3 * seconds:.0f} ms",
             flush=True,
         )
         if arguments.out:
