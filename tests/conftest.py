@@ -8,6 +8,7 @@ import shutil
 import socket
 import sys
 
+import interpreting
 import numpy as np
 import pytest
 import torch
@@ -23,6 +24,8 @@ _LOOPBACK = {name for _, name in socket.if_nameindex()} & {"lo", "lo0"}
 if _LOOPBACK:
     os.environ["GLOO_SOCKET_IFNAME"] = _LOOPBACK.pop()
 os.environ["MPLBACKEND"] = "agg"
+# The processor's flags say which vectors Inductor may use; its trials take 6 s in each process.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 # Of a home that cannot be written to, and of a font cache that takes long to build.
 logging.getLogger("matplotlib").setLevel(logging.ERROR)
 if not torch.cuda.is_available():
@@ -95,6 +98,8 @@ def interpreted(monkeypatch):
         return original(value, source, target, mode)
 
     monkeypatch.setattr(interpreter, "_convert_float", convert)
+    with interpreting.quicker():
+        yield
 
 
 @pytest.fixture

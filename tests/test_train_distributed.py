@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,63 +19,18 @@ pytestmark = [
         reason="needs Gloo, fork",
     ),
 ]
+LAUNCH = Path(__file__).with_name("launch.py")
 FEW = {**TINY, "optimizer": "sgd", "learning_rate": 0.01, "epochs": 2, "max_steps": 4}
 
-# Imports once and forks the ranks. The script defines main(rank), with train as in test_train_run.
-LAUNCH = r"""
-import json, os, sys
-import torch
-import torch.distributed as dist
-from directclr_fast.train import checkpoint, loop, ranks
-from directclr_fast.train.config import TrainConfig
-from directclr_fast.train.loop import Trainer, TrainingDiverged, TrainingStopped
 
-FEW = json.loads(sys.argv[3])
-
-def trainer(name, *, resume=False, overwrite=False, **settings):
-    config = TrainConfig(**{**FEW, "checkpoint_dir": sys.argv[2], "name": name, **settings})
-    return Trainer(config, resume=resume, overwrite=overwrite, progress=False)
-
-def train(name, **settings):
-    return trainer(name, **settings).run()
-
-exec(sys.argv[4])
-world, children = int(sys.argv[1]), []
-reader, writer = os.pipe()
-for rank in range(world):
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            port = os.read(reader, 5)
-            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}
-            names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": int(port)}
-            names |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
-            os.environ.update({k: str(v) for k, v in names.items()})
-            with ranks.launched(900):
-                main(rank)
-            code = 0
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    children.append(child)
-# A store of the parent's on a port that the system gives: nobody takes it before the ranks meet.
-# It has threads, and a fork copies what they have locked: hence the ranks were forked before.
-store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-os.write(writer, f"{store.port:5}".encode() * world)
-codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-sys.exit(any(codes))
-"""
-
-
-def launch(world, run_dir, script):
-    """Runs ``main(rank)`` of the script in ``world`` processes."""
-    command = [sys.executable, "-c", LAUNCH, world, run_dir, json.dumps(FEW), script]
-    done = waiting.process(command, run_dir, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+def launch(world, run_dir, *scripts):
+    """Runs ``main(rank)`` of each script in ``world`` processes, the scripts side by side."""
+    command = [sys.executable, LAUNCH, world, run_dir, json.dumps(FEW)]
+    commands = [[*command, script] for script in scripts]
+    ended = waiting.together(commands, run_dir, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    said = "".join(done.stdout + done.stderr for done in ended)
+    assert not any(done.returncode for done in ended), said
+    return said
 
 
 def apart(a, b, only=""):
@@ -171,29 +127,26 @@ def test_views_are_the_same(pairs, run_dir):
         torch.testing.assert_close(torch.cat(two), whole, rtol=0, atol=1e-4)
 
 
-def test_three_ranks_and_another_world_size_on_resume(run_dir):
-    """Three processes, then one, then two: the same batches, the same weights."""
+def test_three_ranks_resume_to_the_bit_and_as_another_number(run_dir):
+    """To the bit: Gloo adds three numbers in an order of their place in a bucket, and DDP changes
+    buckets. Three processes, then one, then two: the same batches, the same weights."""
     from directclr_fast.train import checkpoint
 
-    launch(3, run_dir, "def main(rank): train('run', max_steps=2, save_every=1)")
+    script = """
+def main(rank):
+    train("whole")
+    train("halves", max_steps=2, save_every=1)
+    train("halves", resume=True)
+    train("run", max_steps=2, save_every=1)
+"""
+    launch(3, run_dir, script)
+    assert_same(state_of(run_dir / "halves"), state_of(run_dir / "whole"))
     assert len(checkpoint.load(run_dir / "run")["rng_of_other_ranks"]) == 2
     train(run_dir, "run", **{**FEW, "max_steps": 3}, resume=True)
     launch(2, run_dir, "def main(rank): train('run', resume=True)")
     train(run_dir, "one", **FEW)
     assert apart(run_dir / "run", run_dir / "one") < 1e-5
     assert [r["step"] for r in log_of(run_dir / "run")[1]] == [1, 2, 3, 4]
-
-
-def test_three_ranks_resume_to_the_bit(run_dir):
-    """Gloo adds three numbers in an order of their place in a bucket, and DDP changes buckets."""
-    script = """
-def main(rank):
-    train("whole")
-    train("halves", max_steps=2, save_every=1)
-    train("halves", resume=True)
-"""
-    launch(3, run_dir, script)
-    assert_same(state_of(run_dir / "halves"), state_of(run_dir / "whole"))
 
 
 def test_faults(run_dir):
@@ -389,5 +342,4 @@ def main(rank):
         assert rank == 1
     os._exit(0)
 """
-    for script in (silent, fails):
-        launch(2, run_dir, watched + script)
+    launch(2, run_dir, watched + silent, watched + fails)

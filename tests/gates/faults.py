@@ -30,6 +30,7 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is loaded: forked children cannot share a pool
 
 import torch
+import torch._dynamo  # which every optimizer imports, in a second
 
 from directclr_fast.machine import machine
 from directclr_fast.train import checkpoint
@@ -137,21 +138,23 @@ def kills(count: int, folder: Path, epochs: int = 20, seed: int = 0) -> dict:
 def rank_kills(count: int, folder: Path, timeout: float = 120.0, seed: int = 0) -> dict:
     """The second campaign, ``count`` kills long."""
     chance = random.Random(seed)
-    steps = 12 * (count + 1)
-    flags = {**SETTINGS, "epochs": steps // 3, "checkpoint_dir": str(folder)}
+    steps = 12 * count
+    settings = {**SETTINGS, "epochs": steps // 3}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--max-restarts", str(count), "--monitor-interval", "0.2", "--standalone"]
     command += ["--local-addr", "127.0.0.1"]  # the machine's own name need not resolve
-    command += ["-m", "directclr_fast", "train", "--resume"]
-    for name, value in flags.items():
+    command += ["-m", "directclr_fast", "train", "--resume", "--name", "pair-killed"]
+    for name, value in {**settings, "checkpoint_dir": folder}.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
     begin = time.monotonic()
-    subprocess.run([*command, "--name", "pair"], check=True, timeout=10 * timeout, **quiet)
+    whole = [sys.executable, Path(__file__).parents[1] / "launch.py", "2", folder]
+    whole += [json.dumps(settings), "def main(rank): train('pair')"]
+    subprocess.run(whole, check=True, timeout=10 * timeout, **quiet)
     tally = {"kills": 0, "resumed": 0, "hangs": 0, "longest_stop_s": 0.0, "steps": []}
     log = folder / "pair-killed" / "log.jsonl"
     goals = sorted(chance.sample(range(2, steps - 5), count))
-    job = subprocess.Popen([*command, "--name", "pair-killed"], **quiet)
+    job = subprocess.Popen(command, **quiet)
     try:
         for goal in goals:
             _wait(lambda goal=goal: _step(log) >= goal, job, log, timeout)
@@ -159,7 +162,7 @@ def rank_kills(count: int, folder: Path, timeout: float = 120.0, seed: int = 0) 
                 # It was at its end before this process, held up, saw the goal: another one.
                 job.wait()
                 shutil.rmtree(log.parent)
-                job = subprocess.Popen([*command, "--name", "pair-killed"], **quiet)
+                job = subprocess.Popen(command, **quiet)
                 _wait(lambda goal=goal: _step(log) >= goal, job, log, timeout)
             victim = chance.choice(pair)
             with contextlib.suppress(ProcessLookupError):
@@ -198,7 +201,7 @@ def _wait(until, job: subprocess.Popen, log: Path, timeout: float) -> None:
     while not until() and job.poll() != 0:
         if job.poll() is not None or time.monotonic() > end:
             raise TimeoutError
-        time.sleep(0.005)
+        time.sleep(0.02)
         if _step(log) != step:
             step, end = _step(log), time.monotonic() + timeout
 
