@@ -124,7 +124,9 @@ class TrainConfig:
         help="folder of the sets that are fetched (default: data)", resumed="free"
     )
     download: bool = setting(False, "fetch a missing set", resumed="call")
-    encoder: str | None = setting(help="resnet18, resnet50, small", choices=".encoders:ENCODERS")
+    encoder: str | None = setting(
+        help="resnet18, resnet50, small, small-deep, small-cut", choices=".encoders:ENCODERS"
+    )
     image_size: int | None = setting(help="side of the crops, pixels", low=2)
     views: str | None = setting(help="imagenet, small, affine", choices=".views:PRESETS")
     mode: str = setting(
