@@ -680,6 +680,26 @@ MUTATIONS = [
         "            raise self._diverged()\n", "            pass\n",
         "test_train_run.py -k weights_that_are_not_finite",
     ),
+    Mutation(
+        "paper: differences are paired by seed", "directclr_fast/paper/report.py",
+        "for v, w in zip(x, y)]", "for v, w in zip(x, sorted(y))]",
+        "test_compare.py -k verdict",
+    ),
+    Mutation(
+        "paper: a search looks at the test part", "directclr_fast/paper/runs.py",
+        "    if run.search:\n        images", "    if False:\n        images",
+        "test_compare.py -k what_is_run",
+    ),
+    Mutation(
+        "paper: a look trains on", "directclr_fast/paper/mechanism.py",
+        "copy.deepcopy(model).eval()", "model.eval()",
+        "test_mechanism.py -k changes_nothing",
+    ),
+    Mutation(
+        "paper: the last shortcut stays", "directclr_fast/train/encoders.py",
+        "self.shortcut = None", "pass",
+        "test_train_encoders.py -k last_shortcut",
+    ),
 ]  # fmt: skip
 
 
