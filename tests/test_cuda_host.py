@@ -414,7 +414,7 @@ def test_four_launches_forward_and_five_backward(monkeypatch, temperature):
     assert counting.names == ["factors", "weights", "finish"] and len(products) == 2
 
 
-@pytest.mark.parametrize("negatives,most", [("cross", 260), ("both", 540)])
+@pytest.mark.parametrize("negatives,most", [("cross", 220), ("both", 500)])
 def test_a_step_makes_few_python_calls(negatives, most):
     """Of functions of this package; below N of about 5,000 a GPU waits for them."""
     r1, r2 = (r.requires_grad_() for r in make_views(64, 48, dtype=torch.float32))
@@ -423,8 +423,9 @@ def test_a_step_makes_few_python_calls(negatives, most):
     calls = Counter()
 
     def note(frame, event, _):
-        if event == "call" and frame.f_code.co_filename.startswith(ours):
-            calls[frame.f_code.co_name] += 1
+        code = frame.f_code  # comprehensions are no calls from Python 3.12 on
+        if event == "call" and code.co_filename.startswith(ours) and code.co_name[0] != "<":
+            calls[code.co_name] += 1
 
     for profile in (None, None, note):
         sys.setprofile(profile)

@@ -67,6 +67,7 @@ def test_pictures_without_classes_train_and_have_a_spectrum(pictures, run_dir, c
     assert capsys.readouterr().err.startswith(said)
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_unreadable_pictures_are_counted_and_named_at_the_end(  # L6
     workers, pictures, run_dir, capsys
