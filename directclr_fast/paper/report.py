@@ -289,13 +289,14 @@ def _order_table(numbers: dict) -> str:
 
 
 def _differences_table(numbers: dict) -> str:
-    def cell(of: dict | None) -> str:
-        return "" if of is None else f"{100 * of['mean']:+.2f} ± {100 * of['half']:.2f}"
+    def cell(of: dict) -> str:
+        return f"{100 * of['mean']:+.2f} ± {100 * of['half']:.2f}"
 
     by = numbers["differences"]
     lines = [
         ["its r[:, :d0]" if mode == "directclr" else mode, *(cell(by[m][mode]) for m in _MEASURE)]
-        for mode in by["linear"]
+        for mode, of in by["linear"].items()
+        if of is not None
     ]
     return plots.markdown(("directclr's r less", *_MEASURE.values()), lines)
 
