@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -277,7 +278,7 @@ def test_an_interrupted_training_resumes_from_its_checkpoint(tmp_path, one_threa
 
 def test_a_run_that_diverges_is_a_result(tmp_path, one_thread):
     plan = compare.plan(**{**TINY, "optimizer": "sgd", "epochs": 4, "rates": (1e-3, 1e30)})
-    run = plan.search("baseline")[1]
+    run = replace(plan.search("baseline")[1], watch=True)
     result = runs.execute(run, plan.settings, tmp_path, lambda _: None)
     assert result["diverged"] and "held_out" not in result and "nan" in result["loss"]
     assert result["why"].startswith("loss: expected finite numbers, got nan or inf")

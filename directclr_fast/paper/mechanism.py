@@ -18,10 +18,8 @@ from ..train.config import TrainConfig
 from ..train.loop import Model
 from . import spectrum
 
-FRACTIONS = (
-    0.0,
-    *(2.0**-k for k in range(6, -1, -1)),
-)  # of a training, after which it is looked at
+# Of a training, after which it is looked at.
+FRACTIONS = (0.0, *(2.0**-k for k in range(6, -1, -1)))
 SAMPLES, BATCH = 2048, 256  # of the test part for spectra, of the training part for gradients
 EVERY = 8  # of the sorted eigenvalues one is kept
 
@@ -31,8 +29,9 @@ def steps(total: int) -> list[int]:
     return sorted({round(f * total) for f in FRACTIONS})
 
 
-def look(model: Model, config: TrainConfig) -> dict:
-    """Spectra and gradients of ``model``, which stays as it is, as plain values.
+def look(model: Model, config: TrainConfig) -> dict | None:
+    """Spectra and gradients of ``model``, which stays as it is, as plain values; None where they
+    are not finite.
 
     "spectra": of each part of :func:`spectrum.of_model` the effective rank and every eighth
     eigenvalue (log10, relative to the largest), over images of the test part. "gradient": effective
@@ -43,13 +42,16 @@ def look(model: Model, config: TrainConfig) -> dict:
     with torch.no_grad():
         test = _some(config, False, SAMPLES).split(512)
         features = torch.cat([model(views.for_evaluation(part, size)).cpu() for part in test])
+    views_of = views.make_views(config.views, size, test[0].shape[1])
+    pair = views_of(_some(config, True, BATCH), torch.Generator(device).manual_seed(0))
+    of_loss = gradients(copy.deepcopy(model).train(), *pair)
+    if not all(rows.isfinite().all() for rows in (features, *of_loss.values())):
+        return None
     result: dict[str, dict] = {"spectra": {}, "gradient": {}}
     for name, report in spectrum.of_model(model, features).items():
         logs = spectrum.logs(report.spectrum)[::EVERY]
         result["spectra"][name] = {"effective_rank": report.effective_rank, "log10": logs}
-    views_of = views.make_views(config.views, size, test[0].shape[1])
-    pair = views_of(_some(config, True, BATCH), torch.Generator(device).manual_seed(0))
-    for name, rows in gradients(model.train(), *pair).items():
+    for name, rows in of_loss.items():
         report = spectrum.collapse_report(rows, threshold=spectrum.THRESHOLD)
         directions = report.dimensions - report.collapsed
         of = {"effective_rank": report.effective_rank, "directions": directions}

@@ -134,7 +134,8 @@ def _watched(config: TrainConfig, path: Path) -> Callable[[Trainer], None]:
     def look(trainer: Trainer) -> None:
         end = min(trainer.total_steps, config.max_steps or trainer.total_steps)
         if trainer.step in mechanism.steps(end) and trainer.step not in seen:
-            trace.append({"step": trainer.step, **mechanism.look(trainer.model, config)})
+            if seen_now := mechanism.look(trainer.model, config):
+                trace.append({"step": trainer.step, **seen_now})
             checkpoint.write_json(path, trace)
 
     return look
