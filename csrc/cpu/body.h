@@ -32,12 +32,17 @@ static int64_t scratch_bytes(int64_t m, int64_t n, int64_t pitch) {
   const int64_t tiles = tile_scratch(nullptr, m, n, pitch).bytes;
   return tiles > fp32 ? tiles : fp32;
 }
+static void pack(const Pair& pair, bool first, int64_t begin, int64_t end, const Packed& to) {
+  with_kind(pair.operands,
+            [&](auto kind) { pack_view<decltype(kind)>(pair, first, begin, end, to); });
+}
 // By a count of instructions (csrc/README.md) tiles pay from about 40 rows and 8 columns on. The rest
 // is a margin for what no count has and nobody measured: configuring the unit in every part, its
 // waking up, threads. Emulated they are there to be tested, at all sizes.
 constexpr bool kEmulated = __is_same(Tiles, EmulatedTiles);
 constexpr TileKernels kTileKernels = {kEmulated ? 1 : 256, kEmulated ? 1 : 96, kept_floats,
-                                      digit_scales, tiles_work, tile_loop};
+                                      digit_scales, packed_rows, packed_bytes, pack, tiles_work,
+                                      tile_loop};
 constexpr const TileKernels* kTiles = &kTileKernels;
 #else
 constexpr auto scratch_bytes = fp32_scratch_bytes;

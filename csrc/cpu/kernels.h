@@ -40,6 +40,14 @@ struct Positives {
   double* pos;
 };
 
+// Rows [begin, begin + count) of a view as the tiles take them (tile_products.h): for S, and for the
+// products with G, of digits with a scale of each row. Null: nobody needs it.
+struct Packed {
+  char *for_s, *for_g;
+  float* scale;
+  int64_t begin, count;
+};
+
 // One block of similarities S = z1 z2' and what is left out of it. Entry (i, row_offset + i) is
 // always left out, and what has equal ids, where there are any. `upper` (z1 == z2, row_offset == 0)
 // also leaves out everything below it, so that a symmetric S is visited once.
@@ -53,6 +61,8 @@ struct Pair {
   float scale_hi, scale_lo;
   // Of the digits of each row (m, n), where the operands are those; else null.
   const float *scale1, *scale2;
+  // All rows of both views, where the parts share them; count 0: each packs its own.
+  Packed packed1, packed2;
   const int32_t *ids1, *ids2;  // (m), (n), or null
   // a s_i of the entries (i, row_offset + i), as the tile has them, goes here (m) where not null.
   double scale;
@@ -105,12 +115,17 @@ struct TileKernels {
   // The scale of each row's digits, and what six products leave out of z . z; NaN for a NaN.
   void (*scales)(const float* z, int64_t d, int64_t pitch, int64_t row_begin, int64_t row_end,
                  float* scale, float* left_out);
+  int64_t (*packed_rows)(int64_t pitch);   // that a part packs at a time
+  int64_t (*packed_bytes)(int64_t pitch);  // of a row for S, and of one for G
+  // Rows [begin, end) of one view, multiples of kTileUnit, into `to`.
+  void (*pack)(const Pair&, bool first, int64_t begin, int64_t end, const Packed& to);
   bool (*work)();  // whether the tiles compute what their emulation does
   // Products from L1, a load for each or for every two: operations done; the peak in benchmarks.
   double (*loop)(bool bf16, bool few_loads, int64_t iterations);
 };
-constexpr int64_t kTileRows = 32, kTileColumns = 64;  // rows and columns are split at multiples
-constexpr int64_t kMostTileColumns = 32768;           // d: three sums of 2^14 a column in int32
+constexpr int64_t kTileRows = 32;      // of a panel
+constexpr int64_t kTileUnit = 64;      // rows and columns are split at multiples
+constexpr int64_t kMostTileColumns = 32768;  // d: three sums of 2^14 a column in int32
 
 struct Kernels {
   const char* name;

@@ -131,8 +131,8 @@ Pair make_pair(const SimilarityArgs& s) {
   const float high = float(scale);
   return {s.z1, s.z2, s.m, s.n, s.d, pitch(s.d), s.row_offset, s.upper,
           kFp32,  // until Arithmetic has chosen
-          high, float(scale - double(high)), nullptr, nullptr, s.ids1, s.ids2, s.scale, nullptr,
-          nullptr, static_cast<float*>(s.workspace), 0};
+          high, float(scale - double(high)), nullptr, nullptr, {}, {}, s.ids1, s.ids2, s.scale,
+          nullptr, nullptr, static_cast<float*>(s.workspace), 0};
 }
 
 bool bounded(const SimilarityArgs& s) {
@@ -154,8 +154,8 @@ bool rounded(const Pair& p) { return p.operands == kBf16 || p.operands == kInt8x
 bool on_tiles(const Pair& p) { return kernels().tiles && p.operands != kFp32; }
 
 // What rows and columns of S are split at, so that no tile is cut.
-int64_t row_unit(const Pair& p) { return on_tiles(p) ? kTileRows : kernels().mr; }
-int64_t column_unit(const Pair& p) { return on_tiles(p) ? kTileColumns : kernels().nr; }
+int64_t row_unit(const Pair& p) { return on_tiles(p) ? kTileUnit : kernels().mr; }
+int64_t column_unit(const Pair& p) { return on_tiles(p) ? kTileUnit : kernels().nr; }
 
 // What the products are made of: on tiles where the body has them, they pay, and digits can hold
 // these rows. A function of z, a and what is asked, so that backward does as forward did.
@@ -172,7 +172,7 @@ class Arithmetic {
     if (pair.operands > kBf16 && !scale(s, threads, pair)) return false;
     constexpr const char* kNames[] = {"fp32", "bf16", "int8x3", "int8x6", "int8x8"};
     last_arithmetic = kNames[pair.operands];
-    const int64_t panels = (s.m + row_unit(pair) - 1) / row_unit(pair);
+    const int64_t panel = on_tiles(pair) ? kTileRows : k.mr, panels = (s.m + panel - 1) / panel;
     const auto floats = on_tiles(pair) ? k.tiles->keep_panel_floats : k.keep_panel_floats;
     pair.keep_panels = std::clamp<int64_t>((s.workspace_bytes / 4 - 1) / floats(s.n), 0, panels);
     return true;
@@ -219,6 +219,40 @@ class Arithmetic {
 
   std::unique_ptr<Buffer<float>> scales_;
 };
+
+// Whether parts share packed rows: where they are smaller than what one packs at a time, work would
+// grow with their number. It is less memory than the scratch of as many threads.
+bool shares_rows(const Pair& p, int parts) {
+  return on_tiles(p) && parts > 1 && p.m + p.n < 2 * parts * kernels().tiles->packed_rows(p.pitch);
+}
+
+// Room for them at `at`, where G asks for z1 and z2 in its form, and for S where `for_s`; bytes.
+int64_t place_rows(Pair& pair, bool for_s, bool z1_for_g, bool z2_for_g, char* at) {
+  char* next = at;
+  const auto view = [&](int64_t rows, bool for_g) {
+    const int64_t whole = (rows + kTileUnit - 1) / kTileUnit * kTileUnit;
+    const auto take = [&](bool wanted, int64_t row_bytes) {
+      char* const here = next;
+      next += wanted ? whole * row_bytes : 0;
+      return wanted ? here : nullptr;
+    };
+    const int64_t bytes = kernels().tiles->packed_bytes(pair.pitch);
+    char* const s = take(for_s, bytes);
+    char* const g = take(for_g, bytes);
+    return Packed{s, g, reinterpret_cast<float*>(take(true, 4)), 0, rows};
+  };
+  pair.packed1 = view(pair.m, z1_for_g);
+  pair.packed2 = view(pair.n, z2_for_g);
+  return next - at;
+}
+
+void pack_rows(const Pair& pair, int t, int team) {
+  for (const bool first : {true, false}) {
+    const Packed& to = first ? pair.packed1 : pair.packed2;
+    kernels().tiles->pack(pair, first, part(to.count, kTileUnit, t, team),
+                          part(to.count, kTileUnit, t + 1, team), to);
+  }
+}
 
 // The last word of the workspace: what the tiles before it were made of. A process may ask for other
 // products in between, and then they are made anew.
@@ -394,9 +428,13 @@ int64_t workspace_bytes(int64_t m, int64_t n) {
 
 int64_t scratch_bytes(int64_t m, int64_t n, int64_t d, int threads) {
   threads = std::abs(threads);
-  const int64_t per_thread = thread_scratch(m, n, d);
-  const int64_t fwd = threads * per_thread + part_count(m, threads) * 20 * n + 16 * (m + n);
-  const int64_t bwd = threads * per_thread + 8 * (m + n) + 4 * m + 8 * (m + n);
+  Pair pair{};
+  pair.m = m, pair.n = n, pair.d = d, pair.pitch = pitch(d), pair.operands = kInt8x6;
+  const bool shared = shares_rows(pair, part_count(m, threads));
+  const int64_t packed = shared ? place_rows(pair, true, true, true, nullptr) : 0;
+  const int64_t all = threads * thread_scratch(m, n, d) + packed;
+  const int64_t fwd = all + part_count(m, threads) * 20 * n + 16 * (m + n);
+  const int64_t bwd = all + 8 * (m + n) + 4 * m + 8 * (m + n);
   return std::max(fwd, bwd);
 }
 
@@ -423,12 +461,19 @@ std::string sums(const SimilarityArgs& s, Accumulator rows, Accumulator cols, do
   args.pair.own = tops.own;
   const int64_t bytes = thread_scratch(s.m, s.n, s.d);
   Schedule schedule(part_count(s.m, threads));
-  Scratch scratch(threads * bytes);
+  const bool shared = shares_rows(args.pair, schedule.parts);
+  const auto place = [&](char* at) { return place_rows(args.pair, true, false, false, at); };
+  Scratch scratch(threads * bytes + (shared ? place(nullptr) : 0));
   Buffer<double> partial(2 * schedule.parts * s.n);
   Buffer<float> tops_of_parts(tops.row ? schedule.parts * s.n : 0);
   if (!scratch || !partial || !tops_of_parts) return kNoMemory;
+  if (shared) place(scratch.get() + threads * bytes);
   run(threads, [&](int t, Team& team) {
     if (exact) exact_logits(s, t, team.size(), logits);
+    if (shared) {
+      pack_rows(args.pair, t, team.size());
+      team.barrier();
+    }
     sums_part(args, schedule, partial.get(), tops_of_parts.get(), scratch.get() + t * bytes);
     team.barrier();
     if (cols.sum) merge_columns(partial.get(), s.n, schedule.parts, t, team.size(), cols);
@@ -440,10 +485,8 @@ std::string sums(const SimilarityArgs& s, Accumulator rows, Accumulator cols, do
 std::string products(const SimilarityArgs& s, const WeightArgs& w, float* dz1, float* dz2,
                      int threads) {
   threads = team_size(threads, 3.0 * double(s.m) * double(s.n) * double(s.d));
-  const int64_t bytes = thread_scratch(s.m, s.n, s.d);
-  Scratch scratch(threads * bytes);
   Buffer<float> prepared(3 * s.m + 2 * s.n);
-  if (!scratch || !prepared) return kNoMemory;
+  if (!prepared) return kNoMemory;
   float* p = prepared.get();
   const Prepared row{p, p + s.m}, col{p + 2 * s.m, p + 2 * s.m + s.n};
   float* diag = w.diagonal ? p + 2 * s.m + 2 * s.n : nullptr;
@@ -455,6 +498,14 @@ std::string products(const SimilarityArgs& s, const WeightArgs& w, float* dz1, f
   if (rounded(args.pair)) args.diag = nullptr;
   const int parts_wanted = part_count(std::min(s.m, s.n), threads);
   Schedule schedule(s.upper && parts_wanted > 1 ? (parts_wanted + 1) / 2 * 2 : parts_wanted);
+  const int64_t bytes = thread_scratch(s.m, s.n, s.d);
+  const bool shared = shares_rows(args.pair, schedule.parts);
+  const auto place = [&](char* at) {
+    return place_rows(args.pair, args.pair.keep_panels * kTileRows < s.m, dz2, dz1, at);
+  };
+  Scratch scratch(threads * bytes + (shared ? place(nullptr) : 0));
+  if (!scratch) return kNoMemory;
+  if (shared) place(scratch.get() + threads * bytes);
   run(threads, [&](int t, Team& team) {
     const int parts = team.size();
     const int64_t i0 = part(s.m, 16, t, parts), i1 = part(s.m, 16, t + 1, parts);
@@ -462,6 +513,7 @@ std::string products(const SimilarityArgs& s, const WeightArgs& w, float* dz1, f
     prepare(w.row_weight, w.row_lse, s.scale, i0, i1, row);
     prepare(w.col_weight, w.col_lse, s.scale, j0, j1, col);
     for (int64_t i = i0; diag && i < i1; ++i) diag[i] = float(w.diagonal[i]);
+    if (shared) pack_rows(args.pair, t, parts);
     team.barrier();
     products_part(args, schedule, scratch.get() + t * bytes);
     if (!rounded(args.pair) || !diag) return;

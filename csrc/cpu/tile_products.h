@@ -46,6 +46,8 @@ DCLR_INLINE int64_t packed_rows(int64_t pitch) {
   return rows < kGBlock ? kGBlock : rows;
 }
 
+DCLR_INLINE int64_t packed_bytes(int64_t pitch) { return steps_of(pitch) * (kMostStep / 16); }
+
 // ---------------------------------------------------------------------------- operands
 
 DCLR_INLINE vi nearest(vf x) {  // halves away from zero, in every instruction set
@@ -163,18 +165,19 @@ DCLR_INLINE int32_t largest_bits(const float* row, int64_t d) {
 }
 
 // Rows of z for a product with G, k along the rows: its right side, or transposed the left one.
-// Here the digits' unit need not be a power of two, and goes to `scale`.
+// Here the digits' unit need not be a power of two, and goes to `scale`. 16 columns of z are `side`
+// bytes from the next.
 template <class K>
-static void pack_for_products(const Pair& pair, const float* z, int64_t count, bool turn,
-                              float* scale, char* out) {
+static void pack_for_g(const Pair& pair, const float* z, int64_t count, bool turn, float* scale,
+                       char* to, int64_t side) {
   const int64_t pitch = pair.pitch, columns = round_up(pair.d, 32);
   float per_unit[kGBlock];
   for (int64_t i = 0; K::DIGITS && i < count; ++i) {
     scale[i] = unit_of(largest_bits(z + i * pitch, pair.d));
     per_unit[i] = K::UNITS / scale[i];
   }
-  for (int64_t c = 0; c < columns; c += 16) {
-    for (int64_t i = 0; i < count; i += 64, out += K::STEP) {
+  for (int64_t c = 0; c < columns; c += 16, to += side) {
+    for (int64_t i = 0; i < count; i += 64) {
       pack_step<K>(
           [&](int l, int q, int v) __attribute__((always_inline)) {
             const int64_t row = i + q * 16 + l;
@@ -183,8 +186,36 @@ static void pack_for_products(const Pair& pair, const float* z, int64_t count, b
             if constexpr (!K::DIGITS) return nearest_bf16(x);
             return x * per_unit[row];
           },
-          turn, out);
+          turn, to + i / 64 * K::STEP);
     }
+  }
+}
+
+// Where row i lies, if it does, and how far 16 columns for G are from the next.
+template <class K>
+DCLR_INLINE char* row_for_s(const Packed& p, int64_t d, int64_t i) {
+  return p.for_s ? p.for_s + (i - p.begin) / 16 * steps_of(d) * K::STEP : nullptr;
+}
+template <class K>
+DCLR_INLINE char* row_for_g(const Packed& p, int64_t i) {
+  return p.for_g ? p.for_g + (i - p.begin) / 64 * K::STEP : nullptr;
+}
+template <class K>
+DCLR_INLINE int64_t side_for_g(const Packed& p) {
+  return steps_of(p.count) * K::STEP;
+}
+
+// Rows [begin, end) of the first view, a left side for S, or of the second.
+template <class K>
+static void pack_view(const Pair& pair, bool first, int64_t begin, int64_t end, const Packed& to) {
+  const float* const z = first ? pair.z1 : pair.z2;
+  if (to.for_s) {
+    pack_for_s<K>(pair, z, first ? pair.scale1 : pair.scale2, begin, end - begin,
+                  first ? kPanel : K::WIDTH, !first, row_for_s<K>(to, pair.d, begin));
+  }
+  for (int64_t i = begin; to.for_g && i < end; i += kGBlock) {
+    pack_for_g<K>(pair, z + i * pair.pitch, smaller(kGBlock, end - i), first,
+                  to.scale + i - to.begin, row_for_g<K>(to, i), side_for_g<K>(to));
   }
 }
 

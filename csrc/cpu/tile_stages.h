@@ -8,17 +8,15 @@
 namespace directclr::DCLR_ISA {
 
 struct TileScratch {
-  char *rows, *columns;      // for S
-  char *rows1, *rows2;       // z1 and z2 for the products with G
+  Packed view1, view2;       // unless the parts share them
   int32_t* sums;
-  float *scale1, *scale2;    // of the latter
   float *g, *dz2;            // kGBlock x kGBlock; d x kGBlock: dz2 of a block, transposed
   char *g_rows, *g_columns;  // G, as the left side of G z2 and the right one of z1' G
   int64_t bytes;
 };
 
 static TileScratch tile_scratch(void* at, int64_t m, int64_t n, int64_t pitch) {
-  const int64_t steps = steps_of(pitch), wide = steps * (kMostStep / 16);  // bytes of a row
+  const int64_t steps = steps_of(pitch), wide = packed_bytes(pitch);
   const int64_t rows = smaller(packed_rows(pitch), round_up(m, 64));
   const int64_t columns = smaller(kSumsBlock, round_up(n, 64)), g = kGBlock * kGBlock;
   char* next = static_cast<char*>(at);
@@ -29,14 +27,25 @@ static TileScratch tile_scratch(void* at, int64_t m, int64_t n, int64_t pitch) {
   };
   TileScratch s{};
   s.sums = reinterpret_cast<int32_t*>(take((steps > kSteps ? columns / 16 : 2) * kBlockWords * 8));
-  s.rows = take(rows * wide), s.rows1 = take(rows * wide);
-  s.columns = take(columns * wide), s.rows2 = take(smaller(kGBlock, columns) * wide);
+  s.view1.for_s = take(rows * wide), s.view1.for_g = take(rows * wide);
+  s.view2.for_s = take(columns * wide), s.view2.for_g = take(smaller(kGBlock, columns) * wide);
   s.g = reinterpret_cast<float*>(take(4 * g)), s.g_rows = take(3 * g), s.g_columns = take(3 * g);
   s.dz2 = reinterpret_cast<float*>(take(4 * steps * 64 * kGBlock));
-  s.scale1 = reinterpret_cast<float*>(take(4 * rows));
-  s.scale2 = reinterpret_cast<float*>(take(4 * kGBlock));
+  s.view1.scale = reinterpret_cast<float*>(take(4 * rows));
+  s.view2.scale = reinterpret_cast<float*>(take(4 * kGBlock));
   s.bytes = next - static_cast<char*>(at);
   return s;
+}
+
+// Rows [begin, end) of a view: those of all parts, or packed here into `own`. A null form stays so.
+template <class K>
+DCLR_INLINE Packed rows_of_view(const Pair& pair, bool first, int64_t begin, int64_t end,
+                                const Packed& own) {
+  const Packed& shared = first ? pair.packed1 : pair.packed2;
+  if (shared.count) return shared;
+  const Packed here{own.for_s, own.for_g, own.scale, begin, end - begin};
+  pack_view<K>(pair, first, begin, end, here);
+  return here;
 }
 
 // ---------------------------------------------------------------------------- sums
@@ -81,9 +90,9 @@ struct SumsOf {
 
 template <class K, bool BOUNDED>
 static void tile_sums(const Sums& args, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
-                       double* col_sum, double* col_ref, float* col_top,
-                       const TileScratch& s) {
+                       double* col_sum, double* col_ref, float* col_top, TileScratch s) {
   const Pair& pair = args.pair;
+  s.view1.for_g = s.view2.for_g = nullptr;
   const bool tops = args.row_top;
   vf row_sum[kPanel], row_ref[kPanel], row_top[kPanel];
   float block_sum[kSumsBlock], block_ref[kSumsBlock], block_top[kSumsBlock];
@@ -95,11 +104,12 @@ static void tile_sums(const Sums& args, int64_t i0, int64_t i1, int64_t j0, int6
   t.configure();
   for (int64_t g = i0; g < i1; g += group) {
     const int64_t g_end = smaller(g + group, i1);
-    pack_for_s<K>(pair, pair.z1, pair.scale1, g, g_end - g, kPanel, false, s.rows);
+    const Packed rows = rows_of_view<K>(pair, true, g, g_end, s.view1);
     for (int64_t j = j0; j < j1; j += kSumsBlock) {
       const int64_t nc = smaller(kSumsBlock, j1 - j);
       if (below_diagonal(pair, g, j + nc)) continue;
-      pack_for_s<K>(pair, pair.z2, pair.scale2, j, nc, K::WIDTH, true, s.columns);
+      const Packed of_block = rows_of_view<K>(pair, false, j, j + nc, s.view2);
+      const char* const columns = row_for_s<K>(of_block, pair.d, j);
       for (int64_t i = g; i < g_end; i += kGBlock) {
         if (below_diagonal(pair, i, j + nc)) continue;
         for (int64_t c = 0; c < kSumsBlock; ++c) {
@@ -113,9 +123,9 @@ static void tile_sums(const Sums& args, int64_t i0, int64_t i1, int64_t j0, int6
             row_ref[r] = splat(kNoReference);
             row_top[r] = splat(kNoTop);
           }
-          const char* a = s.rows + (row - g) / kPanel * panel_bytes;
+          const char* a = row_for_s<K>(rows, pair.d, row);
           const Prefetch next{a + panel_bytes, row + kPanel < g_end ? a + 2 * panel_bytes : a};
-          similarity_panel<K>(t, pair, row, j, nc, a, s.columns, s.sums, false, next, to);
+          similarity_panel<K>(t, pair, row, j, nc, a, columns, s.sums, false, next, to);
           for (int r = 0; r < smaller(kPanel, pair.m - row); ++r) {
             fold_row<BOUNDED>(row_sum[r], row_ref[r], args.row_sum[row + r], args.row_ref[row + r]);
             for (int l = 0; tops && l < VL; ++l) raise_to(args.row_top[row + r], row_top[r][l]);
@@ -244,7 +254,7 @@ static void units_of_G(const Products& args, const Block& b, float* block, const
 // G of a block, and as an operand in both forms. unit_row and unit_col are its digits'.
 template <class K>
 DCLR_INLINE void operands_of_G(Tiles& t, const Products& args, const Block& b,
-                               const TileScratch& s, const char* rows, const float* scale1,
+                               const TileScratch& s, const Packed& rows, const Packed& columns,
                                float* unit_row, float* unit_col, Outliers& out) {
   const Pair& pair = args.pair;
   float row_weight[kGBlock], row_ref[kGBlock], row_scale[kGBlock];
@@ -259,18 +269,17 @@ DCLR_INLINE void operands_of_G(Tiles& t, const Products& args, const Block& b,
   if (b.mc % 64 || b.nc % 64 || below_diagonal(pair, b.i0 + b.mc - 1, b.j0 + 1)) {
     __builtin_memset(s.g, 0, sizeof(float) * size_t(kGBlock * kGBlock));
   }
-  const int64_t panel_bytes = 2 * steps_of(pair.d) * K::STEP;
   for (int64_t r = 0; r < b.mc; r += kPanel) {
     if (below_diagonal(pair, b.i0 + r, b.j0 + b.nc)) continue;
     to.row_weight = row_weight + r, to.row_ref = row_ref + r;
     to.row_sum = row_sum + r, to.g = s.g + r * kGBlock;
-    similarity_panel<K>(t, pair, b.i0 + r, b.j0, b.nc, rows + r / kPanel * panel_bytes, s.columns,
-                        s.sums, true, {}, to);
+    similarity_panel<K>(t, pair, b.i0 + r, b.j0, b.nc, row_for_s<K>(rows, pair.d, b.i0 + r),
+                        row_for_s<K>(columns, pair.d, b.j0), s.sums, true, {}, to);
   }
   out.count = out.others = 0;
   if constexpr (K::DIGITS > 0) {
-    padded(row_scale, scale1, b.mc);
-    padded(col_scale, s.scale2, b.nc);
+    padded(row_scale, rows.scale + b.i0 - rows.begin, b.mc);
+    padded(col_scale, columns.scale + b.j0 - columns.begin, b.nc);
     units_of_G(args, b, s.g, row_sum, col_sum, row_scale, col_scale, unit_row, unit_col, out);
   }
   float per_unit[16];
@@ -307,8 +316,9 @@ DCLR_INLINE void operands_of_G(Tiles& t, const Products& args, const Block& b,
 // dz1 += G z2 for the rows of the block.
 template <class K>
 DCLR_INLINE void add_tiles_G_z2(Tiles& t, const Products& args, const Block& b,
-                                const TileScratch& s, const float* unit) {
+                                const TileScratch& s, const Packed& columns, const float* unit) {
   const int64_t pitch = args.pair.pitch, steps = steps_of(b.nc), side = steps * K::STEP;
+  const int64_t side2 = side_for_g<K>(columns);
   const int64_t per_call = rows_per_call<K>(steps);
   const int32_t* from = s.sums;
   int64_t at = 0, column = 0, turn = 0;
@@ -327,7 +337,8 @@ DCLR_INLINE void add_tiles_G_z2(Tiles& t, const Products& args, const Block& b,
     for (int64_t c = 0; c < args.pair.d; c += K::WIDTH) {
       int32_t* sums = s.sums + (turn ^= 1) * kBlockWords;
       const char* a = s.g_rows + i / 16 * side;
-      multiply<K>(t, a, a + side, s.rows2 + c / 16 * side, side, steps, false, sums,
+      const char* z2 = row_for_g<K>(columns, b.j0) + c / 16 * side2;
+      multiply<K>(t, a, a + side, z2, side2, steps, false, sums,
                   [&]() __attribute__((always_inline)) { epilogue.some(per_call); });
       epilogue.all();
       from = sums, at = i, column = c;
@@ -340,8 +351,8 @@ DCLR_INLINE void add_tiles_G_z2(Tiles& t, const Products& args, const Block& b,
 // The transposed dz2 += z1' G for the columns of the block.
 template <class K>
 DCLR_INLINE void add_tiles_z1_G(Tiles& t, const Products& args, const Block& b,
-                                const TileScratch& s, const char* rows1, const float* unit) {
-  const int64_t steps = steps_of(b.mc), side = steps * K::STEP;
+                                const TileScratch& s, const Packed& rows, const float* unit) {
+  const int64_t steps = steps_of(b.mc), side = steps * K::STEP, side1 = side_for_g<K>(rows);
   const int64_t per_call = rows_per_call<K>(steps);
   const int32_t* from = s.sums;
   int64_t at = 0, column = 0, turn = 0;
@@ -358,8 +369,8 @@ DCLR_INLINE void add_tiles_z1_G(Tiles& t, const Products& args, const Block& b,
   for (int64_t c = 0; c < args.pair.d; c += kPanel) {
     for (int64_t j = 0; j < b.nc; j += K::WIDTH) {
       int32_t* sums = s.sums + (turn ^= 1) * kBlockWords;
-      const char* a = rows1 + c / 16 * side;
-      multiply<K>(t, a, a + side, s.g_columns + j / 16 * side, side, steps, false, sums,
+      const char* a = row_for_g<K>(rows, b.i0) + c / 16 * side1;
+      multiply<K>(t, a, a + side1, s.g_columns + j / 16 * side, side, steps, false, sums,
                   [&]() __attribute__((always_inline)) { epilogue.some(per_call); });
       epilogue.all();
       from = sums, at = j, column = c;
@@ -400,11 +411,12 @@ DCLR_INLINE void add_outliers(const Products& args, const Outliers& out) {
 
 template <class K>
 static void tile_products(const Products& args, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
-                           const TileScratch& s) {
+                           TileScratch s) {
   const Pair& pair = args.pair;
-  const int64_t pitch = pair.pitch, steps = steps_of(pair.d), group = packed_rows(pair.pitch);
-  const int64_t row_bytes = round_up(pair.d, 32) / 16 * (K::STEP / 64);  // of z for the products
-  const bool all_kept = pair.keep_panels >= (pair.m + kPanel - 1) / kPanel;
+  const int64_t steps = steps_of(pair.d), group = packed_rows(pair.pitch);
+  if (pair.keep_panels * kPanel >= pair.m) s.view1.for_s = s.view2.for_s = nullptr;
+  if (!args.dz1) s.view2.for_g = nullptr;
+  if (!args.dz2) s.view1.for_g = nullptr;
   const int64_t j_step = even_block(j1 - j0, kGBlock, 64);
   const int64_t i_step = even_block(i1 - i0, kGBlock, 64);
   float unit_row[kGBlock], unit_col[kGBlock];
@@ -413,28 +425,20 @@ static void tile_products(const Products& args, int64_t i0, int64_t i1, int64_t 
   t.configure();
   for (int64_t g = i0; g < i1; g += group / i_step * i_step) {
     const int64_t g_end = smaller(g + group / i_step * i_step, i1);
-    if (!all_kept) {
-      pack_for_s<K>(pair, pair.z1, pair.scale1, g, g_end - g, kPanel, false, s.rows);
-    }
-    for (int64_t i = g; args.dz2 && i < g_end; i += i_step) {
-      pack_for_products<K>(pair, pair.z1 + i * pitch, smaller(i_step, g_end - i), true,
-                           s.scale1 + i - g, s.rows1 + (i - g) * row_bytes);
-    }
+    const Packed rows = rows_of_view<K>(pair, true, g, g_end, s.view1);
     for (int64_t j = j0; j < j1; j += j_step) {
       const int64_t nc = smaller(j_step, j1 - j);
       if (below_diagonal(pair, g, j + nc)) continue;
-      if (!all_kept) pack_for_s<K>(pair, pair.z2, pair.scale2, j, nc, K::WIDTH, true, s.columns);
-      if (args.dz1) {
-        pack_for_products<K>(pair, pair.z2 + j * pitch, nc, false, s.scale2, s.rows2);
+      const Packed columns = rows_of_view<K>(pair, false, j, j + nc, s.view2);
+      for (int64_t c = 0; args.dz2 && c < steps * 64; ++c) {
+        __builtin_memset(s.dz2 + c * kGBlock, 0, sizeof(float) * size_t(round_up(nc, 64)));
       }
-      if (args.dz2) __builtin_memset(s.dz2, 0, sizeof(float) * size_t(steps * 64 * kGBlock));
       for (int64_t i = g; i < g_end; i += i_step) {
         const Block b{i, smaller(i_step, g_end - i), j, nc};
         if (below_diagonal(pair, i, j + nc)) continue;
-        operands_of_G<K>(t, args, b, s, s.rows + (i - g) * steps * (K::STEP / 16),
-                         s.scale1 + i - g, unit_row, unit_col, out);
-        if (args.dz1) add_tiles_G_z2<K>(t, args, b, s, unit_row);
-        if (args.dz2) add_tiles_z1_G<K>(t, args, b, s, s.rows1 + (i - g) * row_bytes, unit_col);
+        operands_of_G<K>(t, args, b, s, rows, columns, unit_row, unit_col, out);
+        if (args.dz1) add_tiles_G_z2<K>(t, args, b, s, columns, unit_row);
+        if (args.dz2) add_tiles_z1_G<K>(t, args, b, s, rows, unit_col);
         add_outliers(args, out);
       }
       if (args.dz2) add_turned(args, j, nc, s.dz2);
