@@ -24,7 +24,7 @@ import pytest
 import torch
 import waiting
 
-from directclr_fast import cli
+from directclr_fast import cli, dispatch
 from directclr_fast.bench import (
     adapters,
     batch,
@@ -35,6 +35,7 @@ from directclr_fast.bench import (
     pictures,
     regressions,
     report,
+    stages,
     study,
     timing,
     trainer,
@@ -613,6 +614,21 @@ def test_a_study_leaves_what_it_measured_before_it_failed(tmp_path, capsys):
     assert result["command"][:3] == ["made.up", "--rows", "1"]
     assert result["settings"] == {"rows": [1, 2, 3]} and "processor" in result["machine"]
     assert capsys.readouterr().out == "N 1\nN 2\n"
+
+
+def test_stages_run_on_as_many_threads_as_the_case_says(tmp_path, monkeypatch, one_thread):
+    backend, seen, out = dispatch.load("cpu"), [], tmp_path / "stages.json"
+    sums = backend.sums
+
+    def counting(*args):
+        seen.append(torch.get_num_threads())
+        return sums(*args)
+
+    monkeypatch.setattr(backend, "sums", counting)
+    flags = ["--n", "32", "--d", "8", "--width", "8", "--threads", "1", "3", "--rounds", "1"]
+    study.main(stages, [*flags, "--out", str(out)])
+    assert [case["threads"] for case in json.loads(out.read_text())["cases"]] == [1, 3]
+    assert sorted(set(seen)) == [1, 3]
 
 
 def test_trainer_bench_measures_step_encoder_and_both_losses(tmp_path, capsys):

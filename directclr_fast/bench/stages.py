@@ -36,7 +36,7 @@ FLAGS = {
 }
 
 
-def stages(args: argparse.Namespace, threads: int) -> list[tuple]:
+def stages(args: argparse.Namespace) -> list[tuple]:
     """(name, operations, bytes that must move, call) of each stage."""
     from .. import _cpu
 
@@ -85,7 +85,8 @@ def measure(args: argparse.Namespace) -> Iterator[tuple[dict, str]]:
 def _case(args: argparse.Namespace, threads: int) -> tuple[dict, str]:
     from .. import _cpu
 
-    table = stages(args, threads)
+    torch.set_num_threads(threads)
+    table = stages(args)
     iterations = 500_000
     calls = {"peak": lambda: _cpu.fma_peak(threads=threads, iterations=iterations)}
     operations = calls["peak"]()
