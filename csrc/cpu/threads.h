@@ -18,15 +18,13 @@
 
 namespace directclr {
 
-// Spins for a few microseconds, then gives way, then sleeps: with more threads than free cores the
-// one that is waited for must get to run.
+// Spins for as long as a round of a small batch may be uneven, then sleeps: with more threads than
+// free cores the one that is waited for must get to run, and one that only yields keeps the core.
 template <class Condition>
 void wait_until(const Condition& condition) {
-  for (int tries = 0; !condition(); ++tries) {
-    if (tries < 2000) continue;
-    if (tries < 2020) {
-      std::this_thread::yield();
-    } else {
+  const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(50);
+  for (int tries = 1; !condition(); ++tries) {
+    if (tries % 64 == 0 && std::chrono::steady_clock::now() > end) {
       std::this_thread::sleep_for(std::chrono::microseconds(50));
     }
   }
