@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -78,6 +80,16 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+@contextlib.contextmanager
+def needs(what: str, package: str, install: str = "'directclr-fast[train]'") -> Iterator[None]:
+    """Around an import: where it fails, the ImportError says what to install, and for ``what``."""
+    try:
+        yield
+    except ImportError as error:
+        hint = f"install it with: pip install {install}"
+        raise ImportError(f"{what}: expected {package}, got {error}; {hint}") from error
 
 
 def processor() -> str:

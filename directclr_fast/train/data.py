@@ -34,8 +34,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ..machine import needs
 from . import folder, views
-from .folder import FolderSet, missing
+from .folder import FolderSet
 
 SETS = (
     "digits", "patches", "cifar10", "cifar100", "stl10", "svhn", "fashion-mnist", "mnist", "kmnist",
@@ -145,11 +146,9 @@ def check_same(saved: dict, here: dict, spec: str) -> None:
 
 
 def _digits(train: bool) -> ImageSet:
-    try:
+    with needs("data digits", "scikit-learn"):
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
-    except ImportError as error:
-        raise missing("digits", "scikit-learn", error) from error
     images, labels = load_digits(return_X_y=True)
     parts = train_test_split(np.arange(len(labels)), test_size=500, stratify=labels, random_state=0)
     part = np.sort(parts[0] if train else parts[1])
@@ -181,11 +180,9 @@ def _patches(train: bool) -> ImageSet:
     cell of fold 1, so that the last fifth of each class can be held out from the rest. Places are
     drawn by a fixed seed and overlap within a part.
     """
-    try:
+    with needs("data patches", "scikit-image"):
         import skimage
         from PIL import Image
-    except ImportError as error:
-        raise missing("patches", "scikit-image", error) from error
     folder = Path(skimage.__file__).parent / "data"
     images, labels = [], []
     for label, name in enumerate(PHOTOGRAPHS):
@@ -237,17 +234,10 @@ def _torchvision(spec: str, root: Path, download: bool, train: bool) -> ImageSet
     datasets = _datasets(spec)
     if not download and not root.is_dir():
         raise FileNotFoundError(f"data: expected the folder of {spec}, got no folder {root}")
+    part = {"split": SPLITS[spec][0 if train else 1]} if spec in SPLITS else {"train": train}
     try:
-        if spec in SPLITS:
-            split = SPLITS[spec][0 if train else 1]
-            source = getattr(datasets, spec.upper())(root, split=split, download=download)
-            images, labels, classes = source.data, source.labels, 10
-        else:
-            source = getattr(datasets, spec.upper())(root, train=train, download=download)
-            images, labels = source.data.transpose(0, 3, 1, 2), source.targets
-            classes = len(source.classes)
-    except ImportError as error:
-        raise missing(spec, "scipy", error) from error
+        with needs(f"data {spec}", "scipy"):
+            source = getattr(datasets, spec.upper())(root, download=download, **part)
     except (RuntimeError, OSError) as error:
         if download:
             raise _not_fetched(spec, root, error) from error
@@ -255,15 +245,16 @@ def _torchvision(spec: str, root: Path, download: bool, train: bool) -> ImageSet
             f"data: expected the files of {spec} in {root} (or leave to download them), "
             "got none or damaged ones"
         ) from error
-    images = torch.from_numpy(np.ascontiguousarray(images))
-    return ImageSet(images, torch.as_tensor(np.asarray(labels), dtype=torch.int64), classes, spec)
+    cifar = spec not in SPLITS
+    images = np.ascontiguousarray(source.data.transpose(0, 3, 1, 2) if cifar else source.data)
+    labels = torch.as_tensor(np.asarray(source.targets if cifar else source.labels)).long()
+    classes = len(source.classes) if cifar else 10
+    return ImageSet(torch.from_numpy(images), labels, classes, spec)
 
 
 def _datasets(spec: str):
-    try:
+    with needs(f"data {spec}", "torchvision"):
         from torchvision import datasets
-    except ImportError as error:
-        raise missing(spec, "torchvision", error) from error
     return datasets
 
 

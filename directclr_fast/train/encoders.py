@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..machine import needs
+
 ENCODERS = ("resnet18", "resnet50", "small", "small-deep", "small-cut")
 SMALL_IMAGE = 64  # pixels; up to here a ResNet keeps the full resolution in its first layers
 
@@ -34,13 +36,8 @@ def build(name: str, *, channels: int = 3, image_size: int | None = None) -> nn.
         if name == "small-cut":
             encoder.blocks[-1].cut()
         return encoder
-    try:
+    with needs(f"encoder {name}", "torchvision"):
         from torchvision import models
-    except ImportError as error:
-        raise ImportError(
-            f"encoder {name}: expected torchvision, got {error}; "
-            "install it with: pip install 'directclr-fast[train]'"
-        ) from error
     model = getattr(models, name)(weights=None, zero_init_residual=True)
     model.width = model.fc.in_features
     model.fc = nn.Identity()

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..machine import needs
 from . import views
 
 SUFFIXES = {
@@ -359,18 +360,10 @@ class _Walk:
         return taken
 
 
-def missing(spec: str, package: str, error: ImportError) -> ImportError:
-    """The error of a set that needs a package."""
-    hint = "install it with: pip install 'directclr-fast[train]'"
-    return ImportError(f"data {spec}: expected {package}, got {error}; {hint}")
-
-
 def load(root: Path, train: bool, size: int, skip_unreadable: bool = False) -> FolderSet:
     """The training or the held-out part; data.load says how it is chosen, and the errors."""
-    try:
+    with needs("data folder", "Pillow"):
         import PIL  # noqa: F401
-    except ImportError as error:
-        raise missing("folder", "Pillow", error) from error
     if not root.is_dir():
         raise FileNotFoundError(f"data: expected a folder of images, got no folder {root}")
     split = (root / "train").is_dir()

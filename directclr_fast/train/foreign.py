@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..machine import needs
 from . import checkpoint, probe
 
 SUFFIXES = (".npy", ".npz", ".safetensors")  # of files that PyTorch does not read
@@ -77,7 +78,9 @@ def read(path: str | Path, trust: bool = False):
     path = Path(path)
     try:
         if path.suffix == ".safetensors":
-            return _safetensors(path)
+            with needs(f"file {path}", "safetensors", "safetensors"):
+                from safetensors.torch import load_file
+            return load_file(path)
         if path.suffix in SUFFIXES:
             with open(path, "rb") as file:
                 arrays = np.load(file, allow_pickle=trust)
@@ -113,17 +116,6 @@ def _unpickled(path: Path, trust: bool):
             raise
         with open(path, "rb") as file:  # one that torch.save did not write
             return pickle.load(file)
-
-
-def _safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise ImportError(
-            f"file {path}: expected safetensors, got {error}; "
-            "install it with: pip install safetensors"
-        ) from error
-    return load_file(path)
 
 
 def _tensors(content, path: Path) -> dict[str, Tensor]:

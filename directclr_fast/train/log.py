@@ -19,6 +19,8 @@ from typing import IO
 import torch
 from torch import Tensor
 
+from ..machine import needs
+
 READ_EVERY = 0.25  # seconds between reads of losses from the device
 PACKAGES = {"tensorboard": ("torch.utils.tensorboard", "tensorboard"), "wandb": ("wandb", "wandb")}
 LOGGERS = ("none", *PACKAGES)
@@ -119,13 +121,8 @@ class Logger:
         self.writer = None
         if name in PACKAGES:
             module, package = PACKAGES[name]
-            try:
+            with needs("logger", package, package):
                 self.package = importlib.import_module(module)
-            except ImportError as error:
-                raise ImportError(
-                    f"logger: expected {package}, got {error}; "
-                    f"install it with: pip install {package}"
-                ) from error
 
     def open(self, folder: Path, settings: dict, step: int) -> None:
         """For the run in ``folder`` that goes on after ``step``; RuntimeError where it cannot."""
