@@ -46,11 +46,11 @@ RECIPES = {
 }
 
 
-def resolve_device(name: str) -> str:
-    """``name``, "auto" being CUDA where there is one. ValueError for one that cannot be used."""
+def resolve_device(name: str | None) -> str:
+    """``name``; for None and "auto" CUDA where there is one. ValueError where it cannot be used."""
     import torch
 
-    if name == "auto":
+    if name in (None, "auto"):
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=name)
@@ -249,7 +249,7 @@ class TrainConfig:
         if self.epochs is not None and "warmup_epochs" in filled:
             # A run shorter than the recipe's must not end before it is warm.
             filled["warmup_epochs"] = min(filled["warmup_epochs"], self.epochs // 2)
-        filled |= {"data": spec, "device": resolve_device(self.given("device"))}
+        filled |= {"data": spec, "device": resolve_device(self.device)}
         if filled.get("amp") == _ON_A_CPU["amp"]:
             filled["amp"] = _bf16_where_faster(filled["device"])
         config = dataclasses.replace(self, **filled)
