@@ -26,24 +26,19 @@ _ON_A_CPU = {
     "epochs": 20, "warmup_epochs": 2, "amp": "bf16 where faster",
 }  # fmt: skip
 RECIPES = {
-    "folder": _RELEASED,
+    "digits": {**_ON_A_CPU, "image_size": 8, "views": "affine", "epochs": 60, "warmup_epochs": 3},
+    "patches": _ON_A_CPU,
     "cifar10": _SMALL,
     "cifar100": _SMALL,
     "stl10": {**_SMALL, "image_size": 64},
-    "digits": {
-        **_ON_A_CPU,
-        "image_size": 8,
-        "views": "affine",
-        "epochs": 60,
-        "warmup_epochs": 3,
-    },
-    "patches": _ON_A_CPU,
     "svhn": _SMALL,
     "fashion-mnist": {**_ON_A_CPU, "image_size": 28},
     "mnist": {**_ON_A_CPU, "image_size": 28, "views": "affine"},  # a flip has a meaning
     "kmnist": {**_ON_A_CPU, "image_size": 28, "views": "affine"},
+    "folder": _RELEASED,
     "fake": {**_SMALL, "encoder": "small", "batch_size": 128, "epochs": 2, "warmup_epochs": 0},
 }
+SETS = tuple("folder:PATH" if kind == "folder" else kind for kind in RECIPES)
 
 
 def resolve_device(name: str | None) -> str:
@@ -116,8 +111,7 @@ class TrainConfig:
 
     data: str = setting(
         "digits",
-        "digits, patches, cifar10, cifar100, stl10, svhn, fashion-mnist, mnist, kmnist, "
-        "folder:PATH, fake (default digits)",
+        f"{', '.join(SETS)} (default digits)",
         resumed="free",  # the images are compared
     )
     data_root: str | None = setting(
@@ -241,8 +235,6 @@ class TrainConfig:
         if kind not in RECIPES and os.path.isdir(spec):  # the released trainer takes a bare path
             spec, kind = f"folder:{spec}", "folder"
         if kind not in RECIPES:
-            from .data import SETS
-
             raise ValueError(f"data: expected one of {', '.join(SETS)}, got {spec!r}")
         defaults = {f.name: f.metadata["default"] for f in dataclasses.fields(self)} | RECIPES[kind]
         filled = {k: v for k, v in defaults.items() if getattr(self, k) is None}

@@ -36,12 +36,8 @@ from torch.utils.data import DataLoader
 
 from ..machine import needs
 from . import folder, views
+from .config import SETS
 from .folder import FolderSet
-
-SETS = (
-    "digits", "patches", "cifar10", "cifar100", "stl10", "svhn", "fashion-mnist", "mnist", "kmnist",
-    "folder:PATH", "fake",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,17 +57,16 @@ class ImageSet:
         """(C, H, W) of every image."""
         return tuple(self.images.shape[1:])
 
-    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 (B, C, H, W) and int64 (B,) of int64 indices (B,), on this set's device."""
-        indices = torch.as_tensor(indices, device=self.images.device)
-        return self.images[indices], self.labels[indices]
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """uint8 (B, C, H, W) and int64 (B,), on this set's device, of ``indices`` int64 (B,)."""
+        here = torch.as_tensor(indices, device=self.images.device)
+        return self.images[here], self.labels[here], indices
+
+    __getitems__ = batch
 
     def to(self, device: torch.device | str) -> ImageSet:
         """The same set on a device: its batches are made there, without a copy from the host."""
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
-
-    def __getitems__(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return (*self.batch(indices), indices)
 
     def fingerprint(self) -> str:
         """Of the labels and some of the images."""
@@ -354,7 +349,8 @@ class EpochSampler:
 
     Iterating gives this rank's share of the epoch's batches, int64 (b,), from `position` to its end
     and moves nothing, so that workers may read ahead: whoever trains moves `position`, and calls
-    `next_epoch` at the end (see Batches).
+    `next_epoch` at the end (see Batches). With `boxes` each comes with numbers (b, 2, NUMBERS) that
+    place the boxes of the views, a function of seed, epoch and batch.
     """
 
     def __init__(
@@ -367,17 +363,13 @@ class EpochSampler:
         world_size: int = 1,
         what: str = "images",
     ):
-        if batch_size < 1:
-            raise ValueError(f"batch size: expected at least 1, got {batch_size}")
         if batch_size > n:
             raise ValueError(f"batch size: expected at most {n} (the {what}), got {batch_size}")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank: expected 0 to {world_size - 1}, got {rank}")
         if batch_size < world_size:
             expected = f"at least the {world_size} ranks"
             raise ValueError(f"batch size: expected {expected}, got {batch_size}")
         self.n, self.batch_size, self.seed, self.what = n, batch_size, seed, what
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.boxes = rank, world_size, False
         self.epoch = self.position = 0
 
     def __len__(self) -> int:
@@ -389,10 +381,16 @@ class EpochSampler:
         generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
         return torch.randperm(self.n, generator=generator)
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
         batches = self.order(self.epoch).split(self.batch_size)[: len(self)]
-        for batch in batches[self.position :]:
-            yield batch[self.share(self.batch_size)]
+        own, epoch = self.share(self.batch_size), self.epoch
+        for position, batch in enumerate(batches[self.position :], self.position):
+            if not self.boxes:
+                yield batch[own]
+                continue
+            generator = torch.Generator().manual_seed(_mix(self.seed, epoch, position))
+            numbers = torch.rand(self.batch_size, 2, views.NUMBERS, generator=generator)
+            yield batch[own], numbers[own]
 
     def share(self, n: int) -> slice:
         """Which of the n images of a batch are this rank's."""
@@ -463,21 +461,6 @@ def in_order(
     return _read(_loader(dataset, batches, device, num_workers), device)
 
 
-class _WithBoxes:
-    """The batches of a sampler, each with the numbers (b, 2, NUMBERS) that place its boxes: a
-    function of seed, epoch and batch, so that workers may read ahead."""
-
-    def __init__(self, sampler: EpochSampler):
-        self.sampler = sampler
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        s, epoch = self.sampler, self.sampler.epoch
-        for position, indices in enumerate(s, s.position):
-            generator = torch.Generator().manual_seed(_mix(s.seed, epoch, position))
-            numbers = torch.rand(s.batch_size, 2, views.NUMBERS, generator=generator)
-            yield indices, numbers[s.share(s.batch_size)]
-
-
 class Batches:
     """The rest of the current epoch as (images uint8 (B, C, H, W), labels (B,), indices (B,)); of a
     FolderSet with `crops` images are (B, 2, C, S, S), each view's piece of each picture.
@@ -499,11 +482,9 @@ class Batches:
         device: torch.device | str = "cpu",
         num_workers: int = 0,
     ):
-        if sampler.n != len(dataset):
-            raise ValueError(f"sampler: expected {len(dataset)} images, got {sampler.n}")
         self.sampler, self.device = sampler, torch.device(device)
-        batches = _WithBoxes(sampler) if getattr(dataset, "crops", None) else sampler
-        self.loader = _loader(dataset, batches, self.device, num_workers)
+        sampler.boxes = getattr(dataset, "crops", None) is not None
+        self.loader = _loader(dataset, sampler, self.device, num_workers)
 
     def __len__(self) -> int:
         """Batches in a whole epoch."""

@@ -15,21 +15,15 @@ SMALL_IMAGE = 64  # pixels; up to here a ResNet keeps the full resolution in its
 
 
 def build(name: str, *, channels: int = 3, image_size: int | None = None) -> nn.Module:
-    """The encoder `name` with random weights; `.width` is the size R of its representation.
+    """The encoder `name` of ENCODERS with random weights; `.width` is its representation's size R.
 
     resnet18 (R 512) and resnet50 (R 2048) are torchvision's; for image_size up to 64 they start
     with a 3x3 convolution of stride 1 and no max-pool. small (R 256) is for 8 to 32 pixels and
     trains on a CPU; above 16 pixels its stem halves the sides. small-deep (R 256) ends in one more
     block, whose shortcut is the identity, as a ResNet's last; in small-cut that shortcut is cut.
-    image_size: pixels of the side; None means large. ValueError for an unknown name or bad size,
-    ImportError if torchvision is needed and missing.
+    image_size: pixels of the side; None means large. ImportError if torchvision is needed and
+    missing.
     """
-    if name not in ENCODERS:
-        raise ValueError(f"encoder: expected one of {', '.join(ENCODERS)}, got {name!r}")
-    if channels < 1:
-        raise ValueError(f"channels: expected at least 1, got {channels}")
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"image_size: expected at least 1 pixel, got {image_size}")
     if name.startswith("small"):
         widths = (32, 64, 128, 256, 256)[: 4 if name == "small" else 5]
         encoder = SmallEncoder(channels, widths, stem_stride=1 if (image_size or 32) <= 16 else 2)

@@ -71,15 +71,12 @@ class FolderSet:
         """(C, H, W) of every image."""
         return 3, self.size, self.size
 
-    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 (B, 3, size, size) and int64 (B,). OSError names the file that cannot be read."""
-        return self._batch(indices)[:2]
-
-    def _batch(
+    def batch(
         self, indices: Tensor, numbers: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, dict[str, str]]:
-        """Images, labels and indices of what was read, and why the others were not. With numbers
-        (B, V, NUMBERS), of the boxes, images are uint8 (B, V, 3, size, size)."""
+        """Images uint8 (B, 3, size, size), labels and indices int64 (B,) of what was read, and why
+        the others were not. With numbers (B, V, NUMBERS), of the boxes, images are (B, V, 3, size,
+        size). OSError names the file that cannot be read."""
         images, read, failed = [], [], {}
         for row, i in enumerate(torch.as_tensor(indices).tolist()):
             tries = min(RETRIES, len(self)) if self.skip == "replace" else 1
@@ -112,7 +109,7 @@ class FolderSet:
     ) -> tuple[Tensor, Tensor, Tensor, dict] | str:
         # An exception leaves a worker buried in that worker's traceback; Batches raises the text.
         try:
-            return self._batch(*asked) if isinstance(asked, tuple) else self._batch(asked)
+            return self.batch(*asked) if isinstance(asked, tuple) else self.batch(asked)
         except OSError as error:
             return str(error)
 

@@ -461,13 +461,8 @@ def make_views(preset: str, image_size: int, channels: int = 3) -> Views:
     """The pair of views of a preset (the table above), image_size pixels square.
 
     Blur kernels: imagenet 23 taps, which at sigma 2 leave out less than 1e-7; small a tenth of the
-    side, odd and at least 3. ValueError for an unknown preset, fewer than 2 pixels or no channel.
+    side, odd and at least 3. ValueError for an unknown preset.
     """
-    if image_size < 2 or channels < 1:
-        got = f"{image_size} and {channels}"
-        raise ValueError(
-            f"image_size, channels: expected at least 2 pixels and 1 channel, got {got}"
-        )
     if preset == "affine":
         view = AffineView(image_size, channels)
         return Views(view, view)
