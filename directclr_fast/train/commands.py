@@ -11,12 +11,8 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .config import TrainConfig
-
-if TYPE_CHECKING:
-    from .probe import Features
 
 _SEEN = ("data", "data_root", "workers", "skip_unreadable")  # settings of the images
 
@@ -185,8 +181,8 @@ def run_probe(arguments: argparse.Namespace) -> None:
 
 def _subject(
     arguments: argparse.Namespace, device: str
-) -> tuple[dict[str, Callable[[], Features]], slice | None, dict]:
-    """What is probed: features by the name of their row, made when they are asked for; the columns
+) -> tuple[dict[str, Callable], slice | None, dict]:
+    """What is probed: functions that make the probe.Features of each row, by its name; the columns
     of the first row that have one of their own; what to say of it in the file."""
     from . import foreign, probe
 

@@ -215,15 +215,9 @@ class TrainConfig:
         """The part of the set to train on, or the one held out (:func:`.data.load`)."""
         from . import data
 
-        return data.load(
-            self.data,
-            root=self.data_root,
-            download=download,
-            train=train,
-            image_size=self.image_size,
-            seed=self.seed,
-            skip_unreadable=self.skip_unreadable,
-        )
+        names = ("image_size", "seed", "skip_unreadable")
+        how = {name: getattr(self, name) for name in names}
+        return data.load(self.data, root=self.data_root, download=download, train=train, **how)
 
     def resolve(self) -> TrainConfig:
         """The same settings with every default filled in and checked.

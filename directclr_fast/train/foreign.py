@@ -118,8 +118,9 @@ def _unpickled(path: Path, trust: bool):
             return pickle.load(file)
 
 
-def _tensors(content, path: Path) -> dict[str, Tensor]:
-    """The tensors of what a file holds, by their names there; "" for one alone."""
+def _tensors(path: str | Path, trust: bool) -> dict[str, Tensor]:
+    """The tensors that a file holds, by their names there; "" for one alone."""
+    content = read(path, trust)
     if isinstance(content, tuple | list):
         content = {str(k): value for k, value in enumerate(content)}
     content = content if isinstance(content, dict) else {"": content}
@@ -142,8 +143,7 @@ def features_in(path: str | Path, key: str | None = None, trust: bool = False) -
     them, those with "test" or "val" in their names are of the part to test on; ``key`` names the
     one that is meant among more. ValueError lists what there is where that does not decide.
     """
-    path = Path(path)
-    tensors = _tensors(read(path, trust), path)
+    tensors = _tensors(path, trust)
     kept = [(n, t) for n, t in tensors.items() if t.dim() == 2 and t.is_floating_point()]
     if any(name.endswith((".weight", ".bias")) for name in tensors):
         kept = []  # a network: its last layer is a matrix, but of no samples
@@ -173,8 +173,7 @@ def features_in(path: str | Path, key: str | None = None, trust: bool = False) -
 
 def labels_in(path: str | Path, trust: bool = False) -> Tensor:
     """The one vector of whole numbers in a file, int64 (n,). ValueError where there is none."""
-    path = Path(path)
-    tensors = [t.squeeze() for t in _tensors(read(path, trust), path).values()]
+    tensors = [t.squeeze() for t in _tensors(path, trust).values()]
     whole = [t for t in tensors if t.dim() == 1 and (t == t.long()).all()]
     if len(whole) != 1:
         got = f"{len(whole)} vectors of them"

@@ -127,24 +127,17 @@ class Logger:
     def open(self, folder: Path, settings: dict, step: int) -> None:
         """For the run in ``folder`` that goes on after ``step``; RuntimeError where it cannot."""
         try:
-            self._open(folder, settings, step)
+            if self.name == "tensorboard":
+                # What an interrupted run sent after its checkpoint comes again.
+                self.writer = self.package.SummaryWriter(str(folder), purge_step=step + 1)
+            elif self.name == "wandb":
+                about = {"project": "directclr-fast", "name": settings["name"], "config": settings}
+                self.writer = self.package.init(
+                    **about, dir=str(folder), id=self.id, resume="allow"
+                )
+                self.id = self.writer.id
         except Exception as error:  # a service's own, of any kind
             raise RuntimeError(f"logger: expected to start {self.name}, got {error}") from error
-
-    def _open(self, folder: Path, settings: dict, step: int) -> None:
-        if self.name == "tensorboard":
-            # What an interrupted run sent after its checkpoint comes again.
-            self.writer = self.package.SummaryWriter(str(folder), purge_step=step + 1)
-        elif self.name == "wandb":
-            self.writer = self.package.init(
-                project="directclr-fast",
-                name=settings["name"],
-                dir=str(folder),
-                config=settings,
-                id=self.id,
-                resume="allow",
-            )
-            self.id = self.writer.id
 
     def add(self, record: dict) -> None:
         """A line of log.jsonl, as numbers at its step."""
@@ -153,9 +146,9 @@ class Logger:
         def send(writer) -> None:
             if self.name == "wandb":
                 writer.log(values, step=record["step"])
-                return
-            for key, value in values.items():
-                writer.add_scalar(key, value, record["step"])
+            else:
+                for key, value in values.items():
+                    writer.add_scalar(key, value, record["step"])
 
         self._try(send)
 

@@ -229,14 +229,6 @@ class _Draw:
         return keys.view(-1, FOUR).argsort(1).flatten()[: self.n]
 
 
-def draw_box(
-    draw: _Draw, h: int, w: int, scale: tuple[float, float], ratio: tuple[float, float]
-) -> Tensor:
-    """Boxes of n images of h x w pixels: `place_box` of numbers of the generator."""
-    numbers = torch.cat([draw.uniform(0, 1, count) for count in PLACES], 1)
-    return place_box(numbers, h, w, scale, ratio)
-
-
 def place_box(
     numbers: Tensor, h: int, w: int, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> Tensor:
@@ -320,14 +312,6 @@ class _View:
             expected = f"(B, {self.channels}, H, W)"
             raise ValueError(f"images: expected shape {expected}, got {tuple(images.shape)}")
 
-    def sample(
-        self, n: int, h: int, w: int, generator: torch.Generator, boxes: bool = True
-    ) -> dict[str, Tensor]:
-        raise NotImplementedError
-
-    def apply(self, images: Tensor, params: dict[str, Tensor]) -> Tensor:
-        raise NotImplementedError
-
 
 @dataclass(frozen=True)
 class View(_View):
@@ -358,7 +342,10 @@ class View(_View):
         on = draw.chance(self.jitter_p)
         factors = torch.stack([draw.uniform(1 - s, 1 + s) for s in blends], 1)
         hue = draw.uniform(-self.strength[3], self.strength[3])
-        box = {"box": draw_box(draw, h, w, self.scale, self.ratio)} if boxes else {}
+        box = {}
+        if boxes:
+            numbers = torch.cat([draw.uniform(0, 1, count) for count in PLACES], 1)
+            box["box"] = place_box(numbers, h, w, self.scale, self.ratio)
         return {
             **box,
             "flip": draw.chance(self.flip_p),
