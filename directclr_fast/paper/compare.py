@@ -127,10 +127,8 @@ class Plan:
             if self.losses
         ]
 
-    def known(self, done: dict[str, dict]) -> list[Run]:
-        """Every run whose settings are decided by what is done: the search, the table, the rest."""
-        rates = {mode: self.chosen(mode, done) for mode in self.modes}
-        rates = {mode: rate for mode, rate in rates.items() if rate is not None}
+    def runs(self, rates: dict[str, float]) -> list[Run]:
+        """Every run: the search and, of modes whose learning rate is known, the table, the rest."""
         runs = [run for mode in self.modes for run in self.search(mode)]
         runs += [run for mode, rate in rates.items() for run in self.table(mode, rate)]
         runs += [Run(mode, s) for mode in ("untrained", "pixels") for s in self.few]
@@ -139,13 +137,15 @@ class Plan:
         runs += [run for mode, rate in rates.items() for run in self.cut(mode, rate)]
         return runs + (self.sweep(rates["directclr"]) if "directclr" in rates else [])
 
+    def known(self, done: dict[str, dict]) -> list[Run]:
+        """Every run whose settings are decided by what is done."""
+        rates = {mode: self.chosen(mode, done) for mode in self.modes}
+        return self.runs({mode: rate for mode, rate in rates.items() if rate is not None})
+
     @property
     def trainings(self) -> int:
         """How many trainings there will be."""
-        a_mode = len(self.search(self.modes[0])) + len(self.seeds)
-        more = self.again(0.0) + [run for mode in self.modes for run in self.cut(mode, 0.0)]
-        more += self.sweep(0.0) if "directclr" in self.modes else []
-        return len(self.modes) * a_mode + len(more)
+        return sum(run.trains for run in self.runs(dict.fromkeys(self.modes, 0.0)))
 
 
 def plan(
@@ -154,7 +154,6 @@ def plan(
     modes: Sequence[str] | None = None,
     seeds: int | None = None,
     quick: bool = False,
-    rates: Sequence[float] | None = None,
     dims: Sequence[int] | None = None,
     **settings,
 ) -> Plan:
@@ -178,8 +177,7 @@ def plan(
         budget = {"epochs": 20}  # the trainer's recipe, a tenth as long
     config = TrainConfig(data=spec, **{**budget, **(QUICK if quick else {}), **given}).resolve()
     settings = {k: getattr(config, k) for k in config.to_dict() if k not in _OF_A_RUN}
-    if rates is None:
-        rates = [factor * config.learning_rate for factor in ((1.0,) if quick else FACTORS)]
+    rates = [factor * config.learning_rate for factor in ((1.0,) if quick else FACTORS)]
     width = encoders.build(config.encoder, image_size=config.image_size).width
     if dims is None:
         dims = [round(share * default_dim(width)) for share in SHARES if not quick]
