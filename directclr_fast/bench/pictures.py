@@ -1,7 +1,5 @@
 """Images/s of a folder's pictures on one core: decoding, two pieces, both views, each stage.
 
-    python -m directclr_fast.bench.pictures --out pictures.json
-
 Of scikit-image's colour photographs as JPEGs of 500 x 375, or of --pictures FOLDER. Everything
 takes turns in one process on one thread, beside torchvision's own transforms of a picture;
 --against CHECKOUT adds the same calls of another version of this package. Then the loader with one
