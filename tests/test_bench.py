@@ -451,7 +451,7 @@ def test_exit_codes_and_messages_of_the_command(tmp_path, capsys):
         (["bench", "--rows", "1", "--out", str(tmp_path)], "rows: expected at least 2, got 1"),
         (
             ["bench", "--device", "tpu", "--out", str(tmp_path)],
-            "device: expected auto, cpu or cuda",
+            "device: expected one of auto, cpu, cuda",
         ),
         (["bench", "--list", "--variants", "nobody"], "variants: expected names of"),
     ):

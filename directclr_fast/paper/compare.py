@@ -20,7 +20,7 @@ from pathlib import Path
 
 from ..progress import Progress
 from ..train import checkpoint, data, encoders
-from ..train.config import TrainConfig, resolve_device
+from ..train.config import TrainConfig, check_setting, resolve_device
 from ..train.objective import MODES, default_dim
 from . import report
 from .runs import Run, side_by_side
@@ -168,8 +168,8 @@ def plan(
         raise ValueError(f"modes: expected some of {', '.join(MODES)}, got {unknown[0]!r}")
     if len(set(modes)) < len(modes):
         raise ValueError(f"modes: expected each once, got {','.join(modes)}")
-    if seeds is not None and seeds < 1:
-        raise ValueError(f"seeds: expected at least 1, got {seeds}")
+    if seeds is not None:
+        check_setting("seeds", seeds, low=1)
     given = {k: v for k, v in settings.items() if v is not None}
     spec = data_spec or _present(given.get("data_root"), bool(given.get("download")))
     budget = dict(BUDGETS.get(spec, {}))
@@ -210,8 +210,7 @@ def run(out: str | Path, plan: Plan, *, jobs: int | None = None, progress: bool 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if jobs is None:
         jobs = cores if on_cpu else 1
-    if jobs < 1:
-        raise ValueError(f"jobs: expected at least 1, got {jobs}")
+    check_setting("jobs", jobs, low=1)
     out = checkpoint.writable("out", out)
     _same_settings(out, plan)
     # Downloads here, not in several processes at a time.

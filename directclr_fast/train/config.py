@@ -7,6 +7,7 @@ import importlib
 import math
 import os
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,22 +87,30 @@ def setting(
     return dataclasses.field(default=None, metadata={**how, "resumed": resumed})
 
 
-def _check_field(field: dataclasses.Field, value: Any) -> None:
-    if value is None and field.metadata["default"] is None:
-        return
-    low, choices = field.metadata["low"], field.metadata["choices"]
-    if isinstance(choices, str):
-        module, _, name = choices.partition(":")
-        choices = getattr(importlib.import_module(module, __package__), name)
+def check_setting(
+    name: str, value, *, low=None, positive=False, choices: Iterable | None = None
+) -> None:
+    """ValueError where ``value`` is none of ``choices``, not ``positive``, or below ``low``: name,
+    expected, got. Numbers are finite."""
     if choices is not None and value not in choices:
         expected, value = f"one of {', '.join(choices)}", repr(value)
-    elif field.metadata["positive"] and not 0.0 < value < math.inf:
+    elif positive and not 0.0 < value < math.inf:
         expected = "a positive finite number"
     elif low is None or low <= value < math.inf:
         return
     else:
         expected = "a finite number >= 0" if isinstance(low, float) else f"at least {low}"
-    raise ValueError(f"{field.name}: expected {expected}, got {value}")
+    raise ValueError(f"{name}: expected {expected}, got {value}")
+
+
+def _check_field(field: dataclasses.Field, value: Any) -> None:
+    if value is None and field.metadata["default"] is None:
+        return
+    how = {key: field.metadata[key] for key in ("low", "positive", "choices")}
+    if isinstance(how["choices"], str):
+        module, _, name = how["choices"].partition(":")
+        how["choices"] = getattr(importlib.import_module(module, __package__), name)
+    check_setting(field.name, value, **how)
 
 
 @dataclass(frozen=True)
@@ -229,7 +238,7 @@ class TrainConfig:
         if kind not in RECIPES and os.path.isdir(spec):  # the released trainer takes a bare path
             spec, kind = f"folder:{spec}", "folder"
         if kind not in RECIPES:
-            raise ValueError(f"data: expected one of {', '.join(SETS)}, got {spec!r}")
+            check_setting("data", spec, choices=SETS)
         defaults = {f.name: f.metadata["default"] for f in dataclasses.fields(self)} | RECIPES[kind]
         filled = {k: v for k, v in defaults.items() if getattr(self, k) is None}
         if self.epochs is not None and "warmup_epochs" in filled:

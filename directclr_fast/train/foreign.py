@@ -144,14 +144,14 @@ def features_in(path: str | Path, key: str | None = None, trust: bool = False) -
     one that is meant among more. ValueError lists what there is where that does not decide.
     """
     tensors = _tensors(path, trust)
-    kept = [(n, t) for n, t in tensors.items() if t.dim() == 2 and t.is_floating_point()]
+    matrices = [(n, t) for n, t in tensors.items() if t.dim() == 2 and t.is_floating_point()]
     if any(name.endswith((".weight", ".bias")) for name in tensors):
-        kept = []  # a network: its last layer is a matrix, but of no samples
+        matrices = []  # a network: its last layer is a matrix, but of no samples
     if key is not None:
-        kept = [(key, tensors[key])] if key in tensors else []
+        matrices = [(key, tensors[key])] if key in tensors else []
     labels = [(n, t) for n, t in tensors.items() if t.dim() == 1 and not t.is_floating_point()]
     parts: dict[str, Part] = {}
-    for name, value in kept:
+    for name, value in matrices:
         part = _part(name) if key is None else "train"
         answers = [t for n, t in labels if key is not None or _part(n) == part]
         answers = [t.long() for t in answers if len(t) == len(value)]

@@ -37,6 +37,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import orthogonal
 
 from ..loss import fast_directclr_loss
+from .config import check_setting
 
 MODES = (
     "baseline", "directclr", "single", "simclr", "group", "diagonal", "orthogonal", "lowrank",
@@ -140,8 +141,7 @@ class Objective(nn.Module):
         **loss_options,
     ) -> None:
         super().__init__()
-        if mode not in MODES:
-            raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
+        check_setting("mode", mode, choices=MODES)
         dim = default_dim(width) if dim is None else dim
         if mode in OF_DIM and not 0 < dim <= width:
             raise ValueError(f"dim: expected 1 to {width} (the encoder's width), got {dim}")
