@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,20 +114,18 @@ def _check_field(field: dataclasses.Field, value: Any) -> None:
     check_setting(field.name, value, **how)
 
 
+noted, free, of_call = (partial(setting, resumed=rule) for rule in ("noted", "free", "call"))
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Settings of one run. None stands for one that was not given: :meth:`resolve` has it from the
     data set's recipe (RECIPES) or the field, :meth:`continuing` from the run that goes on."""
 
-    data: str = setting(
-        "digits",
-        f"{', '.join(SETS)} (default digits)",
-        resumed="free",  # the images are compared
-    )
-    data_root: str | None = setting(
-        help="folder of the sets that are fetched (default: data)", resumed="free"
-    )
-    download: bool = setting(False, "fetch a missing set", resumed="call")
+    # What the set holds is compared, wherever it lies now.
+    data: str = free("digits", f"{', '.join(SETS)} (default digits)")
+    data_root: str | None = free(help="folder of the sets that are fetched (default: data)")
+    download: bool = of_call(False, "fetch a missing set")
     encoder: str | None = setting(
         help="resnet18, resnet50, small, small-deep, small-cut", choices=".encoders:ENCODERS"
     )
@@ -145,70 +144,53 @@ class TrainConfig:
     negatives: str = setting(
         "cross", "cross or both (default cross)", choices="..problem:NEGATIVES"
     )
-    loss: str = setting(
-        "fast", "fast or reference (default fast)", choices=("fast", "reference"), resumed="free"
-    )
+    loss: str = free("fast", "fast or reference (default fast)", choices=("fast", "reference"))
     optimizer: str | None = setting(help="lars, sgd, adamw", choices=".optim:OPTIMIZERS")
     batch_size: int | None = setting(low=2)
-    learning_rate: float | None = setting(
-        help="peak, not scaled by the batch size", low=0.0, resumed="noted"
-    )
+    learning_rate: float | None = noted(help="peak, not scaled by the batch size", low=0.0)
     weight_decay: float | None = setting(low=0.0)
-    epochs: int | None = setting(low=1, resumed="noted")
-    warmup_epochs: int | None = setting(low=0, resumed="noted")
-    steps: int | None = setting(
-        help="of the whole schedule (default: those of --epochs)", low=1, resumed="noted"
-    )
+    epochs: int | None = noted(low=1)
+    warmup_epochs: int | None = noted(low=0)
+    steps: int | None = noted(help="of the whole schedule (default: those of --epochs)", low=1)
     amp: str = setting(
         "none",
         "none, bf16, fp16 (default none; of digits, patches and the sets of 28 pixels bf16 on CPUs "
         "where it is faster)",
         choices=("none", "bf16", "fp16"),
     )
-    chunk_size: int | None = setting(
-        help="images encoded at a time: a batch beyond memory; exact", low=1, resumed="noted"
+    chunk_size: int | None = noted(
+        help="images encoded at a time: a batch beyond memory; exact", low=1
     )
-    cache_bn: str | None = setting(
+    cache_bn: str | None = noted(
         help="what BatchNorm normalises such a chunk by: 'chunk', its own statistics; 'two-pass', "
         "the whole batch's from an extra pass, without their gradient; 'frozen-stats', the running "
         "ones, which then stay",
         choices=".gradcache:RULES",
-        resumed="noted",
     )
-    max_skipped: int = setting(
-        10, "stop after this many steps in a row with nan (default 10)", low=1, resumed="free"
-    )
-    compile: bool = setting(False, "torch.compile the encoder", resumed="free")
+    max_skipped: int = free(10, "stop after this many steps in a row with nan (default 10)", low=1)
+    compile: bool = free(False, "torch.compile the encoder")
     channels_last: bool = setting(True)
-    device: str = setting(
-        "auto", "cpu, cuda, ... (default: cuda where there is one)", resumed="call"
-    )
-    workers: int = setting(0, "processes that decode a folder's images", low=0, resumed="free")
-    skip_unreadable: bool = setting(
-        False, "leave out pictures that cannot be read, and name them at the end", resumed="free"
+    device: str = of_call("auto", "cpu, cuda, ... (default: cuda where there is one)")
+    workers: int = free(0, "processes that decode a folder's images", low=0)
+    skip_unreadable: bool = free(
+        False, "leave out pictures that cannot be read, and name them at the end"
     )
     seed: int = setting(0, low=0)
-    max_steps: int | None = setting(
-        help="stop early, this time; the schedule stays that of --epochs", low=1, resumed="call"
+    max_steps: int | None = of_call(
+        help="stop early, this time; the schedule stays that of --epochs", low=1
     )
-    save_every: int | None = setting(
-        help="steps between checkpoints (default: an epoch)", low=1, resumed="free"
+    save_every: int | None = free(help="steps between checkpoints (default: an epoch)", low=1)
+    log_every: int = free(1, "steps between log lines (default 1)", low=1)
+    logger: str = free(
+        "none", "none, tensorboard, wandb: beside log.jsonl (default none)", choices=".log:LOGGERS"
     )
-    log_every: int = setting(1, "steps between log lines (default 1)", low=1, resumed="free")
-    logger: str = setting(
-        "none",
-        "none, tensorboard, wandb: beside log.jsonl (default none)",
-        choices=".log:LOGGERS",
-        resumed="free",
-    )
-    timeout: float = setting(
+    timeout: float = free(
         300.0,
         "seconds that a rank waits for the others, what rank 0 does alone included (default 300)",
         positive=True,
-        resumed="free",
     )
-    checkpoint_dir: str = setting("runs", "folder of the runs (default runs)", resumed="call")
-    name: str = setting("directclr", "folder of this run (default directclr)", resumed="call")
+    checkpoint_dir: str = of_call("runs", "folder of the runs (default runs)")
+    name: str = of_call("directclr", "folder of this run (default directclr)")
 
     def given(self, name: str) -> Any:
         """A setting, or the field's default where it was not given."""
