@@ -20,8 +20,8 @@ from pathlib import Path
 
 from ..progress import Progress
 from ..train import checkpoint, data, encoders
-from ..train.config import TrainConfig, check_setting, resolve_device
-from ..train.objective import MODES, default_dim
+from ..train.config import MODES, TrainConfig, check_setting, resolve_device
+from ..train.objective import default_dim
 from . import report
 from .runs import Run, side_by_side
 

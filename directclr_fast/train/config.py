@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import math
 import os
 import warnings
@@ -40,6 +39,14 @@ RECIPES = {
     "folder": _RELEASED,
     "fake": {**_SMALL, "encoder": "small", "batch_size": 128, "epochs": 2, "warmup_epochs": 0},
 }
+MODES = (
+    "baseline", "directclr", "single", "simclr", "group", "diagonal", "orthogonal", "lowrank",
+    "random",
+)  # fmt: skip
+ENCODERS = ("resnet18", "resnet50", "small", "small-deep", "small-cut")
+PRESETS = ("imagenet", "small", "affine")  # of views
+OPTIMIZERS = ("lars", "sgd", "adamw")
+RULES = ("frozen-stats", "two-pass", "chunk")  # of BatchNorm in chunks
 SETS = tuple("folder:PATH" if kind == "folder" else kind for kind in RECIPES)
 
 
@@ -72,18 +79,19 @@ def setting(
     *,
     low: float | None = None,
     positive: bool = False,
-    choices: tuple[str, ...] | str | None = None,
+    choices: tuple[str, ...] | None = None,
     resumed: str = "same",
 ) -> Any:
     """A field of TrainConfig, which is a flag of ``train``, too. It is None where it was not given.
 
-    ``default``: taken then, if the recipe of the data has none. ``help``: of the flag. ``low``: the
-    least value; ``positive``: more than 0; floats are finite. ``choices``: the values, or
-    "module:NAME" of the tuple that has them (read when they are needed: flags load no torch).
-    ``resumed``: what a run that goes on may do. "same": it is the checkpoint's, and no other;
-    "noted": a change is said; "free": it may change; "call": as "free", and where it is not given
-    the default's rather than the checkpoint's.
+    ``default``: taken then, if the recipe of the data has none. ``help``: of the flag; without one
+    the ``choices``, which are the values there are. ``low``: the least value; ``positive``: more
+    than 0; floats are finite. ``resumed``: what a run that goes on may do. "same": it is the
+    checkpoint's, and no other; "noted": a change is said; "free": it may change; "call": as "free",
+    and where it is not given the default's rather than the checkpoint's.
     """
+    if help is None and choices is not None:
+        help = ", ".join(choices) + (f" (default {default})" if default is not None else "")
     how = {"default": default, "help": help, "low": low, "positive": positive, "choices": choices}
     return dataclasses.field(default=None, metadata={**how, "resumed": resumed})
 
@@ -108,9 +116,6 @@ def _check_field(field: dataclasses.Field, value: Any) -> None:
     if value is None and field.metadata["default"] is None:
         return
     how = {key: field.metadata[key] for key in ("low", "positive", "choices")}
-    if isinstance(how["choices"], str):
-        module, _, name = how["choices"].partition(":")
-        how["choices"] = getattr(importlib.import_module(module, __package__), name)
     check_setting(field.name, value, **how)
 
 
@@ -126,26 +131,17 @@ class TrainConfig:
     data: str = free("digits", f"{', '.join(SETS)} (default digits)")
     data_root: str | None = free(help="folder of the sets that are fetched (default: data)")
     download: bool = of_call(False, "fetch a missing set")
-    encoder: str | None = setting(
-        help="resnet18, resnet50, small, small-deep, small-cut", choices=".encoders:ENCODERS"
-    )
+    encoder: str | None = setting(choices=ENCODERS)
     image_size: int | None = setting(help="side of the crops, pixels", low=2)
-    views: str | None = setting(help="imagenet, small, affine", choices=".views:PRESETS")
-    mode: str = setting(
-        "directclr",
-        "baseline, directclr, single, simclr, group, diagonal, orthogonal, lowrank, random "
-        "(default directclr)",
-        choices=".objective:MODES",
-    )
+    views: str | None = setting(choices=PRESETS)
+    mode: str = setting("directclr", choices=MODES)
     dim: int | None = setting(
         help="columns of r the loss reads (default 360 of 2048, in proportion)", low=1
     )
     temperature: float = setting(0.1, "default 0.1", positive=True)
-    negatives: str = setting(
-        "cross", "cross or both (default cross)", choices="..problem:NEGATIVES"
-    )
-    loss: str = free("fast", "fast or reference (default fast)", choices=("fast", "reference"))
-    optimizer: str | None = setting(help="lars, sgd, adamw", choices=".optim:OPTIMIZERS")
+    negatives: str = setting("cross", choices=("cross", "both", "same"))
+    loss: str = free("fast", choices=("fast", "reference"))
+    optimizer: str | None = setting(choices=OPTIMIZERS)
     batch_size: int | None = setting(low=2)
     learning_rate: float | None = noted(help="peak, not scaled by the batch size", low=0.0)
     weight_decay: float | None = setting(low=0.0)
@@ -165,7 +161,7 @@ class TrainConfig:
         help="what BatchNorm normalises such a chunk by: 'chunk', its own statistics; 'two-pass', "
         "the whole batch's from an extra pass, without their gradient; 'frozen-stats', the running "
         "ones, which then stay",
-        choices=".gradcache:RULES",
+        choices=RULES,
     )
     max_skipped: int = free(10, "stop after this many steps in a row with nan (default 10)", low=1)
     compile: bool = free(False, "torch.compile the encoder")
@@ -182,7 +178,9 @@ class TrainConfig:
     save_every: int | None = free(help="steps between checkpoints (default: an epoch)", low=1)
     log_every: int = free(1, "steps between log lines (default 1)", low=1)
     logger: str = free(
-        "none", "none, tensorboard, wandb: beside log.jsonl (default none)", choices=".log:LOGGERS"
+        "none",
+        "none, tensorboard, wandb: beside log.jsonl (default none)",
+        choices=("none", "tensorboard", "wandb"),
     )
     timeout: float = free(
         300.0,

@@ -10,12 +10,11 @@ from torch import Tensor, nn
 
 from ..machine import needs
 
-ENCODERS = ("resnet18", "resnet50", "small", "small-deep", "small-cut")
 SMALL_IMAGE = 64  # pixels; up to here a ResNet keeps the full resolution in its first layers
 
 
 def build(name: str, *, channels: int = 3, image_size: int | None = None) -> nn.Module:
-    """The encoder `name` of ENCODERS with random weights; `.width` is its representation's size R.
+    """The encoder `name` with random weights; `.width` is its representation's size R.
 
     resnet18 (R 512) and resnet50 (R 2048) are torchvision's; for image_size up to 64 they start
     with a 3x3 convolution of stride 1 and no max-pool. small (R 256) is for 8 to 32 pixels and

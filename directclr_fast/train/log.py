@@ -23,7 +23,6 @@ from ..machine import needs
 
 READ_EVERY = 0.25  # seconds between reads of losses from the device
 PACKAGES = {"tensorboard": ("torch.utils.tensorboard", "tensorboard"), "wandb": ("wandb", "wandb")}
-LOGGERS = ("none", *PACKAGES)
 
 
 class Log:
@@ -111,9 +110,10 @@ class Log:
 
 
 class Logger:
-    """Sends lines of the log to ``name``, one of LOGGERS. ImportError where its package is missing.
+    """Sends lines of the log to ``name``, one of PACKAGES, or nowhere for "none".
 
-    What fails there later is said once, and the training goes on without it.
+    ImportError where the package is missing. What fails there later is said once, and the training
+    goes on without it.
     """
 
     def __init__(self, name: str) -> None:

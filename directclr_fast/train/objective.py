@@ -37,12 +37,8 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import orthogonal
 
 from ..loss import fast_directclr_loss
-from .config import check_setting
+from .config import MODES, check_setting
 
-MODES = (
-    "baseline", "directclr", "single", "simclr", "group", "diagonal", "orthogonal", "lowrank",
-    "random",
-)  # fmt: skip
 OF_DIM = ("directclr", "lowrank", "random")  # the modes that read `dim`
 EMBEDDING = 128
 GROUPS = 8

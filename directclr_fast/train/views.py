@@ -39,10 +39,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .config import PRESETS, check_setting
+
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, RGB
 GREY_MEAN, GREY_STD = 0.449, 0.226  # their averages, for every other number of channels
 LUMA = (0.2989, 0.587, 0.114)
-PRESETS = ("imagenet", "small", "affine")
 CHUNK = 2**26  # elements augmented at a time: 256 MiB in fp32, whatever the batch
 CACHED = 2**19  # the same on the CPU, for each thread: 2 MiB, what its caches hold
 PLACES = (10, 10, 1, 1)  # numbers of a box: size and shape of ten tries, then top and left
@@ -450,15 +451,14 @@ def make_views(preset: str, image_size: int, channels: int = 3) -> Views:
     Blur kernels: imagenet 23 taps, which at sigma 2 leave out less than 1e-7; small a tenth of the
     side, odd and at least 3. ValueError for an unknown preset.
     """
+    check_setting("views", preset, choices=PRESETS)
     if preset == "affine":
         view = AffineView(image_size, channels)
         return Views(view, view)
     if preset == "imagenet":
         scale, kernel = (0.08, 1.0), 23
-    elif preset == "small":
-        scale, kernel = (0.2, 1.0), max(3, image_size // 10 | 1)
     else:
-        raise ValueError(f"views: expected one of {', '.join(PRESETS)}, got {preset!r}")
+        scale, kernel = (0.2, 1.0), max(3, image_size // 10 | 1)
     kernel = min(kernel, 2 * image_size - 1)  # reflection reaches no further
     same = {"size": image_size, "channels": channels, "scale": scale, "blur_kernel": kernel}
     return Views(View(**same), View(**same, blur_p=0.1, solarise_p=0.2))
