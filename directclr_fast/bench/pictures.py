@@ -36,7 +36,7 @@ FLAGS = {
     "--gpu": {"type": int, "default": 1500, "help": "images/s that a GPU takes"},
 }
 AHEAD = (1, 2, 4)  # batches
-STAGE = "a view's "  # timed on views.FOUR rows, everything else on all files
+STAGE = "a view's "  # timed on views.HUE_GROUP rows, everything else on all files
 
 
 def photographs(out: Path, quality: int) -> list[str]:
@@ -126,7 +126,7 @@ def calls(files: list[str], size: int, against: str | None) -> dict[str, Callabl
         made |= {f"decode and cut{name}": cut, f"both views{name}": whole}
     made["both views, torchvision"] = opened(theirs(size))
     # A stage's rows are as many as `View.rows` takes at a time of large ones.
-    view, n = views.make_views("imagenet", size).first, views.FOUR
+    view, n = views.make_views("imagenet", size).first, views.HUE_GROUP
     pieces = both_views(versions[""], (files * n)[:n], numbers.repeat(n, 1, 1), size)[0]()[:, 0]
     p = view.sample(n, size, size, torch.Generator().manual_seed(0), boxes=False)
     x, jitter = views.as_float(pieces), [p[name] for name in ("factors", "order", "hue")]
@@ -175,7 +175,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[tuple[dict, str]]:
             case["variants"] = times = timing.interleaved(timed, arguments.rounds)
             case["ahead"] = ahead(files, size, arguments.batch)
         rate = {
-            k: (views.FOUR if k.startswith(STAGE) else len(files)) / v["median"]
+            k: (views.HUE_GROUP if k.startswith(STAGE) else len(files)) / v["median"]
             for k, v in times.items()
             if "median" in v
         }

@@ -48,7 +48,7 @@ CHUNK = 2**26  # elements augmented at a time: 256 MiB in fp32, whatever the bat
 CACHED = 2**19  # the same on the CPU, for each thread: 2 MiB, what its caches hold
 PLACES = (10, 10, 1, 1)  # numbers of a box: size and shape of ten tries, then top and left
 NUMBERS = sum(PLACES)
-FOUR = 4  # rows that have the four places of the hue between them
+HUE_GROUP = 4  # rows; in each group of them every place of the hue occurs once
 
 
 def _rows(v: Tensor) -> Tensor:
@@ -225,9 +225,9 @@ class _Draw:
 
     def places(self) -> Tensor:
         """(n,) a permutation of 0..3 for each four rows, of 0..r-1 for r rows that are left."""
-        keys = torch.rand(-(-self.n // FOUR) * FOUR, **self.how)
+        keys = torch.rand(-(-self.n // HUE_GROUP) * HUE_GROUP, **self.how)
         keys[self.n :] = 2
-        return keys.view(-1, FOUR).argsort(1).flatten()[: self.n]
+        return keys.view(-1, HUE_GROUP).argsort(1).flatten()[: self.n]
 
 
 def place_box(
@@ -294,13 +294,16 @@ class _View:
         b, c, h, w = images.shape
         out = torch.empty(b, c, self.size, self.size, device=images.device)
         most = CACHED * torch.get_num_threads() if images.is_cpu else CHUNK
-        step = max(FOUR, most // (c * max(h * w, self.size**2)) // FOUR * FOUR)
-        start = -(first % FOUR)
+        step = max(HUE_GROUP, most // (c * max(h * w, self.size**2)) // HUE_GROUP * HUE_GROUP)
+        start = -(first % HUE_GROUP)
         for i in range(start, b, step):  # over pieces that bound the memory, not over samples
             low, high = max(i, 0), min(i + step, b)
-            part, there = images[low:high], slice(first + i, first + high + -(first + high) % FOUR)
+            part, there = (
+                images[low:high],
+                slice(first + i, first + high + -(first + high) % HUE_GROUP),
+            )
             drawn = {k: v[there].to(images.device, non_blocking=True) for k, v in params.items()}
-            # Whole fours of the drawn batch (see hue_place): what fills them up is thrown away.
+            # Whole groups of the drawn batch (see hue_place): what fills them up is thrown away.
             ahead = low - i
             behind = len(next(iter(drawn.values()))) - ahead - len(part)
             if ahead or behind:
@@ -335,8 +338,8 @@ class View(_View):
         """Parameters of n images of h x w pixels, n rows each, on the generator's device.
 
         boxes: False where the images are cut already, to this view's size.
-        hue_place: when in the jitter a row's hue is turned, 0..3, each once in every four rows, so
-        that every part of whole fours has equally many of each and shapes are static.
+        hue_place: when in the jitter a row's hue is turned, 0..3, each once in every group of four
+        rows, so that every part of whole groups has equally many of each and shapes are static.
         """
         draw = _Draw(n, generator)
         blends = self.strength[: 3 if self.channels == 3 else 2]
