@@ -154,6 +154,7 @@ def plan(
     modes: Sequence[str] | None = None,
     seeds: int | None = None,
     quick: bool = False,
+    rates: Sequence[float] | None = None,
     dims: Sequence[int] | None = None,
     **settings,
 ) -> Plan:
@@ -177,7 +178,8 @@ def plan(
         budget = {"epochs": 20}  # the trainer's recipe, a tenth as long
     config = TrainConfig(data=spec, **{**budget, **(QUICK if quick else {}), **given}).resolve()
     settings = {k: getattr(config, k) for k in config.to_dict() if k not in _OF_A_RUN}
-    rates = [factor * config.learning_rate for factor in ((1.0,) if quick else FACTORS)]
+    if rates is None:
+        rates = [factor * config.learning_rate for factor in ((1.0,) if quick else FACTORS)]
     width = encoders.build(config.encoder, image_size=config.image_size).width
     if dims is None:
         dims = [round(share * default_dim(width)) for share in SHARES if not quick]
