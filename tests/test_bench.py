@@ -512,6 +512,8 @@ def test_each_of_the_three_calls_ends_within_nine_minutes():
     for target in ("first", "second", "third"):
         done = make("-n", "-B", target, "GPU=results/none")
         assert sum(map(int, re.findall(r"timeout (\d+) ", done.stdout))) <= 540, target
+    asked = make("-n", "-B", "first", "GPU=results/none", "LIMIT=7").stdout
+    assert re.findall(r"timeout (\d+) ", asked) == ["7"] * 4
 
 
 def gpu_case(rows, dim, **times) -> dict:
