@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..train import commands as train
+from ..train.config import TrainConfig, resolve_device
 
 
 def add_spectrum(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +56,6 @@ def _unlike(name: str, others) -> str:
 def _spectra_of(source: str | None, arguments) -> tuple[dict, str]:
     """Spectra by name of a run or of a file, and what to call it; None is the encoder alone."""
     from ..train import foreign, probe
-    from ..train.config import resolve_device
     from . import spectrum
 
     threshold = arguments.threshold
@@ -150,7 +150,6 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
 def run_demo(arguments: argparse.Namespace) -> None:
     from .. import plots
     from ..train import checkpoint, probe
-    from ..train.config import TrainConfig
     from ..train.loop import Trainer
     from . import spectrum
 

@@ -12,7 +12,7 @@ import functools
 from collections.abc import Callable
 from pathlib import Path
 
-from .config import TrainConfig
+from .config import TrainConfig, resolve_device
 
 _SEEN = ("data", "data_root", "workers", "skip_unreadable")  # settings of the images
 
@@ -138,7 +138,6 @@ def add_probe(parser: argparse.ArgumentParser) -> None:
 
 def run_probe(arguments: argparse.Namespace) -> None:
     from . import checkpoint, probe
-    from .config import resolve_device
 
     linear = {"epochs": arguments.epochs, "learning_rate": arguments.learning_rate}
     vote = {"k": arguments.k, "temperature": arguments.temperature}
@@ -147,6 +146,7 @@ def run_probe(arguments: argparse.Namespace) -> None:
     rows, sub_vector, about = _subject(arguments, device)
     (out,) = outputs_of(arguments, "probe.json")
     schedules = probe.SCHEDULES if arguments.schedule == "both" else (arguments.schedule,)
+    how = {**linear, "scaled": not arguments.raw_features, "device": device}
     result = {
         **about,
         **linear,
@@ -162,16 +162,7 @@ def run_probe(arguments: argparse.Namespace) -> None:
         if name == "trained" and sub_vector is not None:
             parts["trained, sub-vector"] = features.columns(sub_vector)
         for part, values in parts.items():
-            row = {
-                f"linear, {schedule} rate": probe.linear_probe(
-                    values,
-                    schedule,
-                    scaled=not arguments.raw_features,
-                    device=device,
-                    **linear,
-                )
-                for schedule in schedules
-            }
+            row = {f"linear, {s} rate": probe.linear_probe(values, s, **how) for s in schedules}
             row["knn"] = probe.knn(values, device=device, **vote)
             result["accuracy"][part] = row
             print(f"{part}: " + ", ".join(f"{k} {100 * v:.2f} %" for k, v in row.items()))
