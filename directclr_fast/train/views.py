@@ -298,10 +298,8 @@ class _View:
         start = -(first % HUE_GROUP)
         for i in range(start, b, step):  # over pieces that bound the memory, not over samples
             low, high = max(i, 0), min(i + step, b)
-            part, there = (
-                images[low:high],
-                slice(first + i, first + high + -(first + high) % HUE_GROUP),
-            )
+            part, end = images[low:high], first + high
+            there = slice(first + i, end + -end % HUE_GROUP)
             drawn = {k: v[there].to(images.device, non_blocking=True) for k, v in params.items()}
             # Whole groups of the drawn batch (see hue_place): what fills them up is thrown away.
             ahead = low - i
