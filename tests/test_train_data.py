@@ -559,7 +559,7 @@ def test_sampler_errors(args, text):
 def test_batches_hold_the_sampled_images_and_leave_the_random_state_alone():
     images = data.load("fake:n=20,size=4", train=True)
     batches = data.Batches(images, data.EpochSampler(20, 6), num_workers=3)
-    assert len(batches) == 3 and batches.loader.num_workers == 0
+    assert len(batches.loader) == 3 and batches.loader.num_workers == 0
     state = torch.get_rng_state()
     order = batches.sampler.order(0)
     for k, (x, y, i) in enumerate(batches):

@@ -483,10 +483,6 @@ class Batches:
         sampler.boxes = getattr(dataset, "crops", None) is not None
         self.loader = _loader(dataset, sampler, self.device, num_workers)
 
-    def __len__(self) -> int:
-        """Batches in a whole epoch."""
-        return len(self.sampler)
-
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for batch in _read(self.loader, self.device):
             self.sampler.position += 1
