@@ -374,8 +374,9 @@ def _side_by_side(task: Task, losses: tuple, seeds: int, steps: int, say: Callab
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(len(losses)) as pool:
+            runs = [pool.submit(one, which) for which in losses]
             try:
-                return list(pool.map(one, losses))
+                return [run.result() for run in runs]
             finally:  # an interrupt or an error of one loss ends the other
                 stop.set()
     finally:
