@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -70,14 +72,21 @@ def describe(values: dict) -> str:
 
 def packages() -> dict[str, str | None]:
     """Version of each of PACKAGES, None where it is not installed."""
-    return {name: _version(name) for name in PACKAGES}
+    versions = dict.fromkeys(PACKAGES)
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 
-def _version(name: str) -> str | None:
+@contextlib.contextmanager
+def needs(what: str, package: str, install: str = "'directclr-fast[train]'") -> Iterator[None]:
+    """Around an import: where it fails, the ImportError says what to install, and for ``what``."""
     try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+        yield
+    except ImportError as error:
+        hint = f"install it with: pip install {install}"
+        raise ImportError(f"{what}: expected {package}, got {error}; {hint}") from error
 
 
 def processor() -> str:

@@ -10,6 +10,8 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from .machine import needs
+
 
 def markdown(head: Iterable, rows: Iterable[Iterable]) -> str:
     """A table in Markdown."""
@@ -30,14 +32,9 @@ def panels(
 
     ``size``: of each, inches. What has a label gets a legend.
     """
-    try:
+    with needs("plots", "matplotlib", "'directclr-fast[plot]'"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            f"plots: expected matplotlib, got {error}; "
-            "install it with: pip install 'directclr-fast[plot]'"
-        ) from error
     drawing = Figure(figsize=(columns * size[0], (rows or 1) * size[1]), layout="constrained")
     FigureCanvasAgg(drawing)
     drawing.suptitle(title, fontsize="medium")

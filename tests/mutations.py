@@ -632,7 +632,7 @@ MUTATIONS = [
     ),
     Mutation(
         "crops: each epoch cuts the same pieces", "directclr_fast/train/data.py",
-        "_mix(s.seed, epoch, position)", "_mix(s.seed, position)",
+        "_mix(self.seed, epoch, position)", "_mix(self.seed, position)",
         "test_crops.py -k seed_epoch_and_batch",
     ),
     Mutation(

@@ -452,7 +452,7 @@ def test_exit_codes_and_messages_of_the_command(tmp_path, capsys):
         (["bench", "--rows", "1", "--out", str(tmp_path)], "rows: expected at least 2, got 1"),
         (
             ["bench", "--device", "tpu", "--out", str(tmp_path)],
-            "device: expected auto, cpu or cuda",
+            "device: expected one of auto, cpu, cuda",
         ),
         (["bench", "--list", "--variants", "nobody"], "variants: expected names of"),
     ):
@@ -513,6 +513,8 @@ def test_each_of_the_three_calls_ends_within_nine_minutes():
     for target in ("first", "second", "third"):
         done = make("-n", "-B", target, "GPU=results/none")
         assert sum(map(int, re.findall(r"timeout (\d+) ", done.stdout))) <= 540, target
+    asked = make("-n", "-B", "first", "GPU=results/none", "LIMIT=7").stdout
+    assert re.findall(r"timeout (\d+) ", asked) == ["7"] * 4
 
 
 def gpu_case(rows, dim, **times) -> dict:

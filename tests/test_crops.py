@@ -186,7 +186,7 @@ def test_pieces_depend_on_seed_epoch_and_batch_alone(pictures):
     state = {"epoch": 0, "position": 1, "n": 9, "batch_size": 4, "seed": 3}
     for a, b in zip(whole[1:], epochs(start=state), strict=True):
         assert torch.equal(a, b)
-    drawn = [n for _, n in data._WithBoxes(data.EpochSampler(9, 4, seed=3))]
+    drawn = [n for _, n in data.Batches(images, data.EpochSampler(9, 4, seed=3)).sampler]
     assert len(drawn) == 2 and not (drawn[0] == drawn[1]).any()
     # The same picture in another epoch is cut in another way.
     sampler = data.EpochSampler(9, 9, seed=3)

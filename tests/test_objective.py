@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from test_train_run import assert_same, log_of, state_of, train
 from torch import nn
 
+from directclr_fast.train.config import MODES
 from directclr_fast.train.loop import load_model
-from directclr_fast.train.objective import EMBEDDING, GROUPS, MODES, Objective, default_dim
+from directclr_fast.train.objective import EMBEDDING, GROUPS, Objective, default_dim
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WIDTH = 48

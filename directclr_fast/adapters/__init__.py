@@ -26,10 +26,10 @@ def own_first(rows: Tensor) -> Tensor:
 
     All processes must call with equally many rows n, and run the backward pass.
     """
-    return _Gathered.apply(rows).roll(-dist.get_rank() * len(rows), 0)
+    return Gathered.apply(rows).roll(-dist.get_rank() * len(rows), 0)
 
 
-class _Gathered(torch.autograd.Function):
+class Gathered(torch.autograd.Function):
     """All-gather in the order of ranks. PyTorch's own that has a gradient is deprecated from 2.14
     on, and what follows it is not in 2.11."""
 

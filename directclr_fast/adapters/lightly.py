@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..loss import fast_directclr_loss
-from ..world import all_gather
-from . import initialised
+from . import Gathered, initialised
 
 
 class MemoryBank(nn.Module):
@@ -106,9 +105,7 @@ class NTXentLoss(nn.Module):
         if out0.requires_grad:
             rows = F.normalize(out1.detach(), dim=1)
             if self.gather_distributed and initialised():
-                everyone = rows.new_empty(dist.get_world_size() * len(rows), rows.shape[1])
-                all_gather(everyone, rows)
-                rows = everyone
+                rows = Gathered.apply(rows)
             self.memory_bank.put(rows)
         return loss
 

@@ -1,7 +1,5 @@
 """Losses of other libraries beside their stand-ins: value, gradients, time, memory.
 
-    python -m directclr_fast.bench.adapters --out adapters.json
-
 Both are made by the same words and called with the same tensors. A library that is not installed
 is left out and named. Times are interleaved; a peak is that of one step in a process of its own.
 """
@@ -26,22 +24,10 @@ FLAGS = {
 }
 
 
-def _lightly(module, dim: int) -> Callable[..., Tensor]:
-    return module.NTXentLoss(temperature=0.1)
-
-
-def _directclr(module, dim: int) -> Callable[..., Tensor]:
-    return module.DirectCLRLoss(loss_dim=dim * 3 // 4, temperature=0.1)
-
-
 def _clip(module, dim: int) -> Callable[..., Tensor]:
     loss = module.ClipLoss()
     # It expects unit rows.
     return lambda a, b: loss(nn.functional.normalize(a), nn.functional.normalize(b), 14.3)
-
-
-def _metric(module, dim: int) -> Callable[..., Tensor]:
-    return module.SelfSupervisedLoss(module.NTXentLoss(temperature=0.1))
 
 
 def _ranking(module, dim: int) -> Callable[..., Tensor]:
@@ -69,10 +55,15 @@ def _cached(module, dim: int) -> Callable[..., Tensor]:
 
 # The stand-in's class; the module of the original; the stand-in's module; how both are called.
 PAIRS = {
-    "NTXentLoss": ("lightly.loss", "lightly", _lightly),
-    "DirectCLRLoss": ("lightly.loss", "lightly", _directclr),
+    "NTXentLoss": ("lightly.loss", "lightly", lambda module, _: module.NTXentLoss(0.1)),
+    "DirectCLRLoss": (
+        "lightly.loss", "lightly", lambda module, dim: module.DirectCLRLoss(dim * 3 // 4, 0.1),
+    ),
     "ClipLoss": ("open_clip.loss", "open_clip", _clip),
-    "SelfSupervisedLoss": ("pytorch_metric_learning.losses", "pytorch_metric_learning", _metric),
+    "SelfSupervisedLoss": (
+        "pytorch_metric_learning.losses", "pytorch_metric_learning",
+        lambda module, _: module.SelfSupervisedLoss(module.NTXentLoss(0.1)),
+    ),
     "MultipleNegativesRankingLoss": (
         "sentence_transformers.losses", "sentence_transformers", _ranking,
     ),

@@ -10,12 +10,14 @@ step that keeps its N x N matrix, at the same N and d. "copy": bytes read and wr
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
 
 import torch
 
+from ..backends.cpu import _cpu
 from ..products import fp32_products
 from .timing import interleaved
 
@@ -28,18 +30,21 @@ COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}
 PRODUCT_ROWS = 16384  # the library's rate no longer changes beyond
 
 
-def fma_peak(rounds: int = 9) -> float | None:
-    """fp32 operations per second of the CPU's multiply-add units. None without the extension."""
-    try:
-        from .. import _cpu
-    except ImportError:
-        return None
+def _loop_rate(loop: Callable[[], float], rounds: int) -> float:
+    """Median operations per second of a native loop, which returns how many it did."""
     rates = []
     for _ in range(rounds):
         start = time.perf_counter()
-        operations = _cpu.fma_peak(torch.get_num_threads(), 1_000_000)
+        operations = loop()
         rates.append(operations / (time.perf_counter() - start))
     return statistics.median(rates)
+
+
+def fma_peak(rounds: int = 9) -> float | None:
+    """fp32 operations per second of the CPU's multiply-add units. None without the extension."""
+    if _cpu is None:
+        return None
+    return _loop_rate(lambda: _cpu.fma_peak(torch.get_num_threads(), 1_000_000), rounds)
 
 
 # Whether its tiles are of bf16, and products of tiles to one of numbers.
@@ -48,27 +53,17 @@ _TILES = {"fp32": (False, 6), "tf32": (False, 3), "bf16": (True, 1)}
 
 def tile_rates(rounds: int = 9) -> dict[str, float]:
     """Operations per second of the CPU's matrix unit, by name; empty where there is none."""
-    try:
-        from .. import _cpu
-    except ImportError:
-        return {}
-    if not _cpu.has_tiles():
+    if _cpu is None or not _cpu.has_tiles():
         return {}
     iterations = 1_000_000 if _cpu.isa() == "amx" else 200  # emulated, it is there to be tested
-    raw = {}
-    for bf16 in (False, True):
-        for few_loads in (False, True):
-            rates = []
-            for _ in range(rounds):
-                start = time.perf_counter()
-                done = _cpu.tile_peak(torch.get_num_threads(), iterations, bf16, few_loads)
-                rates.append(done / (time.perf_counter() - start))
-            raw[bf16, few_loads] = statistics.median(rates)
-    return {
-        f"{'tiles 2:1' if few_loads else 'tiles'} {precision}": raw[bf16, few_loads] / products
-        for precision, (bf16, products) in _TILES.items()
-        for few_loads in (False, True)
-    }
+    rates = {}
+    for bf16, few_loads in itertools.product((False, True), (False, True)):
+        loop = (torch.get_num_threads(), iterations, bf16, few_loads)
+        rate = _loop_rate(lambda loop=loop: _cpu.tile_peak(*loop), rounds)
+        for precision, (is_bf16, products) in _TILES.items():
+            if is_bf16 == bf16:
+                rates[f"{'tiles 2:1' if few_loads else 'tiles'} {precision}"] = rate / products
+    return rates
 
 
 def _rate(

@@ -1,7 +1,5 @@
 """Peak memory of training steps with gradient caching, each run in a process of its own.
 
-    python -m directclr_fast.bench.gradcache --out gradcache_memory.json
-
 Two steps of all of N made-up 32 x 32 colour images, in chunks and without: the resident peak of the
 process (ru_maxrss: interpreter, libraries, images and checkpoint included). Linux.
 """
@@ -48,9 +46,8 @@ def measure(arguments: argparse.Namespace) -> Iterator[tuple[dict, str]]:
     """Every N in chunks, then every N without."""
     sizes = [(n, arguments.chunk_size) for n in arguments.rows]
     for n, chunk in sizes + [(n, None) for n in arguments.plain_rows]:
-        rule = arguments.cache_bn if chunk else None
-        chunks = {"chunk_size": chunk, "cache_bn": rule} if chunk else {}
-        case = {"rows": n, "chunk_size": chunk, "cache_bn": rule, "encoder": arguments.encoder}
+        chunks = {"chunk_size": chunk, "cache_bn": arguments.cache_bn if chunk else None}
+        case = {"rows": n, **chunks, "encoder": arguments.encoder}
         case |= memory.isolated(train, n, arguments.encoder, chunks, arguments.gib)
         if "failed" in case:
             shown = case["failed"]

@@ -40,16 +40,15 @@ def run(
     settings = settings.resolved()
     cases = settings.cases()
     plans = [settings.catalogue(case) for case in cases]
+    progress("ceilings", 0.0)
     result = {
         "format": FORMAT,
         "machine": machine.machine(),
         "command": list(sys.argv if command is None else command),
         "settings": dataclasses.asdict(settings),
-        "ceilings": {},
+        "ceilings": ceilings.measure(settings.device),
         "cases": [],
     }
-    progress("ceilings", 0.0)
-    result["ceilings"] = ceilings.measure(settings.device)
     rows = []
     for case, plan in zip(cases, plans):
         rows.append({v.name: {"family": v.family, "precision": v.precision} for v in plan})

@@ -1,7 +1,5 @@
 """Device time of every launch of a GPU step: which kernel the time is in, at what rate.
 
-    python -m directclr_fast.bench.launches --dim 128 256 360 768 --rows 4096 32768 --out FILE
-
 Each launch of a backend runs between two events, with the L2 cache overwritten before a step; the
 medians of ``--rounds`` steps are shown. Host time between launches is not in them.
 """
@@ -82,19 +80,16 @@ def step_of(backend: Packed, problem: Problem):
     spans = Spans(backend.kernels, problem.device_type == "cuda")
     scale, need = 1 / problem.temperature, (True, True, False)
 
+    @torch.no_grad()
     def step():
-        with torch.no_grad():
-            _, states, _ = driver.forward(backend, problem, ALONE, r1, r2, None, scale)
-            driver.backward(backend, problem, ALONE, upstream, states, None, scale, need)
-
-    def timed_step():
         backend.kernels, before = spans, backend.kernels
         try:
-            step()
+            _, states, _ = driver.forward(backend, problem, ALONE, r1, r2, None, scale)
+            driver.backward(backend, problem, ALONE, upstream, states, None, scale, need)
         finally:
             backend.kernels = before
 
-    return timed_step, spans
+    return step, spans
 
 
 def medians(backend: Packed, problem: Problem, rounds: int) -> dict[str, float]:

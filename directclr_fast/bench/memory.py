@@ -1,7 +1,5 @@
 """Peak memory of a forward and backward pass, above the inputs.
 
-    python -m directclr_fast.bench.memory --out memory.json
-
 On a GPU the allocator reports it. On the CPU the system does (VmHWM, Linux): every step runs in a
 process of its own, forked from one that has imported torch and computed nothing. It may take what
 the machine has free and no more: a step that does not fit is a result.

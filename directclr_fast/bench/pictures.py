@@ -1,7 +1,5 @@
 """Images/s of a folder's pictures on one core: decoding, two pieces, both views, each stage.
 
-    python -m directclr_fast.bench.pictures --out pictures.json
-
 Of scikit-image's colour photographs as JPEGs of 500 x 375, or of --pictures FOLDER. Everything
 takes turns in one process on one thread, beside torchvision's own transforms of a picture;
 --against CHECKOUT adds the same calls of another version of this package. Then the loader with one
@@ -13,6 +11,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import importlib.util
 import os
 import sys
 import tempfile
@@ -37,7 +36,7 @@ FLAGS = {
     "--gpu": {"type": int, "default": 1500, "help": "images/s that a GPU takes"},
 }
 AHEAD = (1, 2, 4)  # batches
-STAGE = "a view's "  # timed on views.FOUR rows, everything else on all files
+STAGE = "a view's "  # timed on views.HUE_GROUP rows, everything else on all files
 
 
 def photographs(out: Path, quality: int) -> list[str]:
@@ -57,11 +56,12 @@ def photographs(out: Path, quality: int) -> list[str]:
 
 def version(checkout: str) -> types.SimpleNamespace:
     """`folder` and `views` of another checkout, beside those of this one."""
-    package = types.ModuleType("another_version")
-    package.__path__ = [os.path.join(checkout, "directclr_fast/train")]
-    sys.modules[package.__name__] = package
-    load = lambda name: importlib.import_module(f"{package.__name__}.{name}")  # noqa: E731
-    return types.SimpleNamespace(folder=load("folder"), views=load("views"))
+    place = os.path.join(checkout, "directclr_fast/__init__.py")
+    spec = importlib.util.spec_from_file_location("another_version", place)
+    package = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(package)
+    folder, views = (importlib.import_module(f"{spec.name}.train.{n}") for n in ("folder", "views"))
+    return types.SimpleNamespace(folder=folder, views=views)
 
 
 def both_views(of, files: list[str], numbers, size: int) -> tuple[Callable, Callable]:
@@ -126,7 +126,7 @@ def calls(files: list[str], size: int, against: str | None) -> dict[str, Callabl
         made |= {f"decode and cut{name}": cut, f"both views{name}": whole}
     made["both views, torchvision"] = opened(theirs(size))
     # A stage's rows are as many as `View.rows` takes at a time of large ones.
-    view, n = views.make_views("imagenet", size).first, views.FOUR
+    view, n = views.make_views("imagenet", size).first, views.HUE_GROUP
     pieces = both_views(versions[""], (files * n)[:n], numbers.repeat(n, 1, 1), size)[0]()[:, 0]
     p = view.sample(n, size, size, torch.Generator().manual_seed(0), boxes=False)
     x, jitter = views.as_float(pieces), [p[name] for name in ("factors", "order", "hue")]
@@ -175,18 +175,16 @@ def measure(arguments: argparse.Namespace) -> Iterator[tuple[dict, str]]:
             case["variants"] = times = timing.interleaved(timed, arguments.rounds)
             case["ahead"] = ahead(files, size, arguments.batch)
         rate = {
-            k: (views.FOUR if k.startswith(STAGE) else len(files)) / v["median"]
+            k: (views.HUE_GROUP if k.startswith(STAGE) else len(files)) / v["median"]
             for k, v in times.items()
             if "median" in v
         }
         lines = [f"{len(files)} JPEGs of {kib:.0f} KiB, quality {quality}: images/s of one core"]
         lines += [f"  {k:<32} {v:8.0f}  {1e3 / v:6.2f} ms" for k, v in rate.items()]
-        plain = max((times[f"decode, {by}"] for by in ("Pillow", "torchvision")), key=_speed)
-        cut = times["decode and cut"]
-        case["of_plain_decoder"] = timing.ratio(plain, cut)
-        lines.append(
-            f"  decode and cut: {case['of_plain_decoder']:.2f} of the fastest plain decoder"
-        )
+        decoder = max(("decode, Pillow", "decode, torchvision"), key=rate.get)
+        share = timing.ratio(times[decoder], times["decode and cut"])
+        case["of_plain_decoder"] = share
+        lines.append(f"  decode and cut: {share:.2f} of the fastest plain decoder")
         for name in ("decode and cut", "both views"):
             if f"{name}, before" in times:
                 case[f"{name}, times before"] = timing.ratio(times[f"{name}, before"], times[name])
@@ -197,10 +195,6 @@ def measure(arguments: argparse.Namespace) -> Iterator[tuple[dict, str]]:
         lines.append(f"  one worker, batches ahead: {', '.join(said)} images/s")
         yield case, "\n".join(lines)
     torch.set_num_threads(threads)
-
-
-def _speed(times: dict) -> float:
-    return 1 / times["median"]
 
 
 study.as_script(__name__)

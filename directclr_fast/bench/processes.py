@@ -1,7 +1,5 @@
 """Times the loss over one and two processes of this machine: Gloo, one thread each.
 
-    python -m directclr_fast.bench.processes --rows 4096 --out distributed.json
-
 One process with all rows and two with half of them each ("all", "ring") take turns.
 """
 

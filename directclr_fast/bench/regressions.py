@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+from ..train.config import check_setting
 from . import timing
 
 RELATIVE = 0.15
@@ -62,9 +63,8 @@ def compare(
     ``milliseconds`` compares plain times, for runs on one quiet machine; ``absolute`` is then in
     milliseconds. ValueError for thresholds below 0 and for results without a common case.
     """
-    for name, value in (("relative", relative), ("absolute", absolute)):
-        if not value >= 0:
-            raise ValueError(f"{name}: expected at least 0, got {value}")
+    check_setting("relative", relative, low=0)
+    check_setting("absolute", absolute, low=0)
     before = {_key(case): case for case in old["cases"]}
     after = {_key(case): case for case in new["cases"]}
     common = [key for key in after if key in before]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from ..train.config import resolve_device
+from ..train.config import check_setting, resolve_device
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -63,11 +63,8 @@ class Settings:
             low, choices = field.metadata["low"], field.metadata["choices"]
             value = getattr(self, field.name)
             for one in value if isinstance(value, tuple) else (value,):
-                if low is not None and one < low:
-                    raise ValueError(f"{field.name}: expected at least {low}, got {one}")
-                if choices and one not in choices and one is not None:
-                    expected = f"{', '.join(choices[:-1])} or {choices[-1]}"
-                    raise ValueError(f"{field.name}: expected {expected}, got {one!r}")
+                if one is not None:
+                    check_setting(field.name, one, low=low, choices=choices)
         if not self.rows or not self.dims:
             raise ValueError("rows: expected at least one size, got none")
         device = resolve_device(self.device)

@@ -1,7 +1,5 @@
 """Images/s of the trainer's whole step beside its bare encoder, and the loss's share of it.
 
-    python -m directclr_fast.bench.trainer --rows 4096 8192 16384 --out trainer.json
-
 On made-up images, in turn in one process: the step with the fast loss and with loss=reference; the
 encoder's two forward and backward passes alone; each loss alone; and the views. An image is one of
 the batch, seen in two views.

@@ -1,7 +1,5 @@
 """Times candidate tiles of one Triton kernel on this GPU and prints the rows for the table.
 
-    python -m directclr_fast.bench.tune --kernel sums weights products --dim 360 --out tune.json
-
 Nothing is tuned while the loss runs: what this prints is put into ``kernels/configs.py`` by hand,
 with the file it came from as the reason. A candidate that does not compile or needs too much shared
 memory is recorded as that.

@@ -176,14 +176,8 @@ def _precision(backend: str, case: Case, asked: str) -> str:
 
 
 def _ours(backend: str, precision: str, case: Case) -> Loss:
-    return partial(
-        fast_directclr_loss,
-        dim=case.dim,
-        temperature=case.temperature,
-        negatives=case.negatives,
-        precision=precision,
-        backend=backend,
-    )
+    asked = {"temperature": case.temperature, "negatives": case.negatives, "precision": precision}
+    return partial(fast_directclr_loss, dim=case.dim, backend=backend, **asked)
 
 
 def _our_reasons(backend: str, precision: str, case: Case) -> list[str]:

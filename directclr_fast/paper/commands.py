@@ -9,43 +9,38 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
+from ..train import commands as train
+from ..train.config import TrainConfig, resolve_device
+
 
 def add_spectrum(parser: argparse.ArgumentParser) -> None:
-    from ..train.commands import add_foreign
-
     add = parser.add_argument
     add("source", nargs="*", help="runs, files of features or of weights: in one figure")
-    add_foreign(parser)
-    add("--data", help="another set than the one trained on")
-    add("--data-root", help="folder of the sets that are fetched")
+    train.add_source(parser)
     add(
         "--threshold",
         type=float,
         help="collapsed up to this share of the largest eigenvalue (default 1e-8, or what the "
         "rounding of the features leaves)",
     )
-    add("--device", default="auto")
-    add("--workers", type=int, default=0)
     add("--out", help="folder (default: that of the first source)")
 
 
 def run_spectrum(arguments: argparse.Namespace) -> None:
     from ..train.checkpoint import write_json
-    from ..train.commands import folder_of, outputs_of
     from . import spectrum
 
     spectrum.check(arguments.threshold)
     if not arguments.source and arguments.encoder is None:
         raise ValueError("source: expected runs, files, or --encoder, got none")
     sources = arguments.source or [None]
-    folder_of(arguments)
+    picture, numbers = train.outputs_of(arguments, "spectrum.png", "spectrum.json")
     reports, titles = {}, []
     for source in sources:
         spectra, title = _spectra_of(source, arguments)
         titles.append(title)
         start = f"{title}, " if len(sources) > 1 else ""
         reports |= {_unlike(f"{start}{name}", reports): values for name, values in spectra.items()}
-    picture, numbers = outputs_of(arguments, "spectrum.png", "spectrum.json")
     write_json(numbers, {name: asdict(report) for name, report in reports.items()}, indent=1)
     spectrum.plot(reports, picture, titles[0] if len(titles) == 1 else "")
     print(*(f"{name}: {report}" for name, report in reports.items()), sep="\n")
@@ -61,8 +56,6 @@ def _unlike(name: str, others) -> str:
 def _spectra_of(source: str | None, arguments) -> tuple[dict, str]:
     """Spectra by name of a run or of a file, and what to call it; None is the encoder alone."""
     from ..train import foreign, probe
-    from ..train.commands import load_foreign, load_run
-    from ..train.config import resolve_device
     from . import spectrum
 
     threshold = arguments.threshold
@@ -77,12 +70,12 @@ def _spectra_of(source: str | None, arguments) -> tuple[dict, str]:
         return dict(zip(names, reports)), Path(source).name
     device = resolve_device(arguments.device)
     if not run:
-        config, encoder = load_foreign(arguments, source, device)
+        config, encoder = train.load_foreign(arguments, source, device)
         features, *_ = probe.load_part(encoder, config, False)
         report = spectrum.collapse_report(features, threshold=threshold)
         name = arguments.encoder if source is None else Path(source).name
         return {"representation": report}, f"{name} on {config.data}"
-    config, model, state = load_run(arguments, source, device)
+    config, model, state = train.load_run(arguments, source, device)
     features, *_ = probe.load_part(model.encoder, config, False, channels=state["channels"])
     spectra = spectrum.of_model(model, features, threshold)
     alone = len(arguments.source) == 1
@@ -110,9 +103,6 @@ def run_toy(arguments: argparse.Namespace) -> None:
 def add_compare(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--out", help="folder of report.md and all runs; default runs/compare")
-    add("--data", help="default: cifar10 where it is there, otherwise patches")
-    add("--data-root", help="folder of the sets that are fetched")
-    add("--download", action="store_true", help="fetch a missing set")
     add("--modes", help="comma-separated, default all")
     add("--seeds", type=int, help="of each mode, default 3 (fashion-mnist: 5)")
     add(
@@ -121,12 +111,13 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         help="d0 beside the default one; default a quarter to 4 times",
     )
-    add("--encoder", help="default: the budget of the set, as for the next four")
-    add("--image-size", type=int)
-    add("--batch-size", type=int)
-    add("--learning-rate", type=float, help="the middle of the three searched")
-    add("--epochs", type=int)
-    add("--device", default="auto")
+    train.add_settings(
+        parser, "data", "data_root", "download", "encoder", "image_size", "batch_size",
+        "learning_rate", "epochs", "device",
+        data="default: cifar10 where it is there, otherwise patches",
+        encoder="default: the budget of the set, as for the next four",
+        learning_rate="the middle of the three searched",
+    )  # fmt: skip
     add("--jobs", type=int, help="runs side by side, default one for each core")
     add("--quick", action="store_true", help="directclr and baseline, one epoch: a first look")
 
@@ -134,15 +125,13 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
 def run_compare(arguments: argparse.Namespace) -> None:
     from . import compare, report
 
-    names = ("data_root", "encoder", "image_size", "batch_size", "learning_rate", "epochs", "dims")
-    settings = {name: getattr(arguments, name) for name in (*names, "device")}
-    if arguments.modes is not None:
-        settings["modes"] = arguments.modes.split(",")
+    settings = train.settings_of(arguments)
     plan = compare.plan(
-        data_spec=arguments.data,
+        data_spec=settings.pop("data", None),
+        modes=None if arguments.modes is None else arguments.modes.split(","),
         seeds=arguments.seeds,
+        dims=arguments.dims,
         quick=arguments.quick,
-        download=arguments.download,
         **settings,
     )
     out = arguments.out or ("runs/compare-quick" if arguments.quick else "runs/compare")
@@ -161,8 +150,6 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
 def run_demo(arguments: argparse.Namespace) -> None:
     from .. import plots
     from ..train import checkpoint, probe
-    from ..train.commands import baselines
-    from ..train.config import TrainConfig
     from ..train.loop import Trainer
     from . import spectrum
 
@@ -180,7 +167,7 @@ def run_demo(arguments: argparse.Namespace) -> None:
     model = trainer.model.eval()
 
     state = {"channels": trainer.channels, "classes": trainer.classes}
-    encoders = {"trained encoder": model.encoder} | baselines(config, state, config.device)
+    encoders = {"trained encoder": model.encoder} | train.baselines(config, state, config.device)
     features = {name: probe.load_features(each, config) for name, each in encoders.items()}
     accuracy = {name: probe.scores(part, device=config.device) for name, part in features.items()}
     spectra = spectrum.of_model(model, features["trained encoder"].test)

@@ -20,8 +20,8 @@ from pathlib import Path
 
 from ..progress import Progress
 from ..train import checkpoint, data, encoders
-from ..train.config import TrainConfig, resolve_device
-from ..train.objective import MODES, default_dim
+from ..train.config import MODES, TrainConfig, check_setting, resolve_device
+from ..train.objective import default_dim
 from . import report
 from .runs import Run, side_by_side
 
@@ -127,10 +127,8 @@ class Plan:
             if self.losses
         ]
 
-    def known(self, done: dict[str, dict]) -> list[Run]:
-        """Every run whose settings are decided by what is done: the search, the table, the rest."""
-        rates = {mode: self.chosen(mode, done) for mode in self.modes}
-        rates = {mode: rate for mode, rate in rates.items() if rate is not None}
+    def runs(self, rates: dict[str, float]) -> list[Run]:
+        """Every run: the search and, of modes whose learning rate is known, the table, the rest."""
         runs = [run for mode in self.modes for run in self.search(mode)]
         runs += [run for mode, rate in rates.items() for run in self.table(mode, rate)]
         runs += [Run(mode, s) for mode in ("untrained", "pixels") for s in self.few]
@@ -139,13 +137,15 @@ class Plan:
         runs += [run for mode, rate in rates.items() for run in self.cut(mode, rate)]
         return runs + (self.sweep(rates["directclr"]) if "directclr" in rates else [])
 
+    def known(self, done: dict[str, dict]) -> list[Run]:
+        """Every run whose settings are decided by what is done."""
+        rates = {mode: self.chosen(mode, done) for mode in self.modes}
+        return self.runs({mode: rate for mode, rate in rates.items() if rate is not None})
+
     @property
     def trainings(self) -> int:
         """How many trainings there will be."""
-        a_mode = len(self.search(self.modes[0])) + len(self.seeds)
-        more = self.again(0.0) + [run for mode in self.modes for run in self.cut(mode, 0.0)]
-        more += self.sweep(0.0) if "directclr" in self.modes else []
-        return len(self.modes) * a_mode + len(more)
+        return sum(run.trains for run in self.runs(dict.fromkeys(self.modes, 0.0)))
 
 
 def plan(
@@ -169,8 +169,8 @@ def plan(
         raise ValueError(f"modes: expected some of {', '.join(MODES)}, got {unknown[0]!r}")
     if len(set(modes)) < len(modes):
         raise ValueError(f"modes: expected each once, got {','.join(modes)}")
-    if seeds is not None and seeds < 1:
-        raise ValueError(f"seeds: expected at least 1, got {seeds}")
+    if seeds is not None:
+        check_setting("seeds", seeds, low=1)
     given = {k: v for k, v in settings.items() if v is not None}
     spec = data_spec or _present(given.get("data_root"), bool(given.get("download")))
     budget = dict(BUDGETS.get(spec, {}))
@@ -212,8 +212,7 @@ def run(out: str | Path, plan: Plan, *, jobs: int | None = None, progress: bool 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if jobs is None:
         jobs = cores if on_cpu else 1
-    if jobs < 1:
-        raise ValueError(f"jobs: expected at least 1, got {jobs}")
+    check_setting("jobs", jobs, low=1)
     out = checkpoint.writable("out", out)
     _same_settings(out, plan)
     # Downloads here, not in several processes at a time.

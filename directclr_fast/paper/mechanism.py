@@ -62,7 +62,7 @@ def look(model: Model, config: TrainConfig) -> dict | None:
 def _some(config: TrainConfig, train: bool, n: int) -> Tensor:
     """At most n images, uint8 (n, C, H, W), from all over a part of the set."""
     images = config.images(train)
-    images, *_ = images.__getitems__(torch.arange(0, len(images), -(-len(images) // n)))
+    images, *_ = images.batch(torch.arange(0, len(images), -(-len(images) // n)))
     return images.to(config.device)
 
 

@@ -6,7 +6,8 @@ import math
 import statistics
 import sys
 from collections import Counter
-from itertools import combinations
+from collections.abc import Iterable
+from itertools import combinations, product
 from pathlib import Path
 
 from .. import plots
@@ -36,6 +37,8 @@ PROJECTOR = {
     "untrained": "no training",
     "pixels": "no encoder",
 }
+_INSIDE = "inside the training part"
+_SCORES = ("linear, r", "kNN, r", "linear, r[:, :d0]", "kNN, r[:, :d0]")  # columns of the tables
 # Two-sided 95 % of Student's t with n - 1 degrees of freedom, for the mean of n differences.
 _T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 
@@ -62,7 +65,7 @@ def summary(plan, done: dict[str, dict], weights: Path, steps: int) -> dict:
         "search": {
             mode: {
                 "chosen": rates[mode],
-                "inside the training part": {
+                _INSIDE: {
                     f"{run.learning_rate:g}": done[run.name].get("held_out")
                     for run in plan.search(mode)
                 },
@@ -88,20 +91,13 @@ def summary(plan, done: dict[str, dict], weights: Path, steps: int) -> dict:
 def _differences(rows: dict[str, dict]) -> dict:
     """By measure and mode, DirectCLR's r less that mode's; of DirectCLR itself its r less its
     sub-vector."""
-    own = rows["directclr"].get("accuracy")
-    others = (
-        {} if own is None else {m: row["accuracy"] for m, row in rows.items() if "accuracy" in row}
-    )
-    return {
-        measure: {
-            mode: difference(
-                own["r"][measure],
-                of["sub-vector" if mode == "directclr" else "r"][measure],
-            )
-            for mode, of in others.items()
-        }
-        for measure in _MEASURE
-    }
+    of_modes = {mode: row["accuracy"] for mode, row in rows.items() if "accuracy" in row}
+    differences = {measure: {} for measure in _MEASURE}
+    if own := of_modes.get("directclr"):
+        for measure, (mode, of) in product(_MEASURE, of_modes.items()):
+            other = of["sub-vector" if mode == "directclr" else "r"]
+            differences[measure][mode] = difference(own["r"][measure], other[measure])
+    return differences
 
 
 def spread(values: list[float]) -> dict:
@@ -110,35 +106,34 @@ def spread(values: list[float]) -> dict:
     return {"mean": statistics.fmean(values), "deviation": deviation, "values": values}
 
 
+def _spreads(of_seeds: list[dict], names: Iterable[str]) -> dict[str, dict]:
+    return {name: spread([of_seed[name] for of_seed in of_seeds]) for name in names}
+
+
 def _row(results: list[dict]) -> dict:
     """One line of the table from its runs, of which those that diverged are only counted."""
     good = [result for result in results if not result["diverged"]]
     row = {"runs": len(good), "diverged": len(results) - len(good)}
     if not good:
         return row
+    first = good[0]
     row["accuracy"] = {
-        part: {k: spread([g["accuracy"][part][k] for g in good]) for k in ("linear", "knn")}
-        for part in good[0]["accuracy"]
+        part: _spreads([g["accuracy"][part] for g in good], _MEASURE) for part in first["accuracy"]
     }
-    if "dim" in good[0]:
-        row["dim"] = good[0]["dim"]
-    if "loss" in good[0]:
-        last = max(1, len(good[0]["loss"]) // 10)
+    if "dim" in first:
+        row["dim"] = first["dim"]
+    if "loss" in first:
+        last = max(1, len(first["loss"]) // 10)
         row["final loss"] = spread([statistics.fmean(g["loss"][-last:]) for g in good])
-    row["spectra"] = {
-        part: {
-            "dimensions": good[0]["spectra"][part]["dimensions"],
-            **{
-                k: spread([g["spectra"][part][k] for g in good])
-                for k in ("effective_rank", "collapsed", "small")
-            },
-            "log10": [
-                round(statistics.fmean(v), 3)
-                for v in zip(*(g["spectra"][part]["log10"] for g in good))
-            ],
+    row["spectra"] = {}
+    for part, of_first in first["spectra"].items():
+        spectra = [g["spectra"][part] for g in good]
+        means = (statistics.fmean(values) for values in zip(*(s["log10"] for s in spectra)))
+        row["spectra"][part] = {
+            "dimensions": of_first["dimensions"],
+            **_spreads(spectra, ("effective_rank", "collapsed", "small")),
+            "log10": [round(mean, 3) for mean in means],
         }
-        for part in good[0]["spectra"]
-    }
     return row
 
 
@@ -173,14 +168,9 @@ def order(rows: dict[str, dict], measure: str) -> dict:
         {"better in the paper": a, "worse": b, "here": verdict(here[a], here[b])}
         for a, b in combinations(paper, 2)
     ]
-    n = len(paper)
-    squares = sum((paper.index(mode) - ours.index(mode)) ** 2 for mode in paper)
-    return {
-        "paper": paper,
-        "here": ours,
-        "rank correlation": 1 - 6 * squares / (n * (n * n - 1)) if n > 1 else None,
-        "pairs": pairs,
-    }
+    places = [ours.index(mode) for mode in paper]
+    agree = statistics.correlation(places, range(len(places))) if places[1:] else None
+    return {"paper": paper, "here": ours, "rank correlation": agree, "pairs": pairs}
 
 
 def _sweep(plan, done: dict, rate: float, rows: dict) -> list[dict]:
@@ -214,28 +204,23 @@ def _agreement(plan, done: dict, rate: float, weights: Path) -> dict:
     if any(result["diverged"] for of_kind in results.values() for result in of_kind):
         return {**agreement, "diverged": True}
     files = {kind: [weights / f"{r.name}.pt" for r in of_kind] for kind, of_kind in runs.items()}
-    pairs = list(combinations(files["fast"], 2))
     agreement["accuracy"] = {
         kind: spread([result["accuracy"]["r"]["linear"] for result in of_kind])
         for kind, of_kind in results.items()
     }
     agreement["loss"] = {
-        kind: [[round(v, 5) for v in result["loss"]] for result in of_kind]
-        for kind, of_kind in results.items()
-        if kind != "rounded"
+        kind: [[round(v, 5) for v in result["loss"]] for result in results[kind]]
+        for kind in ("fast", "reference")
     }
-    agreement["loss apart"] = {
-        kind: [
+    agreement |= {"loss apart": {}, "weights apart": {}}
+    for kind in ("reference", "rounded"):
+        agreement["loss apart"][kind] = [
             [float(f"{abs(a - b) / b:.3g}") for a, b in zip(x["loss"], y["loss"])]
             for x, y in zip(results["fast"], results[kind])
         ]
-        for kind in ("reference", "rounded")
-    }
-    agreement["weights apart"] = {
-        kind: spread([apart(*pair) for pair in zip(files[kind], files["fast"])])
-        for kind in ("reference", "rounded")
-    }
-    if pairs:
+        of_seeds = [apart(*pair) for pair in zip(files[kind], files["fast"])]
+        agreement["weights apart"][kind] = spread(of_seeds)
+    if pairs := list(combinations(files["fast"], 2)):
         agreement["weights apart"]["another seed"] = spread([apart(*pair) for pair in pairs])
     return agreement
 
@@ -246,8 +231,8 @@ def _agreement(plan, done: dict, rate: float, weights: Path) -> dict:
 def table(numbers: dict) -> str:
     """The projectors, best first by linear probe of r: accuracies in percent, ranks, the paper."""
     head = (
-        "mode", "projector", "learning rate", "runs", "linear, r", "kNN, r", "linear, r[:, :d0]",
-        "kNN, r[:, :d0]", "effective rank of r", "collapsed / small of r",
+        "mode", "projector", "learning rate", "runs", *_SCORES, "effective rank of r",
+        "collapsed / small of r",
         "effective rank, embedding", "collapsed / small, embedding", "paper, linear",
     )  # fmt: skip
     rows = numbers["rows"]
@@ -262,8 +247,7 @@ def table(numbers: dict) -> str:
         rate = numbers["search"].get(mode, {}).get("chosen")
         lost = f", {row['diverged']} diverged" if row["diverged"] else ""
         cells = [mode, PROJECTOR[mode], "" if rate is None else f"{rate:g}", f"{row['runs']}{lost}"]
-        for part in ("r", "sub-vector"):
-            cells += _accuracies(row.get("accuracy", {}).get(part, {}))
+        cells += _accuracies(row.get("accuracy", {}))
         for part in ("representation", "embedding"):
             values = row.get("spectra", {}).get(part)
             cells += [_shown(values["effective_rank"]), _few(values)] if values else ["", ""]
@@ -302,11 +286,10 @@ def _differences_table(numbers: dict) -> str:
 
 
 def _cut_table(numbers: dict) -> str:
-    head = ("mode", "shortcut", "linear, r", "kNN, r", "linear, r[:, :d0]", "effective rank of r")
+    head = ("mode", "shortcut", *_SCORES[:3], "effective rank of r")
     lines = [
         [
-            mode, how,
-            *_accuracies(row["accuracy"]["r"]), _percent(row["accuracy"]["sub-vector"]["linear"]),
+            mode, how, *_accuracies(row["accuracy"])[:3],
             _shown(row["spectra"]["representation"]["effective_rank"]),
         ]
         for mode, cut in numbers["cut"].items()
@@ -317,11 +300,8 @@ def _cut_table(numbers: dict) -> str:
 
 
 def _sweep_table(numbers: dict) -> str:
-    head = ("d0", "linear, r", "kNN, r", "linear, r[:, :d0]", "kNN, r[:, :d0]")
-    return plots.markdown(head, [
-        [line["dim"], *(c for p in ("r", "sub-vector") for c in _accuracies(line["accuracy"][p]))]
-        for line in numbers["sweep"]
-    ])  # fmt: skip
+    lines = [[line["dim"], *_accuracies(line["accuracy"])] for line in numbers["sweep"]]
+    return plots.markdown(("d0", *_SCORES), lines)
 
 
 def _agreement_table(numbers: dict) -> str:
@@ -349,8 +329,9 @@ def _search_table(numbers: dict) -> str:
     return plots.markdown(("mode", *rates, "chosen"), lines)
 
 
-def _accuracies(of_part: dict) -> list[str]:
-    return [_percent(of_part.get(measure)) for measure in _MEASURE]
+def _accuracies(accuracy: dict) -> list[str]:
+    parts = (accuracy.get(part, {}) for part in ("r", "sub-vector"))
+    return [_percent(of_part.get(measure)) for of_part in parts for measure in _MEASURE]
 
 
 def _percent(values: dict | None) -> str:
@@ -590,6 +571,3 @@ def text(numbers: dict, captions: dict[str, str]) -> str:
         f"`{values}`",
     ]
     return "\n\n".join(parts) + "\n"
-
-
-_INSIDE = "inside the training part"

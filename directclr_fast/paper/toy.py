@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from ..train.checkpoint import writable, write_json
+from ..train.config import check_setting
 from . import theory
 
 WIDTH = 16
@@ -314,14 +315,11 @@ def run(
 
     ``loss`` is one of LOSSES or "both"; seeds 0 to ``seeds`` - 1 are run.
     """
-    task = TASKS.get(name)
-    if task is None:
-        raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {name!r}")
-    if loss not in (*LOSSES, "both"):
-        raise ValueError(f"loss: expected one of {', '.join(LOSSES)}, both, got {loss!r}")
-    for setting, value in (("seeds", seeds), ("steps", steps)):
-        if value < 1:
-            raise ValueError(f"{setting}: expected at least 1, got {value}")
+    check_setting("task", name, choices=TASKS)
+    check_setting("loss", loss, choices=(*LOSSES, "both"))
+    check_setting("seeds", seeds, low=1)
+    check_setting("steps", steps, low=1)
+    task = TASKS[name]
     out = writable("out", out)
     began, used = time.perf_counter(), time.process_time()
     losses = LOSSES if loss == "both" else (loss,)

@@ -104,7 +104,7 @@ def writable(name: str, folder: str | os.PathLike) -> Path:
         raise OSError(f"{name}: expected a folder to write to, got {folder} ({error})") from error
 
 
-def load(path: str | os.PathLike, map_location: str | torch.device = "cpu") -> dict:
+def load(path: str | os.PathLike) -> dict:
     """The state saved at ``path``, or at the previous checkpoint where that one is damaged.
 
     ``path`` may be the file or the folder that holds ``checkpoint.pt``. Raises
@@ -116,7 +116,7 @@ def load(path: str | os.PathLike, map_location: str | torch.device = "cpu") -> d
     problems = []
     for candidate in (path, previous(path)):
         try:
-            state = _read(candidate, map_location)
+            state = _read(candidate)
         except FileNotFoundError:
             problems.append(f"{candidate} does not exist")
             continue
@@ -132,12 +132,12 @@ def load(path: str | os.PathLike, map_location: str | torch.device = "cpu") -> d
     raise CheckpointError(f"checkpoint: expected one at {path}, got none: {'; '.join(problems)}")
 
 
-def _read(path: Path, map_location) -> dict:
+def _read(path: Path) -> dict:
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
     if damaged is not None:
         raise ValueError(f"checksum of {damaged} does not match")
-    state = torch.load(path, map_location=map_location, weights_only=True)
+    state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         got = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise ValueError(f"expected checkpoint format {FORMAT}, got {got}")

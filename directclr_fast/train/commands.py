@@ -11,25 +11,38 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from .config import TrainConfig
+from .config import TrainConfig, resolve_device
 
-if TYPE_CHECKING:
-    from .probe import Features
+_SEEN = ("data", "data_root", "workers", "skip_unreadable")  # settings of the images
 
 
-def add_train(parser: argparse.ArgumentParser) -> None:
-    """A flag for each setting of TrainConfig, named as in the released trainer where it has it."""
-    add = parser.add_argument
-    for field in dataclasses.fields(TrainConfig):
+def add_settings(parser: argparse.ArgumentParser, *names: str, **helps: str) -> None:
+    """Flags for these settings of TrainConfig, all without ``names``; None where not given.
+
+    They are named as in the released trainer where it has them. ``helps``: other words on some.
+    """
+    fields = TrainConfig.__dataclass_fields__
+    for field in (fields[name] for name in names or fields):
         kind = {"int": int, "float": float}.get(field.type.partition(" ")[0])
         how = {"type": kind} if kind else {}
         if field.type == "bool":
             on = field.metadata["default"]
             how = {"action": argparse.BooleanOptionalAction if on else "store_true"}
-        add(f"--{field.name.replace('_', '-')}", default=None, help=field.metadata["help"], **how)
-    add("--max-restarts", type=int, help="resume by itself after a crash, this often (default 0)")
+        how["help"] = helps.get(field.name, field.metadata["help"])
+        parser.add_argument(f"--{field.name.replace('_', '-')}", default=None, **how)
+
+
+def settings_of(arguments: argparse.Namespace) -> dict:
+    """The settings of TrainConfig that were given, by name."""
+    names = TrainConfig.__dataclass_fields__
+    return {k: v for k, v in vars(arguments).items() if k in names and v is not None}
+
+
+def add_train(parser: argparse.ArgumentParser) -> None:
+    add_settings(parser)
+    restarts = "resume by itself after a crash, this often (default 0)"
+    parser.add_argument("--max-restarts", type=int, help=restarts)
     start = parser.add_mutually_exclusive_group()
     start.add_argument(
         "--resume", action="store_true", help="continue from the run's checkpoint, if it has one"
@@ -41,11 +54,9 @@ def run_train(arguments: argparse.Namespace, on_step=None) -> None:
     from . import job, ranks, supervise
     from .loop import Trainer, TrainingDiverged
 
-    names = {field.name for field in dataclasses.fields(TrainConfig)}
-    given = {k: v for k, v in vars(arguments).items() if k in names and v is not None}
     start = {"resume": arguments.resume, "overwrite": arguments.overwrite}
     job.place()  # or what is wrong with it
-    config = TrainConfig(**given)
+    config = TrainConfig(**settings_of(arguments))
     with ranks.launched(config.checked("timeout")):
         trainer = Trainer(config, **start)
         try:
@@ -59,8 +70,12 @@ def run_train(arguments: argparse.Namespace, on_step=None) -> None:
         print(f"done: step {result['step']}, loss backend {backend}, {result['folder']}")
 
 
-def add_foreign(parser: argparse.ArgumentParser) -> None:
-    """The flags of ``probe`` and ``spectrum`` for what this trainer did not make."""
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """The flags of ``probe`` and ``spectrum`` for what they look at."""
+    add_settings(
+        parser, *_SEEN, "image_size", "device", data="another set than the one trained on",
+        image_size="what a network of --encoder sees, pixels (default: as the data's recipe)",
+    )  # fmt: skip
     add = parser.add_argument
     add(
         "--encoder",
@@ -68,8 +83,6 @@ def add_foreign(parser: argparse.ArgumentParser) -> None:
         help="network of torchvision or timm whose weights the source has; or MODULE:FUNCTION, "
         "which returns one",
     )
-    add("--image-size", type=int, help="what it sees, pixels (default: as the data's recipe)")
-    add("--skip-unreadable", action="store_true", help="leave out pictures that cannot be read")
     add("--key", help="name of the features in a file that holds more than one matrix")
     add(
         "--trust-pickle",
@@ -101,20 +114,17 @@ def load_run(arguments: argparse.Namespace, source: str, device: str):
 
 def _seen(arguments: argparse.Namespace, device: str) -> dict:
     """The settings of TrainConfig that the flags have for the images."""
-    names = ("data", "data_root", "workers", "skip_unreadable")
-    given = {name: getattr(arguments, name) for name in names}
-    return {k: v for k, v in given.items() if v is not None and v is not False} | {"device": device}
+    given = {name: getattr(arguments, name) for name in _SEEN}
+    return {k: v for k, v in given.items() if v is not None} | {"device": device}
 
 
 def add_probe(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("source", nargs="?", help="a run; or a file of features and labels, or of weights")
-    add_foreign(parser)
+    add_source(parser)
     add("--labels", help="file of the labels, where that of the features has none")
     add("--test", help="file of features to test on (default: the last fifth of each class)")
     add("--test-labels", help="file of their labels, where that one has none")
-    add("--data", help="another set than the one trained on")
-    add("--data-root", help="folder of the sets that are fetched")
     add("--schedule", choices=("constant", "cosine", "both"), default="both")
     add("--epochs", type=int, default=100)
     add("--learning-rate", type=float, default=0.1)
@@ -123,14 +133,11 @@ def add_probe(parser: argparse.ArgumentParser) -> None:
     add("--temperature", type=float, default=0.07, help="of the kNN vote: 0.07, 0.1")
     add("--dim", type=int, help="also probe the first DIM columns of r")
     add("--baselines", action="store_true", help="also untrained encoder and pixels")
-    add("--device", default="auto")
-    add("--workers", type=int, default=0)
     add("--out", help="folder (default: that of the source)")
 
 
 def run_probe(arguments: argparse.Namespace) -> None:
     from . import checkpoint, probe
-    from .config import resolve_device
 
     linear = {"epochs": arguments.epochs, "learning_rate": arguments.learning_rate}
     vote = {"k": arguments.k, "temperature": arguments.temperature}
@@ -139,6 +146,7 @@ def run_probe(arguments: argparse.Namespace) -> None:
     rows, sub_vector, about = _subject(arguments, device)
     (out,) = outputs_of(arguments, "probe.json")
     schedules = probe.SCHEDULES if arguments.schedule == "both" else (arguments.schedule,)
+    how = {**linear, "scaled": not arguments.raw_features, "device": device}
     result = {
         **about,
         **linear,
@@ -154,16 +162,7 @@ def run_probe(arguments: argparse.Namespace) -> None:
         if name == "trained" and sub_vector is not None:
             parts["trained, sub-vector"] = features.columns(sub_vector)
         for part, values in parts.items():
-            row = {
-                f"linear, {schedule} rate": probe.linear_probe(
-                    values,
-                    schedule,
-                    scaled=not arguments.raw_features,
-                    device=device,
-                    **linear,
-                )
-                for schedule in schedules
-            }
+            row = {f"linear, {s} rate": probe.linear_probe(values, s, **how) for s in schedules}
             row["knn"] = probe.knn(values, device=device, **vote)
             result["accuracy"][part] = row
             print(f"{part}: " + ", ".join(f"{k} {100 * v:.2f} %" for k, v in row.items()))
@@ -173,8 +172,8 @@ def run_probe(arguments: argparse.Namespace) -> None:
 
 def _subject(
     arguments: argparse.Namespace, device: str
-) -> tuple[dict[str, Callable[[], Features]], slice | None, dict]:
-    """What is probed: features by the name of their row, made when they are asked for; the columns
+) -> tuple[dict[str, Callable], slice | None, dict]:
+    """What is probed: functions that make the probe.Features of each row, by its name; the columns
     of the first row that have one of their own; what to say of it in the file."""
     from . import foreign, probe
 
@@ -238,24 +237,14 @@ def baselines(config, state: dict, device: str) -> dict:
     return {"untrained encoder": untrained.eval().to(device), "raw pixels": None}
 
 
-def _sources(arguments: argparse.Namespace) -> list[str]:
-    source = arguments.source
-    return source if isinstance(source, list) else [source] if source is not None else []
-
-
-def folder_of(arguments: argparse.Namespace) -> Path:
-    """The folder to write to, asked before anything long is done."""
+def outputs_of(arguments: argparse.Namespace, *names: str) -> list[Path]:
+    """Where these files go: asked before anything long is done, as it may be no place to write to.
+    Beside one file that is no run they bear its name, too."""
+    from . import foreign
     from .checkpoint import writable
 
-    path = Path(next(iter(_sources(arguments)), "."))
-    return writable("out", arguments.out or (path if path.is_dir() else path.parent))
-
-
-def outputs_of(arguments: argparse.Namespace, *names: str) -> list[Path]:
-    """Where these files go. Beside one file that is no run they bear its name, too."""
-    from . import foreign
-
-    sources, start = _sources(arguments), ""
-    if len(sources) == 1 and not arguments.out and not foreign.is_run(sources[0]):
-        start = f"{Path(sources[0]).stem}-"
-    return [folder_of(arguments) / f"{start}{name}" for name in names]
+    sources = [arguments.source] if isinstance(arguments.source, str) else arguments.source or []
+    first = Path(sources[0] if sources else ".")
+    folder = writable("out", arguments.out or (first if first.is_dir() else first.parent))
+    named = len(sources) == 1 and not arguments.out and not foreign.is_run(first)
+    return [folder / (f"{first.stem}-{name}" if named else name) for name in names]

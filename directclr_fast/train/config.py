@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import math
 import os
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,31 +27,34 @@ _ON_A_CPU = {
     "epochs": 20, "warmup_epochs": 2, "amp": "bf16 where faster",
 }  # fmt: skip
 RECIPES = {
-    "folder": _RELEASED,
+    "digits": {**_ON_A_CPU, "image_size": 8, "views": "affine", "epochs": 60, "warmup_epochs": 3},
+    "patches": _ON_A_CPU,
     "cifar10": _SMALL,
     "cifar100": _SMALL,
     "stl10": {**_SMALL, "image_size": 64},
-    "digits": {
-        **_ON_A_CPU,
-        "image_size": 8,
-        "views": "affine",
-        "epochs": 60,
-        "warmup_epochs": 3,
-    },
-    "patches": _ON_A_CPU,
     "svhn": _SMALL,
     "fashion-mnist": {**_ON_A_CPU, "image_size": 28},
     "mnist": {**_ON_A_CPU, "image_size": 28, "views": "affine"},  # a flip has a meaning
     "kmnist": {**_ON_A_CPU, "image_size": 28, "views": "affine"},
+    "folder": _RELEASED,
     "fake": {**_SMALL, "encoder": "small", "batch_size": 128, "epochs": 2, "warmup_epochs": 0},
 }
+MODES = (
+    "baseline", "directclr", "single", "simclr", "group", "diagonal", "orthogonal", "lowrank",
+    "random",
+)  # fmt: skip
+ENCODERS = ("resnet18", "resnet50", "small", "small-deep", "small-cut")
+PRESETS = ("imagenet", "small", "affine")  # of views
+OPTIMIZERS = ("lars", "sgd", "adamw")
+RULES = ("frozen-stats", "two-pass", "chunk")  # of BatchNorm in chunks
+SETS = tuple("folder:PATH" if kind == "folder" else kind for kind in RECIPES)
 
 
-def resolve_device(name: str) -> str:
-    """``name``, "auto" being CUDA where there is one. ValueError for one that cannot be used."""
+def resolve_device(name: str | None) -> str:
+    """``name``; for None and "auto" CUDA where there is one. ValueError where it cannot be used."""
     import torch
 
-    if name == "auto":
+    if name in (None, "auto"):
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=name)
@@ -75,38 +79,47 @@ def setting(
     *,
     low: float | None = None,
     positive: bool = False,
-    choices: tuple[str, ...] | str | None = None,
+    choices: tuple[str, ...] | None = None,
     resumed: str = "same",
 ) -> Any:
     """A field of TrainConfig, which is a flag of ``train``, too. It is None where it was not given.
 
-    ``default``: taken then, if the recipe of the data has none. ``help``: of the flag. ``low``: the
-    least value; ``positive``: more than 0; floats are finite. ``choices``: the values, or
-    "module:NAME" of the tuple that has them (read when they are needed: flags load no torch).
-    ``resumed``: what a run that goes on may do. "same": it is the checkpoint's, and no other;
-    "noted": a change is said; "free": it may change; "call": as "free", and where it is not given
-    the default's rather than the checkpoint's.
+    ``default``: taken then, if the recipe of the data has none. ``help``: of the flag; without one
+    the ``choices``, which are the values there are. ``low``: the least value; ``positive``: more
+    than 0; floats are finite. ``resumed``: what a run that goes on may do. "same": it is the
+    checkpoint's, and no other; "noted": a change is said; "free": it may change; "call": as "free",
+    and where it is not given the default's rather than the checkpoint's.
     """
+    if help is None and choices is not None:
+        help = ", ".join(choices) + (f" (default {default})" if default is not None else "")
     how = {"default": default, "help": help, "low": low, "positive": positive, "choices": choices}
     return dataclasses.field(default=None, metadata={**how, "resumed": resumed})
 
 
-def _check_field(field: dataclasses.Field, value: Any) -> None:
-    if value is None and field.metadata["default"] is None:
-        return
-    low, choices = field.metadata["low"], field.metadata["choices"]
-    if isinstance(choices, str):
-        module, _, name = choices.partition(":")
-        choices = getattr(importlib.import_module(module, __package__), name)
+def check_setting(
+    name: str, value, *, low=None, positive=False, choices: Iterable | None = None
+) -> None:
+    """ValueError where ``value`` is none of ``choices``, not ``positive``, or below ``low``: name,
+    expected, got. Numbers are finite."""
     if choices is not None and value not in choices:
         expected, value = f"one of {', '.join(choices)}", repr(value)
-    elif field.metadata["positive"] and not 0.0 < value < math.inf:
+    elif positive and not 0.0 < value < math.inf:
         expected = "a positive finite number"
     elif low is None or low <= value < math.inf:
         return
     else:
         expected = "a finite number >= 0" if isinstance(low, float) else f"at least {low}"
-    raise ValueError(f"{field.name}: expected {expected}, got {value}")
+    raise ValueError(f"{name}: expected {expected}, got {value}")
+
+
+def _check_field(field: dataclasses.Field, value: Any) -> None:
+    if value is None and field.metadata["default"] is None:
+        return
+    how = {key: field.metadata[key] for key in ("low", "positive", "choices")}
+    check_setting(field.name, value, **how)
+
+
+noted, free, of_call = (partial(setting, resumed=rule) for rule in ("noted", "free", "call"))
 
 
 @dataclass(frozen=True)
@@ -114,98 +127,68 @@ class TrainConfig:
     """Settings of one run. None stands for one that was not given: :meth:`resolve` has it from the
     data set's recipe (RECIPES) or the field, :meth:`continuing` from the run that goes on."""
 
-    data: str = setting(
-        "digits",
-        "digits, patches, cifar10, cifar100, stl10, svhn, fashion-mnist, mnist, kmnist, "
-        "folder:PATH, fake (default digits)",
-        resumed="free",  # the images are compared
-    )
-    data_root: str | None = setting(
-        help="folder of the sets that are fetched (default: data)", resumed="free"
-    )
-    download: bool = setting(False, "fetch a missing set", resumed="call")
-    encoder: str | None = setting(
-        help="resnet18, resnet50, small, small-deep, small-cut", choices=".encoders:ENCODERS"
-    )
+    # What the set holds is compared, wherever it lies now.
+    data: str = free("digits", f"{', '.join(SETS)} (default digits)")
+    data_root: str | None = free(help="folder of the sets that are fetched (default: data)")
+    download: bool = of_call(False, "fetch a missing set")
+    encoder: str | None = setting(choices=ENCODERS)
     image_size: int | None = setting(help="side of the crops, pixels", low=2)
-    views: str | None = setting(help="imagenet, small, affine", choices=".views:PRESETS")
-    mode: str = setting(
-        "directclr",
-        "baseline, directclr, single, simclr, group, diagonal, orthogonal, lowrank, random "
-        "(default directclr)",
-        choices=".objective:MODES",
-    )
+    views: str | None = setting(choices=PRESETS)
+    mode: str = setting("directclr", choices=MODES)
     dim: int | None = setting(
         help="columns of r the loss reads (default 360 of 2048, in proportion)", low=1
     )
     temperature: float = setting(0.1, "default 0.1", positive=True)
-    negatives: str = setting(
-        "cross", "cross or both (default cross)", choices="..problem:NEGATIVES"
-    )
-    loss: str = setting(
-        "fast", "fast or reference (default fast)", choices=("fast", "reference"), resumed="free"
-    )
-    optimizer: str | None = setting(help="lars, sgd, adamw", choices=".optim:OPTIMIZERS")
+    negatives: str = setting("cross", choices=("cross", "both", "same"))
+    loss: str = free("fast", choices=("fast", "reference"))
+    optimizer: str | None = setting(choices=OPTIMIZERS)
     batch_size: int | None = setting(low=2)
-    learning_rate: float | None = setting(
-        help="peak, not scaled by the batch size", low=0.0, resumed="noted"
-    )
+    learning_rate: float | None = noted(help="peak, not scaled by the batch size", low=0.0)
     weight_decay: float | None = setting(low=0.0)
-    epochs: int | None = setting(low=1, resumed="noted")
-    warmup_epochs: int | None = setting(low=0, resumed="noted")
-    steps: int | None = setting(
-        help="of the whole schedule (default: those of --epochs)", low=1, resumed="noted"
-    )
+    epochs: int | None = noted(low=1)
+    warmup_epochs: int | None = noted(low=0)
+    steps: int | None = noted(help="of the whole schedule (default: those of --epochs)", low=1)
     amp: str = setting(
         "none",
         "none, bf16, fp16 (default none; of digits, patches and the sets of 28 pixels bf16 on CPUs "
         "where it is faster)",
         choices=("none", "bf16", "fp16"),
     )
-    chunk_size: int | None = setting(
-        help="images encoded at a time: a batch beyond memory; exact", low=1, resumed="noted"
+    chunk_size: int | None = noted(
+        help="images encoded at a time: a batch beyond memory; exact", low=1
     )
-    cache_bn: str | None = setting(
+    cache_bn: str | None = noted(
         help="what BatchNorm normalises such a chunk by: 'chunk', its own statistics; 'two-pass', "
         "the whole batch's from an extra pass, without their gradient; 'frozen-stats', the running "
         "ones, which then stay",
-        choices=".gradcache:RULES",
-        resumed="noted",
+        choices=RULES,
     )
-    max_skipped: int = setting(
-        10, "stop after this many steps in a row with nan (default 10)", low=1, resumed="free"
-    )
-    compile: bool = setting(False, "torch.compile the encoder", resumed="free")
+    max_skipped: int = free(10, "stop after this many steps in a row with nan (default 10)", low=1)
+    compile: bool = free(False, "torch.compile the encoder")
     channels_last: bool = setting(True)
-    device: str = setting(
-        "auto", "cpu, cuda, ... (default: cuda where there is one)", resumed="call"
-    )
-    workers: int = setting(0, "processes that decode a folder's images", low=0, resumed="free")
-    skip_unreadable: bool = setting(
-        False, "leave out pictures that cannot be read, and name them at the end", resumed="free"
+    device: str = of_call("auto", "cpu, cuda, ... (default: cuda where there is one)")
+    workers: int = free(0, "processes that decode a folder's images", low=0)
+    skip_unreadable: bool = free(
+        False, "leave out pictures that cannot be read, and name them at the end"
     )
     seed: int = setting(0, low=0)
-    max_steps: int | None = setting(
-        help="stop early, this time; the schedule stays that of --epochs", low=1, resumed="call"
+    max_steps: int | None = of_call(
+        help="stop early, this time; the schedule stays that of --epochs", low=1
     )
-    save_every: int | None = setting(
-        help="steps between checkpoints (default: an epoch)", low=1, resumed="free"
-    )
-    log_every: int = setting(1, "steps between log lines (default 1)", low=1, resumed="free")
-    logger: str = setting(
+    save_every: int | None = free(help="steps between checkpoints (default: an epoch)", low=1)
+    log_every: int = free(1, "steps between log lines (default 1)", low=1)
+    logger: str = free(
         "none",
         "none, tensorboard, wandb: beside log.jsonl (default none)",
-        choices=".log:LOGGERS",
-        resumed="free",
+        choices=("none", "tensorboard", "wandb"),
     )
-    timeout: float = setting(
+    timeout: float = free(
         300.0,
         "seconds that a rank waits for the others, what rank 0 does alone included (default 300)",
         positive=True,
-        resumed="free",
     )
-    checkpoint_dir: str = setting("runs", "folder of the runs (default runs)", resumed="call")
-    name: str = setting("directclr", "folder of this run (default directclr)", resumed="call")
+    checkpoint_dir: str = of_call("runs", "folder of the runs (default runs)")
+    name: str = of_call("directclr", "folder of this run (default directclr)")
 
     def given(self, name: str) -> Any:
         """A setting, or the field's default where it was not given."""
@@ -221,15 +204,9 @@ class TrainConfig:
         """The part of the set to train on, or the one held out (:func:`.data.load`)."""
         from . import data
 
-        return data.load(
-            self.data,
-            root=self.data_root,
-            download=download,
-            train=train,
-            image_size=self.image_size,
-            seed=self.seed,
-            skip_unreadable=self.skip_unreadable,
-        )
+        names = ("image_size", "seed", "skip_unreadable")
+        how = {name: getattr(self, name) for name in names}
+        return data.load(self.data, root=self.data_root, download=download, train=train, **how)
 
     def resolve(self) -> TrainConfig:
         """The same settings with every default filled in and checked.
@@ -241,15 +218,13 @@ class TrainConfig:
         if kind not in RECIPES and os.path.isdir(spec):  # the released trainer takes a bare path
             spec, kind = f"folder:{spec}", "folder"
         if kind not in RECIPES:
-            from .data import SETS
-
-            raise ValueError(f"data: expected one of {', '.join(SETS)}, got {spec!r}")
+            check_setting("data", spec, choices=SETS)
         defaults = {f.name: f.metadata["default"] for f in dataclasses.fields(self)} | RECIPES[kind]
         filled = {k: v for k, v in defaults.items() if getattr(self, k) is None}
         if self.epochs is not None and "warmup_epochs" in filled:
             # A run shorter than the recipe's must not end before it is warm.
             filled["warmup_epochs"] = min(filled["warmup_epochs"], self.epochs // 2)
-        filled |= {"data": spec, "device": resolve_device(self.given("device"))}
+        filled |= {"data": spec, "device": resolve_device(self.device)}
         if filled.get("amp") == _ON_A_CPU["amp"]:
             filled["amp"] = _bf16_where_faster(filled["device"])
         config = dataclasses.replace(self, **filled)

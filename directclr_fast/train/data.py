@@ -34,13 +34,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ..machine import needs
 from . import folder, views
-from .folder import FolderSet, missing
-
-SETS = (
-    "digits", "patches", "cifar10", "cifar100", "stl10", "svhn", "fashion-mnist", "mnist", "kmnist",
-    "folder:PATH", "fake",
-)  # fmt: skip
+from .config import SETS
+from .folder import FolderSet
 
 
 @dataclass(frozen=True)
@@ -60,17 +57,16 @@ class ImageSet:
         """(C, H, W) of every image."""
         return tuple(self.images.shape[1:])
 
-    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 (B, C, H, W) and int64 (B,) of int64 indices (B,), on this set's device."""
-        indices = torch.as_tensor(indices, device=self.images.device)
-        return self.images[indices], self.labels[indices]
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """uint8 (B, C, H, W) and int64 (B,), on this set's device, of ``indices`` int64 (B,)."""
+        here = torch.as_tensor(indices, device=self.images.device)
+        return self.images[here], self.labels[here], indices
+
+    __getitems__ = batch
 
     def to(self, device: torch.device | str) -> ImageSet:
         """The same set on a device: its batches are made there, without a copy from the host."""
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
-
-    def __getitems__(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return (*self.batch(indices), indices)
 
     def fingerprint(self) -> str:
         """Of the labels and some of the images."""
@@ -145,11 +141,9 @@ def check_same(saved: dict, here: dict, spec: str) -> None:
 
 
 def _digits(train: bool) -> ImageSet:
-    try:
+    with needs("data digits", "scikit-learn"):
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
-    except ImportError as error:
-        raise missing("digits", "scikit-learn", error) from error
     images, labels = load_digits(return_X_y=True)
     parts = train_test_split(np.arange(len(labels)), test_size=500, stratify=labels, random_state=0)
     part = np.sort(parts[0] if train else parts[1])
@@ -181,11 +175,9 @@ def _patches(train: bool) -> ImageSet:
     cell of fold 1, so that the last fifth of each class can be held out from the rest. Places are
     drawn by a fixed seed and overlap within a part.
     """
-    try:
+    with needs("data patches", "scikit-image"):
         import skimage
         from PIL import Image
-    except ImportError as error:
-        raise missing("patches", "scikit-image", error) from error
     folder = Path(skimage.__file__).parent / "data"
     images, labels = [], []
     for label, name in enumerate(PHOTOGRAPHS):
@@ -215,11 +207,8 @@ def _patch_places(height: int, width: int) -> dict[str, np.ndarray]:
     def holds(of: np.ndarray, margin: int = 0) -> np.ndarray:
         """Whether the patch at a place, `margin` wider on each side, holds a pixel that is true."""
         side = PATCH + 2 * margin
-        count = np.pad(of, margin).astype(np.int32)
-        for _ in range(2):  # sums down the columns, then, transposed, along the rows
-            total = np.pad(count, ((1, 0), (0, 0))).cumsum(0)
-            count = (total[side:] - total[:-side]).T
-        return count > 0
+        there = F.pad(torch.from_numpy(of)[None].float(), (margin,) * 4)
+        return (F.max_pool2d(F.max_pool2d(there, (side, 1), 1), (1, side), 1)[0] > 0).numpy()
 
     test, validation = fold == 0, fold == 1
     away = ~holds(test, MARGIN)
@@ -237,17 +226,10 @@ def _torchvision(spec: str, root: Path, download: bool, train: bool) -> ImageSet
     datasets = _datasets(spec)
     if not download and not root.is_dir():
         raise FileNotFoundError(f"data: expected the folder of {spec}, got no folder {root}")
+    part = {"split": SPLITS[spec][0 if train else 1]} if spec in SPLITS else {"train": train}
     try:
-        if spec in SPLITS:
-            split = SPLITS[spec][0 if train else 1]
-            source = getattr(datasets, spec.upper())(root, split=split, download=download)
-            images, labels, classes = source.data, source.labels, 10
-        else:
-            source = getattr(datasets, spec.upper())(root, train=train, download=download)
-            images, labels = source.data.transpose(0, 3, 1, 2), source.targets
-            classes = len(source.classes)
-    except ImportError as error:
-        raise missing(spec, "scipy", error) from error
+        with needs(f"data {spec}", "scipy"):
+            source = getattr(datasets, spec.upper())(root, download=download, **part)
     except (RuntimeError, OSError) as error:
         if download:
             raise _not_fetched(spec, root, error) from error
@@ -255,15 +237,16 @@ def _torchvision(spec: str, root: Path, download: bool, train: bool) -> ImageSet
             f"data: expected the files of {spec} in {root} (or leave to download them), "
             "got none or damaged ones"
         ) from error
-    images = torch.from_numpy(np.ascontiguousarray(images))
-    return ImageSet(images, torch.as_tensor(np.asarray(labels), dtype=torch.int64), classes, spec)
+    cifar = spec not in SPLITS
+    images = np.ascontiguousarray(source.data.transpose(0, 3, 1, 2) if cifar else source.data)
+    labels = torch.as_tensor(np.asarray(source.targets if cifar else source.labels)).long()
+    classes = len(source.classes) if cifar else 10
+    return ImageSet(torch.from_numpy(images), labels, classes, spec)
 
 
 def _datasets(spec: str):
-    try:
+    with needs(f"data {spec}", "torchvision"):
         from torchvision import datasets
-    except ImportError as error:
-        raise missing(spec, "torchvision", error) from error
     return datasets
 
 
@@ -363,7 +346,8 @@ class EpochSampler:
 
     Iterating gives this rank's share of the epoch's batches, int64 (b,), from `position` to its end
     and moves nothing, so that workers may read ahead: whoever trains moves `position`, and calls
-    `next_epoch` at the end (see Batches).
+    `next_epoch` at the end (see Batches). With `boxes` each comes with numbers (b, 2, NUMBERS) that
+    place the boxes of the views, a function of seed, epoch and batch.
     """
 
     def __init__(
@@ -376,17 +360,13 @@ class EpochSampler:
         world_size: int = 1,
         what: str = "images",
     ):
-        if batch_size < 1:
-            raise ValueError(f"batch size: expected at least 1, got {batch_size}")
         if batch_size > n:
             raise ValueError(f"batch size: expected at most {n} (the {what}), got {batch_size}")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank: expected 0 to {world_size - 1}, got {rank}")
         if batch_size < world_size:
             expected = f"at least the {world_size} ranks"
             raise ValueError(f"batch size: expected {expected}, got {batch_size}")
         self.n, self.batch_size, self.seed, self.what = n, batch_size, seed, what
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.boxes = rank, world_size, False
         self.epoch = self.position = 0
 
     def __len__(self) -> int:
@@ -398,10 +378,16 @@ class EpochSampler:
         generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
         return torch.randperm(self.n, generator=generator)
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
         batches = self.order(self.epoch).split(self.batch_size)[: len(self)]
-        for batch in batches[self.position :]:
-            yield batch[self.share(self.batch_size)]
+        own, epoch = self.share(self.batch_size), self.epoch
+        for position, batch in enumerate(batches[self.position :], self.position):
+            if not self.boxes:
+                yield batch[own]
+                continue
+            generator = torch.Generator().manual_seed(_mix(self.seed, epoch, position))
+            numbers = torch.rand(self.batch_size, 2, views.NUMBERS, generator=generator)
+            yield batch[own], numbers[own]
 
     def share(self, n: int) -> slice:
         """Which of the n images of a batch are this rank's."""
@@ -472,21 +458,6 @@ def in_order(
     return _read(_loader(dataset, batches, device, num_workers), device)
 
 
-class _WithBoxes:
-    """The batches of a sampler, each with the numbers (b, 2, NUMBERS) that place its boxes: a
-    function of seed, epoch and batch, so that workers may read ahead."""
-
-    def __init__(self, sampler: EpochSampler):
-        self.sampler = sampler
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        s, epoch = self.sampler, self.sampler.epoch
-        for position, indices in enumerate(s, s.position):
-            generator = torch.Generator().manual_seed(_mix(s.seed, epoch, position))
-            numbers = torch.rand(s.batch_size, 2, views.NUMBERS, generator=generator)
-            yield indices, numbers[s.share(s.batch_size)]
-
-
 class Batches:
     """The rest of the current epoch as (images uint8 (B, C, H, W), labels (B,), indices (B,)); of a
     FolderSet with `crops` images are (B, 2, C, S, S), each view's piece of each picture.
@@ -508,15 +479,9 @@ class Batches:
         device: torch.device | str = "cpu",
         num_workers: int = 0,
     ):
-        if sampler.n != len(dataset):
-            raise ValueError(f"sampler: expected {len(dataset)} images, got {sampler.n}")
         self.sampler, self.device = sampler, torch.device(device)
-        batches = _WithBoxes(sampler) if getattr(dataset, "crops", None) else sampler
-        self.loader = _loader(dataset, batches, self.device, num_workers)
-
-    def __len__(self) -> int:
-        """Batches in a whole epoch."""
-        return len(self.sampler)
+        sampler.boxes = getattr(dataset, "crops", None) is not None
+        self.loader = _loader(dataset, sampler, self.device, num_workers)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for batch in _read(self.loader, self.device):

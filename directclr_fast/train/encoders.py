@@ -8,39 +8,29 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-ENCODERS = ("resnet18", "resnet50", "small", "small-deep", "small-cut")
+from ..machine import needs
+
 SMALL_IMAGE = 64  # pixels; up to here a ResNet keeps the full resolution in its first layers
 
 
 def build(name: str, *, channels: int = 3, image_size: int | None = None) -> nn.Module:
-    """The encoder `name` with random weights; `.width` is the size R of its representation.
+    """The encoder `name` with random weights; `.width` is its representation's size R.
 
     resnet18 (R 512) and resnet50 (R 2048) are torchvision's; for image_size up to 64 they start
     with a 3x3 convolution of stride 1 and no max-pool. small (R 256) is for 8 to 32 pixels and
     trains on a CPU; above 16 pixels its stem halves the sides. small-deep (R 256) ends in one more
     block, whose shortcut is the identity, as a ResNet's last; in small-cut that shortcut is cut.
-    image_size: pixels of the side; None means large. ValueError for an unknown name or bad size,
-    ImportError if torchvision is needed and missing.
+    image_size: pixels of the side; None means large. ImportError if torchvision is needed and
+    missing.
     """
-    if name not in ENCODERS:
-        raise ValueError(f"encoder: expected one of {', '.join(ENCODERS)}, got {name!r}")
-    if channels < 1:
-        raise ValueError(f"channels: expected at least 1, got {channels}")
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"image_size: expected at least 1 pixel, got {image_size}")
     if name.startswith("small"):
         widths = (32, 64, 128, 256, 256)[: 4 if name == "small" else 5]
         encoder = SmallEncoder(channels, widths, stem_stride=1 if (image_size or 32) <= 16 else 2)
         if name == "small-cut":
             encoder.blocks[-1].cut()
         return encoder
-    try:
+    with needs(f"encoder {name}", "torchvision"):
         from torchvision import models
-    except ImportError as error:
-        raise ImportError(
-            f"encoder {name}: expected torchvision, got {error}; "
-            "install it with: pip install 'directclr-fast[train]'"
-        ) from error
     model = getattr(models, name)(weights=None, zero_init_residual=True)
     model.width = model.fc.in_features
     model.fc = nn.Identity()

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..machine import needs
 from . import views
 
 SUFFIXES = {
@@ -70,15 +71,12 @@ class FolderSet:
         """(C, H, W) of every image."""
         return 3, self.size, self.size
 
-    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 (B, 3, size, size) and int64 (B,). OSError names the file that cannot be read."""
-        return self._batch(indices)[:2]
-
-    def _batch(
+    def batch(
         self, indices: Tensor, numbers: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, dict[str, str]]:
-        """Images, labels and indices of what was read, and why the others were not. With numbers
-        (B, V, NUMBERS), of the boxes, images are uint8 (B, V, 3, size, size)."""
+        """Images uint8 (B, 3, size, size), labels and indices int64 (B,) of what was read, and why
+        the others were not. With numbers (B, V, NUMBERS), of the boxes, images are (B, V, 3, size,
+        size). OSError names the file that cannot be read."""
         images, read, failed = [], [], {}
         for row, i in enumerate(torch.as_tensor(indices).tolist()):
             tries = min(RETRIES, len(self)) if self.skip == "replace" else 1
@@ -111,7 +109,7 @@ class FolderSet:
     ) -> tuple[Tensor, Tensor, Tensor, dict] | str:
         # An exception leaves a worker buried in that worker's traceback; Batches raises the text.
         try:
-            return self._batch(*asked) if isinstance(asked, tuple) else self._batch(asked)
+            return self.batch(*asked) if isinstance(asked, tuple) else self.batch(asked)
         except OSError as error:
             return str(error)
 
@@ -359,18 +357,10 @@ class _Walk:
         return taken
 
 
-def missing(spec: str, package: str, error: ImportError) -> ImportError:
-    """The error of a set that needs a package."""
-    hint = "install it with: pip install 'directclr-fast[train]'"
-    return ImportError(f"data {spec}: expected {package}, got {error}; {hint}")
-
-
 def load(root: Path, train: bool, size: int, skip_unreadable: bool = False) -> FolderSet:
     """The training or the held-out part; data.load says how it is chosen, and the errors."""
-    try:
+    with needs("data folder", "Pillow"):
         import PIL  # noqa: F401
-    except ImportError as error:
-        raise missing("folder", "Pillow", error) from error
     if not root.is_dir():
         raise FileNotFoundError(f"data: expected a folder of images, got no folder {root}")
     split = (root / "train").is_dir()

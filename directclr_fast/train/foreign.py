@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..machine import needs
 from . import checkpoint, probe
 
 SUFFIXES = (".npy", ".npz", ".safetensors")  # of files that PyTorch does not read
@@ -77,7 +78,9 @@ def read(path: str | Path, trust: bool = False):
     path = Path(path)
     try:
         if path.suffix == ".safetensors":
-            return _safetensors(path)
+            with needs(f"file {path}", "safetensors", "safetensors"):
+                from safetensors.torch import load_file
+            return load_file(path)
         if path.suffix in SUFFIXES:
             with open(path, "rb") as file:
                 arrays = np.load(file, allow_pickle=trust)
@@ -115,19 +118,9 @@ def _unpickled(path: Path, trust: bool):
             return pickle.load(file)
 
 
-def _safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise ImportError(
-            f"file {path}: expected safetensors, got {error}; "
-            "install it with: pip install safetensors"
-        ) from error
-    return load_file(path)
-
-
-def _tensors(content, path: Path) -> dict[str, Tensor]:
-    """The tensors of what a file holds, by their names there; "" for one alone."""
+def _tensors(path: str | Path, trust: bool) -> dict[str, Tensor]:
+    """The tensors that a file holds, by their names there; "" for one alone."""
+    content = read(path, trust)
     if isinstance(content, tuple | list):
         content = {str(k): value for k, value in enumerate(content)}
     content = content if isinstance(content, dict) else {"": content}
@@ -150,16 +143,15 @@ def features_in(path: str | Path, key: str | None = None, trust: bool = False) -
     them, those with "test" or "val" in their names are of the part to test on; ``key`` names the
     one that is meant among more. ValueError lists what there is where that does not decide.
     """
-    path = Path(path)
-    tensors = _tensors(read(path, trust), path)
-    kept = [(n, t) for n, t in tensors.items() if t.dim() == 2 and t.is_floating_point()]
+    tensors = _tensors(path, trust)
+    matrices = [(n, t) for n, t in tensors.items() if t.dim() == 2 and t.is_floating_point()]
     if any(name.endswith((".weight", ".bias")) for name in tensors):
-        kept = []  # a network: its last layer is a matrix, but of no samples
+        matrices = []  # a network: its last layer is a matrix, but of no samples
     if key is not None:
-        kept = [(key, tensors[key])] if key in tensors else []
+        matrices = [(key, tensors[key])] if key in tensors else []
     labels = [(n, t) for n, t in tensors.items() if t.dim() == 1 and not t.is_floating_point()]
     parts: dict[str, Part] = {}
-    for name, value in kept:
+    for name, value in matrices:
         part = _part(name) if key is None else "train"
         answers = [t for n, t in labels if key is not None or _part(n) == part]
         answers = [t.long() for t in answers if len(t) == len(value)]
@@ -181,8 +173,7 @@ def features_in(path: str | Path, key: str | None = None, trust: bool = False) -
 
 def labels_in(path: str | Path, trust: bool = False) -> Tensor:
     """The one vector of whole numbers in a file, int64 (n,). ValueError where there is none."""
-    path = Path(path)
-    tensors = [t.squeeze() for t in _tensors(read(path, trust), path).values()]
+    tensors = [t.squeeze() for t in _tensors(path, trust).values()]
     whole = [t for t in tensors if t.dim() == 1 and (t == t.long()).all()]
     if len(whole) != 1:
         got = f"{len(whole)} vectors of them"

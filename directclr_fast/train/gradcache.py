@@ -43,9 +43,9 @@ import torch
 from torch import Tensor, nn
 
 from .batchnorm import norms
+from .config import RULES
 from .ranks import Ranks
 
-RULES = ("frozen-stats", "two-pass", "chunk")
 Chunk = tuple[int, slice]  # view 0 or 1, rows
 
 

@@ -19,9 +19,10 @@ from typing import IO
 import torch
 from torch import Tensor
 
+from ..machine import needs
+
 READ_EVERY = 0.25  # seconds between reads of losses from the device
 PACKAGES = {"tensorboard": ("torch.utils.tensorboard", "tensorboard"), "wandb": ("wandb", "wandb")}
-LOGGERS = ("none", *PACKAGES)
 
 
 class Log:
@@ -109,9 +110,10 @@ class Log:
 
 
 class Logger:
-    """Sends lines of the log to ``name``, one of LOGGERS. ImportError where its package is missing.
+    """Sends lines of the log to ``name``, one of PACKAGES, or nowhere for "none".
 
-    What fails there later is said once, and the training goes on without it.
+    ImportError where the package is missing. What fails there later is said once, and the training
+    goes on without it.
     """
 
     def __init__(self, name: str) -> None:
@@ -119,35 +121,23 @@ class Logger:
         self.writer = None
         if name in PACKAGES:
             module, package = PACKAGES[name]
-            try:
+            with needs("logger", package, package):
                 self.package = importlib.import_module(module)
-            except ImportError as error:
-                raise ImportError(
-                    f"logger: expected {package}, got {error}; "
-                    f"install it with: pip install {package}"
-                ) from error
 
     def open(self, folder: Path, settings: dict, step: int) -> None:
         """For the run in ``folder`` that goes on after ``step``; RuntimeError where it cannot."""
         try:
-            self._open(folder, settings, step)
+            if self.name == "tensorboard":
+                # What an interrupted run sent after its checkpoint comes again.
+                self.writer = self.package.SummaryWriter(str(folder), purge_step=step + 1)
+            elif self.name == "wandb":
+                about = {"project": "directclr-fast", "name": settings["name"], "config": settings}
+                self.writer = self.package.init(
+                    **about, dir=str(folder), id=self.id, resume="allow"
+                )
+                self.id = self.writer.id
         except Exception as error:  # a service's own, of any kind
             raise RuntimeError(f"logger: expected to start {self.name}, got {error}") from error
-
-    def _open(self, folder: Path, settings: dict, step: int) -> None:
-        if self.name == "tensorboard":
-            # What an interrupted run sent after its checkpoint comes again.
-            self.writer = self.package.SummaryWriter(str(folder), purge_step=step + 1)
-        elif self.name == "wandb":
-            self.writer = self.package.init(
-                project="directclr-fast",
-                name=settings["name"],
-                dir=str(folder),
-                config=settings,
-                id=self.id,
-                resume="allow",
-            )
-            self.id = self.writer.id
 
     def add(self, record: dict) -> None:
         """A line of log.jsonl, as numbers at its step."""
@@ -156,9 +146,9 @@ class Logger:
         def send(writer) -> None:
             if self.name == "wandb":
                 writer.log(values, step=record["step"])
-                return
-            for key, value in values.items():
-                writer.add_scalar(key, value, record["step"])
+            else:
+                for key, value in values.items():
+                    writer.add_scalar(key, value, record["step"])
 
         self._try(send)
 

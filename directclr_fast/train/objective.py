@@ -37,11 +37,8 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import orthogonal
 
 from ..loss import fast_directclr_loss
+from .config import MODES, check_setting
 
-MODES = (
-    "baseline", "directclr", "single", "simclr", "group", "diagonal", "orthogonal", "lowrank",
-    "random",
-)  # fmt: skip
 OF_DIM = ("directclr", "lowrank", "random")  # the modes that read `dim`
 EMBEDDING = 128
 GROUPS = 8
@@ -126,10 +123,8 @@ class Objective(nn.Module):
         mode: one of :data:`MODES`.
         width: R.
         dim: columns of the modes :data:`OF_DIM`, 1 to R; None takes :func:`default_dim`.
-        temperature, negatives: of the loss.
-        backend: of the loss; "reference" materialises N x N.
-        group: processes over which the batch lies, as for the loss.
         seed: of what is drawn in "group", "lowrank" and "random".
+        loss_options: of :func:`directclr_fast.fast_directclr_loss`.
     """
 
     def __init__(
@@ -138,15 +133,11 @@ class Objective(nn.Module):
         width: int,
         *,
         dim: int | None = None,
-        temperature: float = 0.1,
-        negatives: str = "cross",
-        backend: str = "auto",
-        group: str | None = None,
         seed: int = 0,
+        **loss_options,
     ) -> None:
         super().__init__()
-        if mode not in MODES:
-            raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
+        check_setting("mode", mode, choices=MODES)
         dim = default_dim(width) if dim is None else dim
         if mode in OF_DIM and not 0 < dim <= width:
             raise ValueError(f"dim: expected 1 to {width} (the encoder's width), got {dim}")
@@ -156,12 +147,7 @@ class Objective(nn.Module):
             )
         self.mode, self.width = mode, width
         self.dim = dim if mode == "directclr" else None
-        self.loss_options = {
-            "temperature": temperature,
-            "negatives": negatives,
-            "backend": backend,
-            "group": group,
-        }
+        self.loss_options = loss_options
         generator = torch.Generator().manual_seed(seed)
         projectors = {
             "single": lambda: nn.Linear(width, EMBEDDING, bias=False),

@@ -11,7 +11,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
-OPTIMIZERS = ("lars", "sgd", "adamw")
+from .config import OPTIMIZERS, check_setting
 
 
 class LARS(torch.optim.Optimizer):
@@ -97,6 +97,7 @@ def build_optimizer(
 
     "lars" as above; "sgd" (momentum) and "adamw" leave one-dimensional parameters without decay.
     """
+    check_setting("optimizer", name, choices=OPTIMIZERS)
     params = [p for p in model.parameters() if p.requires_grad]
     if name == "lars":
         return LARS(params, lr, weight_decay=weight_decay)
@@ -106,10 +107,8 @@ def build_optimizer(
     ]
     if name == "sgd":
         return torch.optim.SGD(groups, lr, momentum=0.9)
-    if name == "adamw":
-        # Fused on a GPU: there it counts its steps on the device (see guard.py).
-        return torch.optim.AdamW(groups, lr, fused=params[0].is_cuda or None)
-    raise ValueError(f"optimizer: expected one of {', '.join(OPTIMIZERS)}, got {name!r}")
+    # Fused on a GPU: there it counts its steps on the device (see guard.py).
+    return torch.optim.AdamW(groups, lr, fused=params[0].is_cuda or None)
 
 
 def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:

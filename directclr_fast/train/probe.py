@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import data, folder, views
-from .config import TrainConfig
+from .config import TrainConfig, check_setting
 
 SCHEDULES = ("constant", "cosine")
 
@@ -80,12 +80,10 @@ def check(
     *, epochs: int = 1, learning_rate: float = 0.1, k: int = 1, temperature: float = 0.07
 ) -> None:
     """ValueError naming the first setting out of range; for callers whose features cost hours."""
-    for name, value in (("epochs", epochs), ("k", k)):
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
-    for name, value in (("learning_rate", learning_rate), ("temperature", temperature)):
-        if not 0.0 < value < math.inf:
-            raise ValueError(f"{name}: expected a positive finite number, got {value}")
+    check_setting("epochs", epochs, low=1)
+    check_setting("k", k, low=1)
+    check_setting("learning_rate", learning_rate, positive=True)
+    check_setting("temperature", temperature, positive=True)
 
 
 def _labelled(features: Features, device: str | torch.device) -> tuple[Tensor, Tensor]:
@@ -114,8 +112,7 @@ def linear_probe(
     zero step by step (what the release means). ``scaled``: see the module. Unlabelled samples
     (label -1) are left out.
     """
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {schedule!r}")
+    check_setting("schedule", schedule, choices=SCHEDULES)
     check(epochs=epochs, learning_rate=learning_rate)
     if scaled:
         features = _scaled(features)

@@ -39,15 +39,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .config import PRESETS, check_setting
+
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, RGB
 GREY_MEAN, GREY_STD = 0.449, 0.226  # their averages, for every other number of channels
 LUMA = (0.2989, 0.587, 0.114)
-PRESETS = ("imagenet", "small", "affine")
 CHUNK = 2**26  # elements augmented at a time: 256 MiB in fp32, whatever the batch
 CACHED = 2**19  # the same on the CPU, for each thread: 2 MiB, what its caches hold
 PLACES = (10, 10, 1, 1)  # numbers of a box: size and shape of ten tries, then top and left
 NUMBERS = sum(PLACES)
-FOUR = 4  # rows that have the four places of the hue between them
+HUE_GROUP = 4  # rows; in each group of them every place of the hue occurs once
 
 
 def _rows(v: Tensor) -> Tensor:
@@ -224,17 +225,9 @@ class _Draw:
 
     def places(self) -> Tensor:
         """(n,) a permutation of 0..3 for each four rows, of 0..r-1 for r rows that are left."""
-        keys = torch.rand(-(-self.n // FOUR) * FOUR, **self.how)
+        keys = torch.rand(-(-self.n // HUE_GROUP) * HUE_GROUP, **self.how)
         keys[self.n :] = 2
-        return keys.view(-1, FOUR).argsort(1).flatten()[: self.n]
-
-
-def draw_box(
-    draw: _Draw, h: int, w: int, scale: tuple[float, float], ratio: tuple[float, float]
-) -> Tensor:
-    """Boxes of n images of h x w pixels: `place_box` of numbers of the generator."""
-    numbers = torch.cat([draw.uniform(0, 1, count) for count in PLACES], 1)
-    return place_box(numbers, h, w, scale, ratio)
+        return keys.view(-1, HUE_GROUP).argsort(1).flatten()[: self.n]
 
 
 def place_box(
@@ -301,13 +294,14 @@ class _View:
         b, c, h, w = images.shape
         out = torch.empty(b, c, self.size, self.size, device=images.device)
         most = CACHED * torch.get_num_threads() if images.is_cpu else CHUNK
-        step = max(FOUR, most // (c * max(h * w, self.size**2)) // FOUR * FOUR)
-        start = -(first % FOUR)
+        step = max(HUE_GROUP, most // (c * max(h * w, self.size**2)) // HUE_GROUP * HUE_GROUP)
+        start = -(first % HUE_GROUP)
         for i in range(start, b, step):  # over pieces that bound the memory, not over samples
             low, high = max(i, 0), min(i + step, b)
-            part, there = images[low:high], slice(first + i, first + high + -(first + high) % FOUR)
+            part, end = images[low:high], first + high
+            there = slice(first + i, end + -end % HUE_GROUP)
             drawn = {k: v[there].to(images.device, non_blocking=True) for k, v in params.items()}
-            # Whole fours of the drawn batch (see hue_place): what fills them up is thrown away.
+            # Whole groups of the drawn batch (see hue_place): what fills them up is thrown away.
             ahead = low - i
             behind = len(next(iter(drawn.values()))) - ahead - len(part)
             if ahead or behind:
@@ -319,14 +313,6 @@ class _View:
         if images.dim() != 4 or images.shape[1] != self.channels:
             expected = f"(B, {self.channels}, H, W)"
             raise ValueError(f"images: expected shape {expected}, got {tuple(images.shape)}")
-
-    def sample(
-        self, n: int, h: int, w: int, generator: torch.Generator, boxes: bool = True
-    ) -> dict[str, Tensor]:
-        raise NotImplementedError
-
-    def apply(self, images: Tensor, params: dict[str, Tensor]) -> Tensor:
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -350,15 +336,18 @@ class View(_View):
         """Parameters of n images of h x w pixels, n rows each, on the generator's device.
 
         boxes: False where the images are cut already, to this view's size.
-        hue_place: when in the jitter a row's hue is turned, 0..3, each once in every four rows, so
-        that every part of whole fours has equally many of each and shapes are static.
+        hue_place: when in the jitter a row's hue is turned, 0..3, each once in every group of four
+        rows, so that every part of whole groups has equally many of each and shapes are static.
         """
         draw = _Draw(n, generator)
         blends = self.strength[: 3 if self.channels == 3 else 2]
         on = draw.chance(self.jitter_p)
         factors = torch.stack([draw.uniform(1 - s, 1 + s) for s in blends], 1)
         hue = draw.uniform(-self.strength[3], self.strength[3])
-        box = {"box": draw_box(draw, h, w, self.scale, self.ratio)} if boxes else {}
+        box = {}
+        if boxes:
+            numbers = torch.cat([draw.uniform(0, 1, count) for count in PLACES], 1)
+            box["box"] = place_box(numbers, h, w, self.scale, self.ratio)
         return {
             **box,
             "flip": draw.chance(self.flip_p),
@@ -461,22 +450,16 @@ def make_views(preset: str, image_size: int, channels: int = 3) -> Views:
     """The pair of views of a preset (the table above), image_size pixels square.
 
     Blur kernels: imagenet 23 taps, which at sigma 2 leave out less than 1e-7; small a tenth of the
-    side, odd and at least 3. ValueError for an unknown preset, fewer than 2 pixels or no channel.
+    side, odd and at least 3. ValueError for an unknown preset.
     """
-    if image_size < 2 or channels < 1:
-        got = f"{image_size} and {channels}"
-        raise ValueError(
-            f"image_size, channels: expected at least 2 pixels and 1 channel, got {got}"
-        )
+    check_setting("views", preset, choices=PRESETS)
     if preset == "affine":
         view = AffineView(image_size, channels)
         return Views(view, view)
     if preset == "imagenet":
         scale, kernel = (0.08, 1.0), 23
-    elif preset == "small":
-        scale, kernel = (0.2, 1.0), max(3, image_size // 10 | 1)
     else:
-        raise ValueError(f"views: expected one of {', '.join(PRESETS)}, got {preset!r}")
+        scale, kernel = (0.2, 1.0), max(3, image_size // 10 | 1)
     kernel = min(kernel, 2 * image_size - 1)  # reflection reaches no further
     same = {"size": image_size, "channels": channels, "scale": scale, "blur_kernel": kernel}
     return Views(View(**same), View(**same, blur_p=0.1, solarise_p=0.2))
