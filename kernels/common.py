@@ -128,19 +128,20 @@ def softplus(x):
 class Launcher:
     """Launches kernels on the device of their tensors.
 
-    ``recorder``, where set, gets the launch instead (kernel, grid, args, warps, stages, constants):
-    the compile gate sees every kernel a call would launch without launching any.
+    ``recorder``, where set, gets the launch instead (kernel, grid, args, options): the compile gate
+    sees every kernel a call would launch without launching any.
     """
 
     recorder = None
 
     def __call__(self, kernel, grid: tuple[int, ...], *args, warps: int, stages: int, **constants):
-        if self.recorder is not None:
-            self.recorder(kernel, grid, args, warps, stages, constants)
-            return
-        # Named because Triton's default for it is about to change.
-        options = {} if INTERPRETED.value else {"enable_fp_fusion": True}
-        kernel[grid](*args, num_warps=warps, num_stages=stages, **constants, **options)
+        options = {"num_warps": warps, "num_stages": stages, **constants}
+        if not INTERPRETED.value:  # named because Triton's default for it is about to change
+            options["enable_fp_fusion"] = True
+        if self.recorder is None:
+            kernel[grid](*args, **options)
+        else:
+            self.recorder(kernel, grid, args, options)
 
     def device(self, tensor: Tensor):
         """A context in which launches go to the device of ``tensor``."""
