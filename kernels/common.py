@@ -63,14 +63,20 @@ def similarities(
     """(ROWS_A, ROWS_B) of a b^T. "highest" is of [hi | lo] rows, lo hi' + hi lo' first: tensor
     cores drop what does not fit behind the sum, and then it is small."""
     acc = tl.zeros((ROWS_A, ROWS_B), tl.float32)
-    if PRECISION == "highest":
+    if PRECISION == "highest" and not TMA:
         for k in range(0, 2 * D, BLOCK_K):
             x = load_tile(a, row_a, (k + D) % (2 * D), rows_a, stride, ROWS_A, BLOCK_K, TMA)
             y = load_tile(b, row_b, k, rows_b, stride, ROWS_B, BLOCK_K, TMA)
             acc = tile_dot(x, y.T, acc, PRECISION)
-    for k in range(0, D, BLOCK_K):
-        x = load_tile(a, row_a, k, rows_a, stride, ROWS_A, BLOCK_K, TMA)
-        y = load_tile(b, row_b, k, rows_b, stride, ROWS_B, BLOCK_K, TMA)
+    # Descriptors take all products in one loop, for Triton flattens no nest of two; pointers that
+    # are computed so lose their pipeline.
+    steps: tl.constexpr = 3 * D if PRECISION == "highest" and TMA else D
+    for k in range(0, steps, BLOCK_K):
+        of_a, of_b = k, k
+        if steps > D:
+            of_a, of_b = (k + tl.where(k < 2 * D, D, 0)) % (2 * D), k % (2 * D)
+        x = load_tile(a, row_a, of_a, rows_a, stride, ROWS_A, BLOCK_K, TMA)
+        y = load_tile(b, row_b, of_b, rows_b, stride, ROWS_B, BLOCK_K, TMA)
         acc = tile_dot(x, y.T, acc, PRECISION)
     return acc
 
