@@ -91,7 +91,8 @@ _TABLE = {
     ("products", "gfx942", 4): Tile(64, 64, 32, 4, 1),
     ("products", "sm_80", HI_LO): Tile(64, 64, 32, 8, 3),
     ("sums", "sm_80", HI_LO): Tile(64, 64, 32, 8, 3),
-    ("sums", "sm_90", HI_LO): Tile(128, 128, 64, 8, 4, tma=True, flatten=True, fold=2),
+    ("sums", "sm_90", HI_LO): Tile(64, 128, 64, 8, 4, tma=True, flatten=True),
+    ("weights", "sm_90", HI_LO): Tile(128, 128, 64, 8, 4, tma=True, flatten=True),
     ("sums", "sm_100", HI_LO): Tile(64, 64, 64, 8, 4, tma=True),
 }
 # Two exponentials an element, the triangle's mask, or maxima beside the sums want more registers:
@@ -102,7 +103,7 @@ _CROWDED = {
     ("weights", "sm_80", HI_LO): Tile(128, 64, 32, 8, 3),
     ("weights", "sm_86", 4): Tile(64, 64, 16, 8, 2),
     **{("weights", "sm_90", size): Tile(128, 128, 64, 8, 4, True, True) for size in (1, 2)},
-    **{("sums", "sm_90", size): Tile(64, 128, 64, 8, 4, True, True) for size in (1, 2, HI_LO)},
+    **{("sums", "sm_90", size): Tile(64, 128, 64, 8, 4, True, True) for size in (1, 2)},
     **{("sums", "sm_100", size): Tile(32, 64, 64, 4, 4, tma=True) for size in (1, 2, HI_LO)},
     **{("weights", "sm_100", size): Tile(128, 64, 64, 8, 4, tma=True) for size in (1, 2)},
     ("ids", "sm_80", 2): Tile(64, 64, 32, 8, 3),
