@@ -63,14 +63,20 @@ def similarities(
     """(ROWS_A, ROWS_B) of a b^T. "highest" is of [hi | lo] rows, lo hi' + hi lo' first: tensor
     cores drop what does not fit behind the sum, and then it is small."""
     acc = tl.zeros((ROWS_A, ROWS_B), tl.float32)
-    if PRECISION == "highest":
+    if PRECISION == "highest" and not TMA:
         for k in range(0, 2 * D, BLOCK_K):
             x = load_tile(a, row_a, (k + D) % (2 * D), rows_a, stride, ROWS_A, BLOCK_K, TMA)
             y = load_tile(b, row_b, k, rows_b, stride, ROWS_B, BLOCK_K, TMA)
             acc = tile_dot(x, y.T, acc, PRECISION)
-    for k in range(0, D, BLOCK_K):
-        x = load_tile(a, row_a, k, rows_a, stride, ROWS_A, BLOCK_K, TMA)
-        y = load_tile(b, row_b, k, rows_b, stride, ROWS_B, BLOCK_K, TMA)
+    # Descriptors take all products in one loop, for Triton flattens no nest of two; pointers that
+    # are computed so lose their pipeline.
+    steps: tl.constexpr = 3 * D if PRECISION == "highest" and TMA else D
+    for k in range(0, steps, BLOCK_K):
+        of_a, of_b = k, k
+        if steps > D:
+            of_a, of_b = (k + tl.where(k < 2 * D, D, 0)) % (2 * D), k % (2 * D)
+        x = load_tile(a, row_a, of_a, rows_a, stride, ROWS_A, BLOCK_K, TMA)
+        y = load_tile(b, row_b, of_b, rows_b, stride, ROWS_B, BLOCK_K, TMA)
         acc = tile_dot(x, y.T, acc, PRECISION)
     return acc
 
@@ -128,19 +134,20 @@ def softplus(x):
 class Launcher:
     """Launches kernels on the device of their tensors.
 
-    ``recorder``, where set, gets the launch instead (kernel, grid, args, warps, stages, constants):
-    the compile gate sees every kernel a call would launch without launching any.
+    ``recorder``, where set, gets the launch instead (kernel, grid, args, options): the compile gate
+    sees every kernel a call would launch without launching any.
     """
 
     recorder = None
 
     def __call__(self, kernel, grid: tuple[int, ...], *args, warps: int, stages: int, **constants):
-        if self.recorder is not None:
-            self.recorder(kernel, grid, args, warps, stages, constants)
-            return
-        # Named because Triton's default for it is about to change.
-        options = {} if INTERPRETED.value else {"enable_fp_fusion": True}
-        kernel[grid](*args, num_warps=warps, num_stages=stages, **constants, **options)
+        options = {"num_warps": warps, "num_stages": stages, **constants}
+        if not INTERPRETED.value:  # named because Triton's default for it is about to change
+            options["enable_fp_fusion"] = True
+        if self.recorder is None:
+            kernel[grid](*args, **options)
+        else:
+            self.recorder(kernel, grid, args, options)
 
     def device(self, tensor: Tensor):
         """A context in which launches go to the device of ``tensor``."""

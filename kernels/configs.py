@@ -14,7 +14,12 @@ import torch
 
 @dataclass(frozen=True)
 class Tile:
-    """One tile product: ``rows`` x ``columns`` of the result, ``inner`` of the dot a step."""
+    """One tile product: ``rows`` x ``columns`` of the result, ``inner`` of the dot a step.
+
+    ``flatten``: the loops over tiles and along the dot are one, so that the loads of a tile overlap
+    the end of the one before. ``fold`` (1, 2 or 4): candidates of "sums" that are added before they
+    enter the second tile, which is as many times smaller; a thread of Hopper's products holds them.
+    """
 
     rows: int
     columns: int
@@ -23,6 +28,7 @@ class Tile:
     stages: int
     tma: bool = False
     flatten: bool = False
+    fold: int = 1
     group: int = 8  # tile rows that share their column tiles in L2
 
 
@@ -38,11 +44,12 @@ HI_LO = "hi lo"
 
 # (kernel, architecture, bytes of an operand element, or HI_LO for both parts of fp16 rows). "sums":
 # rows are the fixed side (anchors), columns the moving one, and a second fp32 tile lives beside the
-# accumulator, so rows x columns is half of what "weights" can hold; HI_LO writes the positives'
-# logits too. By arithmetic (no result file yet):
-# - a tile of 128 x 128 fp32 over 8 warps is 64 registers a thread, twice that for "sums";
-# - on sm_90 and sm_100 a 128 x 256 tile halves the reads of one operand from L2: at 500 TFLOP/s a
-#   128 x 128 tile of d = 384 wants 7.8 TB/s of them, a 128 x 256 one 5.8;
+# accumulator, a ``fold``-th of its size; HI_LO writes the positives' logits too. By arithmetic (no
+# result file yet):
+# - a tile of 128 x 128 fp32 over 8 warps is 64 registers a thread, for "sums" 64 / fold more;
+# - a tile of fp16 does rows columns / (rows + columns) operations a byte from L2: of 500 TFLOP/s
+#   128 x 128 tiles want 7.8 TB/s, 128 x 256 ones 5.9;
+# - flattened where one block fills a multiprocessor, so that nothing else runs under its epilogue;
 # - 64 fp16 (128 bytes) along d is one row of the swizzled shared-memory tile;
 # - sm_86, sm_120 and gfx942 have 64 to 99 KiB of shared memory: fewer stages.
 _TABLE = {
@@ -51,8 +58,8 @@ _TABLE = {
     ("sums", "sm_86", 2): Tile(64, 128, 64, 8, 2),
     ("sums", "sm_86", 1): Tile(64, 128, 64, 8, 3),
     ("sums", "sm_86", 4): Tile(64, 64, 16, 8, 2),
-    ("sums", "sm_90", 1): Tile(128, 128, 64, 8, 4, tma=True),
-    ("sums", "sm_90", 2): Tile(128, 128, 64, 8, 4, tma=True),
+    ("sums", "sm_90", 1): Tile(128, 256, 64, 8, 4, tma=True, flatten=True, fold=4),
+    ("sums", "sm_90", 2): Tile(128, 256, 64, 8, 4, tma=True, flatten=True, fold=4),
     ("sums", "sm_90", 4): Tile(64, 128, 32, 8, 3),
     ("sums", "sm_100", 1): Tile(64, 128, 64, 8, 4, tma=True),
     ("sums", "sm_100", 2): Tile(64, 128, 64, 8, 4, tma=True),
@@ -64,8 +71,8 @@ _TABLE = {
     ("weights", "sm_86", 2): Tile(128, 128, 64, 8, 2),
     ("weights", "sm_86", 1): Tile(128, 128, 64, 8, 3),
     ("weights", "sm_86", 4): Tile(64, 64, 16, 4, 2),
-    ("weights", "sm_90", 1): Tile(128, 256, 64, 8, 3, tma=True),
-    ("weights", "sm_90", 2): Tile(128, 256, 64, 8, 3, tma=True),
+    ("weights", "sm_90", 1): Tile(128, 256, 64, 8, 3, tma=True, flatten=True),
+    ("weights", "sm_90", 2): Tile(128, 256, 64, 8, 3, tma=True, flatten=True),
     ("weights", "sm_90", 4): Tile(128, 64, 32, 8, 3),
     ("weights", "sm_100", 1): Tile(128, 128, 64, 8, 4, tma=True),
     ("weights", "sm_100", 2): Tile(128, 128, 64, 8, 4, tma=True),
@@ -84,7 +91,8 @@ _TABLE = {
     ("products", "gfx942", 4): Tile(64, 64, 32, 4, 1),
     ("products", "sm_80", HI_LO): Tile(64, 64, 32, 8, 3),
     ("sums", "sm_80", HI_LO): Tile(64, 64, 32, 8, 3),
-    ("sums", "sm_90", HI_LO): Tile(64, 128, 64, 8, 4, tma=True),
+    ("sums", "sm_90", HI_LO): Tile(64, 128, 64, 8, 4, tma=True, flatten=True),
+    ("weights", "sm_90", HI_LO): Tile(128, 128, 64, 8, 4, tma=True, flatten=True),
     ("sums", "sm_100", HI_LO): Tile(64, 64, 64, 8, 4, tma=True),
 }
 # Two exponentials an element, the triangle's mask, or maxima beside the sums want more registers:
@@ -94,8 +102,8 @@ _TABLE = {
 _CROWDED = {
     ("weights", "sm_80", HI_LO): Tile(128, 64, 32, 8, 3),
     ("weights", "sm_86", 4): Tile(64, 64, 16, 8, 2),
-    **{("weights", "sm_90", size): Tile(128, 128, 64, 8, 4, tma=True) for size in (1, 2)},
-    **{("sums", "sm_90", size): Tile(64, 128, 64, 8, 4, tma=True) for size in (1, 2)},
+    **{("weights", "sm_90", size): Tile(128, 128, 64, 8, 4, True, True) for size in (1, 2)},
+    **{("sums", "sm_90", size): Tile(64, 128, 64, 8, 4, True, True) for size in (1, 2)},
     **{("sums", "sm_100", size): Tile(32, 64, 64, 4, 4, tma=True) for size in (1, 2, HI_LO)},
     **{("weights", "sm_100", size): Tile(128, 64, 64, 8, 4, tma=True) for size in (1, 2)},
     ("ids", "sm_80", 2): Tile(64, 64, 32, 8, 3),

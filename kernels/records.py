@@ -22,6 +22,11 @@ class Factors:
 
     ids: tuple[Tensor, Tensor] | None = None
 
+    @property
+    def crowded(self) -> bool:
+        """Whether a tile wants more registers: for two exponentials an element, or for ids."""
+        return not self.bounded or self.ids is not None
+
     def __init__(self, m: int, n: int, symmetric: bool, bounded: bool, device) -> None:
         def vector(length: int) -> Tensor:
             return torch.empty(length, dtype=torch.float32, device=device)

@@ -6,8 +6,9 @@ r"""Stage 2: the sums of exp(a s_ij) over all but the positives, by row and by c
 Tile walk: a program owns BLOCK_F rows of the *fixed* side (anchors) and walks a share of the tiles
 of BLOCK_T rows of the *moving* side (candidates). A tile is acc = moving fixed^T, so the moving
 rows lie along the axis that one warp holds: their sum is a few shuffles a tile, stored as one
-partial per program. The fixed rows' sums stay apart element by element in registers until the walk
-ends, one addition a tile. Nothing N x N is stored.
+partial per program. The fixed rows' sums stay apart in registers until the walk ends: one element
+for every FOLD moving rows, which a thread holds, so that no tile has to shuffle them. Nothing N x N
+is stored.
 
 The partials, (fixed blocks, N) and (shares, M), are added by a second kernel in a fixed order, so a
 repeat run gives the same bits; strips of fixed blocks keep them within PARTIAL_BYTES.
@@ -54,7 +55,7 @@ def _sums_kernel(
     D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
     MOVING: tl.constexpr, BOUNDED: tl.constexpr, UPPER: tl.constexpr, TOP1: tl.constexpr,
     OWN: tl.constexpr, IDS: tl.constexpr, SCALE_TENSOR: tl.constexpr, TMA: tl.constexpr,
-    FLATTEN: tl.constexpr, PRECISION: tl.constexpr,
+    FLATTEN: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0) % fixed_blocks
     share = tl.program_id(0) // fixed_blocks
@@ -70,7 +71,7 @@ def _sums_kernel(
     last = tl.minimum(first + tiles_per_share, tl.cdiv(n_moving, BLOCK_T))
     if UPPER:
         first = tl.maximum(first, start_f // BLOCK_T)
-    total = tl.zeros((BLOCK_T, BLOCK_F), tl.float32)
+    total = tl.zeros((BLOCK_T // FOLD, BLOCK_F), tl.float32)
     peak = tl.full((BLOCK_F,), float("-inf"), tl.float32)
     mass = tl.zeros((BLOCK_F,), tl.float32)
     # Partials of the moving rows: one line of moving_sum a fixed block.
@@ -101,7 +102,7 @@ def _sums_kernel(
                     _store_own(own, acc * a2, start_t, offs_t, offs_f, n_moving, n_fixed, offset)
                 keep = _kept(offs_t, offs_f, id_t, id_f, n_moving, n_fixed, offset, UPPER, IDS)
                 e = tl.where(keep, e, 0.0)
-            total += e
+            total += _folded(e, BLOCK_T, BLOCK_F, FOLD)
             if MOVING:
                 tl.store(moving_sum + offs_t, tl.sum(e, 1), mask=offs_t < n_moving)
         else:
@@ -135,6 +136,17 @@ def _sums_kernel(
     else:
         tl.store(fixed_sum + where, mass)
         tl.store(fixed_max + where, peak)
+
+
+@triton.jit
+def _folded(e, T: tl.constexpr, F: tl.constexpr, FOLD: tl.constexpr):
+    """(T // FOLD, F): sums of moving rows that one thread has: those 8 apart and, in a tile of 32
+    rows a warp, two products high, those T / 2 apart."""
+    if FOLD == 4:
+        e = tl.sum(e.reshape(2, T // 2, F), 0)
+    if FOLD > 1:
+        e = tl.sum(e.reshape(T // FOLD // 8, 2, 8, F), 1)
+    return e.reshape(T // FOLD, F)
 
 
 @triton.jit
@@ -304,7 +316,7 @@ def sums(
         n, fixed.stride(0), offset, blocks, _share(tile, blocks, n, programs), layout.cosine,
         D=layout.pitch, BLOCK_T=tile.columns, BLOCK_F=tile.rows, BLOCK_K=tile.inner, MOVING=moving,
         BOUNDED=bounded, UPPER=upper, TOP1=tops, OWN=own is not None, IDS=ids is not None,
-        SCALE_TENSOR=isinstance(scale, Tensor), TMA=tile.tma, FLATTEN=tile.flatten,
+        SCALE_TENSOR=isinstance(scale, Tensor), TMA=tile.tma, FLATTEN=tile.flatten, FOLD=tile.fold,
         PRECISION=layout.products, warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
 

@@ -13,9 +13,10 @@ the largest sum of one row's or column's probabilities, so that little is lost o
 BOUNDED folds both directions into one exponential, exp2(a' s) (f_i + g_j) with f_i = STORE w_i /
 exp(row_lse_i); otherwise each direction has its own, relative to its log-sum.
 
-Tile walk: a program owns one BLOCK_M x BLOCK_N tile; ``group`` tile rows at a time share their
-column tiles in L2. Written: the super-block, padded with zeros to whole tiles, so the products need
-no mask along it.
+Tile walk: ``group`` rows of BLOCK_M x BLOCK_N tiles at a time share their column tiles in L2. A
+program owns one tile. FLATTEN: there are as many programs as the device holds at once, and each
+takes one tile after another, the operands of the next loaded under the epilogue of the last.
+Written: the super-block, padded with zeros to whole tiles, so the products need no mask along it.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from .common import (
     similarities,
     tile_source,
 )
-from .configs import Tile
+from .configs import Tile, architecture
 from .records import LO_SCALE, STORE, Factors
 
 BLOCK = 128
@@ -103,54 +104,66 @@ def _weights_kernel(
     first_n, last_m, last_n, stride_z, stride_out, offset, blocks_m, blocks_n, operand_scale,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr, SYMMETRIC: tl.constexpr, BOUNDED: tl.constexpr, IDS: tl.constexpr,
-    SCALE_TENSOR: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    SCALE_TENSOR: tl.constexpr, TMA: tl.constexpr, FLATTEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tile_m, tile_n = _grouped(tl.program_id(0), blocks_m, blocks_n, GROUP)
-    start_m = first_m + tile_m * BLOCK_M
-    start_n = first_n + tile_n * BLOCK_N
-    acc = similarities(
-        z1, z2, start_m, start_n, last_m, last_n, stride_z,
-        BLOCK_M, BLOCK_N, D, BLOCK_K, TMA, PRECISION,
-    )  # fmt: skip
-    offs_m = start_m + tl.arange(0, BLOCK_M)
-    offs_n = start_n + tl.arange(0, BLOCK_N)
-    mask_m = offs_m < last_m
-    mask_n = offs_n < last_n
     a2 = load_scale(scale, SCALE_TENSOR) * LOG2E * operand_scale
-    # Outside the super-block the factors are zero, and with them the padding.
-    by_row = tl.load(row_factor + offs_m, mask=mask_m, other=0.0)[:, None]
-    if SYMMETRIC:
-        by_col = tl.load(col_factor + offs_n, mask=mask_n, other=0.0)[None, :]
-    if BOUNDED:
-        g = tl.exp2(acc * a2)
-        if SYMMETRIC:
-            g *= by_row + by_col
-        else:
-            g *= by_row
-    else:
-        x = acc * a2
-        shift = tl.load(row_shift + offs_m, mask=mask_m, other=float("inf"))[:, None]
-        g = tl.exp2(x - shift) * by_row
-        if SYMMETRIC:
-            shift = tl.load(col_shift + offs_n, mask=mask_n, other=float("inf"))[None, :]
-            g += tl.exp2(x - shift) * by_col
-    ragged = (start_m + BLOCK_M > last_m) | (start_n + BLOCK_N > last_n)
-    meets = (start_n < start_m + offset + BLOCK_M) & (start_n + BLOCK_N > start_m + offset)
-    if ragged | meets:
-        keep = mask_m[:, None] & mask_n[None, :] & (offs_n[None, :] != offs_m[:, None] + offset)
-        g = tl.where(keep, g, 0.0)
-    if IDS:
-        id_m = tl.load(row_ids + offs_m, mask=mask_m, other=-1)
-        id_n = tl.load(col_ids + offs_n, mask=mask_n, other=-1)
-        if may_be_equal(id_m, id_n):
-            g = tl.where(id_m[:, None] != id_n[None, :], g, 0.0)
-    row = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None] * stride_out
-    column = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
-    hi = g.to(out.dtype.element_ty)
-    tl.store(out + row + column, hi)
-    if PRECISION == "highest":
-        lo = (g - hi.to(tl.float32)) * REST
-        tl.store(out + row + column + stride_out // 2, lo.to(out.dtype.element_ty))
+    HALVES: tl.constexpr = 2 if FLATTEN else 1
+    WIDTH: tl.constexpr = BLOCK_N // HALVES
+    tiles, programs = blocks_m * blocks_n, tl.num_programs(0)
+    for tile in tl.range(tl.program_id(0), tiles, programs, flatten=FLATTEN):
+        tile_m, tile_n = _grouped(tile, blocks_m, blocks_n, GROUP)
+        start_m = first_m + tile_m * BLOCK_M
+        start_n = first_n + tile_n * BLOCK_N
+        acc = similarities(
+            z1, z2, start_m, start_n, last_m, last_n, stride_z,
+            BLOCK_M, BLOCK_N, D, BLOCK_K, TMA, PRECISION,
+        )  # fmt: skip
+        parts = (acc,)
+        if HALVES == 2:
+            parts = acc.reshape(BLOCK_M, 2, WIDTH).permute(0, 2, 1).split()
+        offs_m = start_m + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < last_m
+        # A flattened tile is finished by halves: as a whole it wants more registers than there are.
+        for half in tl.static_range(HALVES):
+            from_n = start_n + half * WIDTH
+            offs_n = from_n + tl.arange(0, WIDTH)
+            mask_n = offs_n < last_n
+            # Outside the super-block the factors are zero, and with them the padding.
+            by_row = tl.load(row_factor + offs_m, mask=mask_m, other=0.0)[:, None]
+            if SYMMETRIC:
+                by_col = tl.load(col_factor + offs_n, mask=mask_n, other=0.0)[None, :]
+            if BOUNDED:
+                g = tl.exp2(parts[half] * a2)
+                if SYMMETRIC:
+                    g *= by_row + by_col
+                else:
+                    g *= by_row
+            else:
+                x = parts[half] * a2
+                shift = tl.load(row_shift + offs_m, mask=mask_m, other=float("inf"))[:, None]
+                g = tl.exp2(x - shift) * by_row
+                if SYMMETRIC:
+                    shift = tl.load(col_shift + offs_n, mask=mask_n, other=float("inf"))[None, :]
+                    g += tl.exp2(x - shift) * by_col
+            meets = (from_n < start_m + offset + BLOCK_M) & (from_n + WIDTH > start_m + offset)
+            masked = meets | (start_m + BLOCK_M > last_m) | (from_n + WIDTH > last_n)
+            if IDS:
+                id_m = tl.load(row_ids + offs_m, mask=mask_m, other=-1)
+                id_n = tl.load(col_ids + offs_n, mask=mask_n, other=-1)
+                masked = masked | may_be_equal(id_m, id_n)
+            if masked:
+                end, positive = tl.where(mask_m, last_n, 0)[:, None], (offs_m + offset)[:, None]
+                keep = (offs_n[None, :] < end) & (offs_n[None, :] != positive)
+                if IDS:
+                    keep = keep & (id_m[:, None] != id_n[None, :])
+                g = tl.where(keep, g, 0.0)
+            offs_o = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None] * stride_out
+            where = out + offs_o + (tile_n * BLOCK_N + half * WIDTH + tl.arange(0, WIDTH))[None, :]
+            hi = g.to(out.dtype.element_ty)
+            tl.store(where, hi)
+            if PRECISION == "highest":
+                lo = (g - hi.to(tl.float32)) * REST
+                tl.store(where + stride_out // 2, lo.to(out.dtype.element_ty))
 
 
 def factors(
@@ -189,8 +202,11 @@ def weights(
     height, width = padded(rows, columns, tile)
     block = layout.elements(out)[: height * width * layout.parts].view(height, -1)
     a, b = layout.operand(z1), layout.operand(z2)
+    programs = height // tile.rows * (width // tile.columns)
+    if tile.flatten:  # eight warps of 255 registers fill a multiprocessor
+        programs = min(programs, architecture(z1.device)[1] * max(1, 8 // tile.warps))
     launch(
-        _weights_kernel, (height // tile.rows * (width // tile.columns),),
+        _weights_kernel, (programs,),
         tile_source(a, tile.rows, tile.inner, tile.tma),
         tile_source(b, tile.columns, tile.inner, tile.tma), factors.row, factors.col,
         factors.row_shift, factors.col_shift, block, *(factors.ids or (factors.row, factors.row)),
@@ -199,6 +215,6 @@ def weights(
         D=layout.pitch, BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.inner,
         GROUP=tile.group, SYMMETRIC=factors.symmetric, BOUNDED=factors.bounded,
         IDS=factors.ids is not None, SCALE_TENSOR=isinstance(scale, Tensor), TMA=tile.tma,
-        PRECISION=layout.products, warps=tile.warps, stages=tile.stages,
+        FLATTEN=tile.flatten, PRECISION=layout.products, warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
     return block

@@ -210,8 +210,23 @@ MUTATIONS = [
     ),
     Mutation(
         "triton: the diagonal of the weights", "kernels/weights.py",
-        " & (offs_n[None, :] != offs_m[:, None] + offset)", "",
+        " & (offs_n[None, :] != positive)", "",
         "test_triton.py -k shorter_than_eps",
+    ),
+    Mutation(
+        "triton: tiles after a program's first", "kernels/weights.py",
+        "tl.program_id(0), tiles, programs,", "tl.program_id(0), programs, tiles,",
+        "test_triton.py -k change_no_bit",
+    ),
+    Mutation(
+        "triton: the columns of a tile's second half", "kernels/weights.py",
+        "from_n = start_n + half * WIDTH", "from_n = start_n",
+        "test_triton.py -k change_no_bit",
+    ),
+    Mutation(
+        "triton: candidates that are added first", "kernels/sums.py",
+        "tl.sum(e.reshape(T // FOLD", "tl.max(e.reshape(T // FOLD",
+        "test_triton.py -k candidates_first",
     ),
     Mutation(
         "triton: the low part of a row", "kernels/common.py",
@@ -220,8 +235,7 @@ MUTATIONS = [
     ),
     Mutation(
         "triton: the small products of highest", "kernels/common.py",
-        "acc = tl.zeros((ROWS_A, ROWS_B), tl.float32)\n    if PRECISION == \"highest\":",
-        "acc = tl.zeros((ROWS_A, ROWS_B), tl.float32)\n    if False:",
+        "if PRECISION == \"highest\" and not TMA:", "if False:",
         "'test_triton.py::test_each_precision_keeps_its_error[highest-views]'",
     ),
     Mutation(
@@ -461,7 +475,7 @@ MUTATIONS = [
     ),
     Mutation(
         "triton: equal ids keep their weights", "kernels/weights.py",
-        "tl.where(id_m[:, None] != id_n[None, :], g, 0.0)", "g",
+        "keep & (id_m[:, None] != id_n[None, :])", "keep",
         "test_triton.py -k 'test_labels and ignore'",
     ),
     Mutation(

@@ -256,15 +256,43 @@ def test_repeat_runs_are_bitwise_equal(negatives, temperature):
     assert all(torch.equal(a, b) for a, b in zip(first, second) if a is not None)
 
 
-@pytest.mark.parametrize("changes", [{"tma": True}, {"flatten": True}, {"group": 1}], ids=str)
-def test_descriptors_flattening_and_grouping_change_no_bit(monkeypatch, changes):
-    r1, r2 = make_views(70, 48, candidates=75, dtype=torch.float32)
-    plain = runs_of(r1, r2)
-    monkeypatch.setattr(
-        configs, "_INTERPRETER", dataclasses.replace(configs._INTERPRETER, **changes)
-    )
-    other = runs_of(r1, r2)
+@pytest.fixture
+def changed(monkeypatch):
+    """Sets fields of the interpreter's tile."""
+
+    def change(**changes):
+        tile = dataclasses.replace(configs._INTERPRETER, **changes)
+        monkeypatch.setattr(configs, "_INTERPRETER", tile)
+
+    return change
+
+
+@pytest.mark.parametrize("changes", [{"tma": True}, {"flatten": True, "warps": 8}, {"group": 1}])
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"precision": "highest"}, {"negatives": "both", "temperature": 0.005}],
+    ids=str,
+)
+def test_descriptors_flattening_and_grouping_change_no_bit(changed, launches, changes, more):
+    r1, r2 = make_views(70, 48, candidates=70 if "negatives" in more else 75, dtype=torch.float32)
+    plain = runs_of(r1, r2, **more)
+    tiles = launches.grids.pop("_weights_kernel")
+    changed(**changes)
+    other = runs_of(r1, r2, **more)
     assert all(torch.equal(a, b) for a, b in zip(plain[:3], other))
+    # Flattened, as many programs as the device holds take one tile after another.
+    programs = 4 if "flatten" in changes else tiles
+    assert tiles > 4 and launches.grids["_weights_kernel"] == programs
+
+
+@pytest.mark.parametrize("fold", [2, 4])
+@pytest.mark.parametrize("rows", [70, 96])
+def test_sums_of_several_candidates_first(changed, fold, rows):
+    r1, r2 = make_views(rows, 48, candidates=rows + 37, dtype=torch.float32)
+    plain = runs_of(r1, r2)
+    changed(fold=fold)
+    for a, b in zip(plain[:3], runs_of(r1, r2)):
+        assert relative_error(a, b) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -358,16 +386,23 @@ def test_compiled_equals_eager():
         assert relative_error(a, b) < 1e-7
 
 
+class Launches(list):
+    def __init__(self) -> None:
+        self.grids = {}
+
+
 @pytest.fixture
 def launches(monkeypatch):
-    """Names of the kernels launched, in order; everything else still runs."""
+    """Names of the kernels launched, in order; everything else still runs. ``grids``: the most
+    programs that a launch of each had."""
     from torch.utils._python_dispatch import _disable_current_modes
 
-    names = []
+    names = Launches()
     plain = common.Launcher.__call__
 
     def counted(self, kernel, grid, *args, **options):
         names.append(kernel.fn.__name__)
+        names.grids[names[-1]] = max(grid[0], names.grids.get(names[-1], 0))
         with _disable_current_modes():  # what the interpreter does is not counted
             return plain(self, kernel, grid, *args, **options)
 

@@ -89,11 +89,42 @@ assert "spills" in gate._problems(good | dict(spills=2), entry, "sm_90")[0]
 assert "shared" in gate._problems(good | dict(shared=2**18), entry, "sm_90")[0]
 assert "HGMMA" in gate._problems(good | dict(matrix=["HMMA"]), entry, "sm_90")[0]
 assert "compile" in gate._problems(dict(error="does not compile"), entry, "sm_90")[0]
-other = gate.Launch(entry.module, entry.kernel, entry.types, entry.aligned, entry.constants, 4, 3)
+other = gate.Launch(entry.module, entry.kernel, entry.types, entry.known, entry.constants, 4, 3)
 assert len({entry.key("sm_90"), entry.key("sm_80"), other.key("sm_90")}) == 3
 told = [1000, 90, 0, 2, ["HGMMA"]]
 row, = gate.judged([(entry, "sm_90")], {entry.key("sm_90"): told}, 1, False, 0)
 assert "spills" in row["problems"][0] and not row["compiled"]
+"""
+    run(code)
+
+
+def test_the_gate_compiles_what_the_jit_compiles(tmp_path):
+    """The JIT's own request of each launch, found in the cache that the JIT filled."""
+    code = f"""
+import os, pathlib
+cache = pathlib.Path({str(tmp_path)!r})
+os.environ["TRITON_CACHE_DIR"] = str(cache)
+from gates import triton_kernels as gate
+calls, few = [dict(precision="fp16")], ("_normalize_kernel", "_product_kernel", "_finish_kernel")
+asked = gate.recorded("sm_90", calls)
+entries = [entry for entry in asked if entry.kernel in few]
+assert {{entry.kernel for entry in entries}} == set(few)
+
+def jit(kernel, grid, args, options):
+    if kernel.fn.__name__ in few:
+        gate.warm(kernel, grid, args, options)
+
+gate.common.launch.recorder = jit
+gate._call(gate.Triton("sm_90"), **calls[0])
+binaries = lambda: sorted(cache.glob("*/*.cubin"))
+found = binaries()
+assert len(found) == len(entries)
+assert all("error" not in gate.compiled((entry, "sm_90")) for entry in entries)
+assert binaries() == found
+# Every architecture has its own request: pointers within 2 GiB are told to AMD's compiler alone.
+for arch, told in (("sm_90", False), ("gfx942", True)):
+    entry = gate.recorded(arch, calls)[0]
+    assert ("pointer_range" in str(entry.known)) == told, (arch, entry.known)
 """
     run(code)
 

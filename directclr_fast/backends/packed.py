@@ -217,7 +217,7 @@ class Packed(Backend):
         )
         if not any(wanted):
             return dz1, dz2
-        tile = self._tile("weights", layout, z1.device, not factors.bounded)
+        tile = self._tile("weights", layout, z1.device, factors.crowded)
         inner = self._tile("products", layout, z1.device)
         height, width = self._superblock(problem, layout, tile)
         out = torch.empty(height * width, dtype=layout.dtype, device=z1.device)
@@ -386,7 +386,7 @@ class Packed(Backend):
         layout = self._layout(problem, z)
         factors, unit = _factors(Pair(w, lse, w, lse, w), problem.bounded(scale), layout.unit)
         factors.ids = ids
-        tile = self._tile("weights", layout, z.device, not factors.bounded)
+        tile = self._tile("weights", layout, z.device, factors.crowded)
         inner = self._tile("products", layout, z.device)
         side = min(self._superblock(problem, layout, tile))
         step = max(tile.rows, tile.columns)

@@ -33,7 +33,7 @@ FLAGS = {
 
 
 def candidates(kernel: str, hopper: bool) -> Iterator[Tile]:
-    """What is tried: shapes x warps x stages, with and without descriptors and flattening."""
+    """What is tried: shapes x warps x stages, with and without descriptors; flattened first."""
     shapes = {
         "sums": [(64, 64), (64, 128), (128, 64), (128, 128), (128, 256), (64, 256)],
         "weights": [(128, 128), (128, 256), (256, 128), (64, 256)],
@@ -42,13 +42,15 @@ def candidates(kernel: str, hopper: bool) -> Iterator[Tile]:
     for (rows, columns), inner, warps, stages in itertools.product(
         shapes, (64, 128), (4, 8), (2, 3, 4)
     ):
-        tile = Tile(rows, columns, inner, warps, stages)
+        fold = 4 if columns >= 32 * warps else 2
+        tile = Tile(rows, columns, inner, warps, stages, fold=fold)
         if inner * (rows + columns) * 2 * stages > 220 * 1024 or rows * columns // warps > 4096:
             continue
         for tma in (False, True) if hopper else (False,):
-            yield dataclasses.replace(tile, tma=tma)
-            if kernel == "sums" and stages == 3:
+            if kernel != "products":
                 yield dataclasses.replace(tile, tma=tma, flatten=True)
+            if kernel == "products" or stages == 3:
+                yield dataclasses.replace(tile, tma=tma)
 
 
 def timed(kernel: str, problem: Problem, tile: Tile) -> dict:

@@ -6,9 +6,10 @@ binaries: registers, stack, shared memory, matrix instructions.
     python tests/gates/triton_kernels.py --triton 3.6.0 3.9.0 --write --out docs/triton-kernels.md
     python tests/gates/triton_kernels.py --fill FOLDER --arch sm_90  # a cache for such a GPU
 
-The launches are those of the backend itself, recorded instead of run, so what is checked is what
-ships. Exit status 1 if a kernel spills, needs more shared memory than the chip has, or a tile
-product lacks the chip's matrix instruction.
+The launches are those of the backend itself, recorded instead of run, and each is compiled as
+Triton's JIT asks for it, under the same key of its cache: what is checked is what ships. Exit
+status 1 if a kernel spills, needs more shared memory than the chip has, or a tile product lacks the
+chip's matrix instruction.
 
 A compiler is a function of its input, so a kernel that was judged once need not be compiled again:
 the record (bench/results/triton_gate.json) holds what each Triton made of each launch, under a key
@@ -21,6 +22,7 @@ from __future__ import annotations
 import argparse
 import ast
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -28,7 +30,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -36,8 +38,6 @@ import torch
 import triton
 from directclr_fast.kernels import common, configs
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from directclr_fast import driver
 from directclr_fast.backends.triton import Triton
@@ -69,28 +69,20 @@ MATRIX = {
 MATRIX_FP8 = {"sm_89": "QMMA", "sm_90": "QGMMA", "sm_100": "UTCQMMA", "sm_120": "QMMA"}
 PRODUCTS = ("_sums_kernel", "_weights_kernel", "_product_kernel")
 
-_TYPES = {
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.float32: "fp32",
-    torch.float64: "fp64",
-    torch.int32: "i32",
-    torch.int64: "i64",
-    torch.float8_e4m3fn: "fp8e4nv",
-}
-
 
 @dataclass(frozen=True)
 class Launch:
-    """One specialisation of one kernel: argument types, which are multiples of 16, constants."""
+    """One specialisation of a kernel as Triton's JIT makes it: arguments' types, what is known of
+    them (multiples of 16), constants. ``told`` is its own record of that, to be compiled from."""
 
     module: str
     kernel: str
     types: tuple[str, ...]
-    aligned: tuple[bool, ...]
+    known: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, object], ...]
     warps: int
     stages: int
+    told: str = field(default="", compare=False, repr=False)
 
     def label(self) -> str:
         """The constants that tell specialisations apart, in short."""
@@ -147,48 +139,53 @@ def code_of(module: str, kernel: str) -> str:
     return "\n".join(reached[name] for name in sorted(reached))
 
 
-def recorded(arch: str) -> list[Launch]:
-    """Every distinct launch of the backend over the options and widths that ship."""
+class _Elsewhere:
+    """The driver of a GPU that is not here: Triton compiles for it and launches nothing. Every
+    architecture is a device of its own, since the JIT keeps a target for each."""
+
+    def __init__(self, arch: str) -> None:
+        self.device, self.target = list(TARGETS).index(arch), TARGETS[arch]
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def warm(kernel, grid, args, options):
+    """What a launch does before it runs; a recorder of launches."""
+    return kernel.warmup(*args, grid=grid, **options)
+
+
+def recorded(arch: str, calls: list[dict] | None = None) -> list[Launch]:
+    """Every distinct specialisation that the JIT asks for in ``calls``, by default those over the
+    options and widths that ship; nothing is compiled."""
     launches: dict[Launch, None] = {}
 
-    def record(kernel, grid, args, warps, stages, constants):
-        types, aligned, fixed = [], [], dict(constants)
-        for name, value, parameter in zip(kernel.arg_names, args, kernel.params):
-            kind, multiple = _argument(value, not parameter.do_not_specialize)
-            if kind == "constexpr":
-                fixed[name] = value
-            types.append(kind)
-            aligned.append(multiple)
-        types += ["constexpr"] * len(constants)
-        aligned += [False] * len(constants)
-        module = kernel.fn.__module__.rpartition(".")[2]
+    def noted(fn, compile, **_) -> bool:
+        names = fn.jit_function.arg_names
+        attributes = compile["configs"][0]
         entry = Launch(
-            module, kernel.fn.__name__, tuple(types), tuple(aligned),
-            tuple(sorted(fixed.items())), warps, stages,
+            fn.module.rpartition(".")[2], fn.name, tuple(compile["signature"].values()),
+            tuple((names[place], repr(v)) for (place,), v in sorted(attributes.items()) if v),
+            tuple(sorted((names[place], v) for (place,), v in compile["constants"].items())),
+            compile["num_warps"], compile["num_stages"], compile["specialization_data"],
         )  # fmt: skip
         launches[entry] = None
+        return True
 
-    common.launch.recorder = record
+    triton.runtime.driver.set_active(_Elsewhere(arch))
+    triton.knobs.runtime.jit_cache_hook, common.launch.recorder = noted, warm
     try:
-        for options in cases(arch):
+        for options in cases(arch) if calls is None else calls:
             _call(Triton(arch), **options)
     finally:
-        common.launch.recorder = None
+        triton.knobs.runtime.jit_cache_hook = common.launch.recorder = None
     return list(launches)
-
-
-def _argument(value, specialised: bool) -> tuple[str, bool]:
-    if isinstance(value, torch.Tensor):
-        return "*" + _TYPES[value.dtype], value.data_ptr() % 16 == 0
-    if isinstance(value, TensorDescriptor):
-        shape = ",".join(map(str, value.block_shape))
-        return f"tensordesc<{_TYPES[value.base.dtype]}[{shape}]>", False
-    if isinstance(value, int):
-        if value == 1 and specialised:
-            return "constexpr", False
-        kind = "i32" if abs(value) < 2**31 else "i64"
-        return kind, specialised and value % 16 == 0
-    return "fp32", False
 
 
 def cases(arch: str) -> list[dict]:
@@ -219,46 +216,18 @@ def cases(arch: str) -> list[dict]:
     return calls + [{"precision": "fp16", **options} for options in fp16]
 
 
-class _Elsewhere:
-    """The driver of a GPU that is not here: Triton compiles for it and launches nothing."""
-
-    def __init__(self, arch: str) -> None:
-        self.target = TARGETS[arch]
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
 # Columns of the GPU tests and of the benchmark, beside those of `cases`.
 FILLED = (1, 16, 129, 256, 768, 2047)
 
 
-def fill(folder: str, arch: str) -> int:
+def fill(folder: str, arch: str, workers: int) -> int:
     """Puts into ``folder``, a TRITON_CACHE_DIR, what Triton itself would compile for the calls of
     :func:`cases` and the widths FILLED on a GPU of ``arch``; the number of kernels there."""
     os.environ["TRITON_CACHE_DIR"] = str(Path(folder).resolve())
-    triton.runtime.driver.set_active(_Elsewhere(arch))
-    seen = set()
-
-    def compile_only(kernel, grid, args, warps, stages, constants):
-        options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-        seen.add(kernel.warmup(*args, grid=grid, **constants, **options).hash)
-
-    common.launch.recorder = compile_only
-    try:
-        calls = cases(arch)
-        calls += [{"dim": d, "precision": p} for d in FILLED for p in ("fp16", "bf16", "highest")]
-        for options in calls:
-            _call(Triton(arch), **options)
-    finally:
-        common.launch.recorder = None
-    return len(seen)
+    calls = cases(arch)
+    calls += [{"dim": d, "precision": p} for d in FILLED for p in ("fp16", "bf16", "highest")]
+    with ProcessPoolExecutor(workers) as pool:
+        return len(set(pool.map(binary_hash, [(e, arch) for e in recorded(arch, calls)])))
 
 
 def _call(backend: Triton, **changes) -> None:
@@ -289,25 +258,23 @@ def _call(backend: Triton, **changes) -> None:
     driver.backward(backend, problem, ALONE, upstream, states, columns, scale, need, labels)
 
 
+def binary_of(entry: Launch, arch: str):
+    """What the JIT would compile for a launch, compiled, or found in its cache."""
+    triton.runtime.driver.set_active(_Elsewhere(arch))
+    module = importlib.import_module(f"directclr_fast.kernels.{entry.module}")
+    return getattr(module, entry.kernel).preload(entry.told)
+
+
+def binary_hash(work: tuple[Launch, str]) -> str:
+    """Under which the JIT finds it again."""
+    return binary_of(*work).hash
+
+
 def compiled(work: tuple[Launch, str]) -> dict:
     """What the binary of one launch tells (:data:`READ`), or the error."""
     entry, arch = work
-    module = __import__(f"directclr_fast.kernels.{entry.module}", fromlist=["x"])
-    kernel = getattr(module, entry.kernel)
-    constants = dict(entry.constants)
-    signature = dict(zip(kernel.arg_names, entry.types))
-    attributes = {
-        (i,): [["tt.divisibility", 16]] for i, aligned in enumerate(entry.aligned) if aligned
-    }
-    source = ASTSource(
-        kernel,
-        signature=signature,
-        constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
-        attrs=attributes,
-    )
-    options = {"num_warps": entry.warps, "num_stages": entry.stages, "enable_fp_fusion": True}
     try:
-        binary = triton.compile(source, target=TARGETS[arch], options=options)
+        binary = binary_of(entry, arch)
     except Exception as error:  # one kernel that does not compile is a row of the table
         return {"error": f"does not compile: {str(error).splitlines()[0]}"}
     read = _amd(binary) if arch.startswith("gfx") else _nvidia(binary)
@@ -404,10 +371,11 @@ def summary(version: str, rows: list[dict]) -> list[str]:
 
 PAGE = """# Triton kernels, compiled
 
-What Triton makes of every kernel that ships, read off the binaries; no GPU is needed. There are
-rows for each Triton that has judged all of them (PyTorch 2.11 brings 3.6, 2.12 and 2.13 bring 3.7,
-2.14 brings 3.8, 2.15 brings 3.9). Every single kernel, with its registers, stack, shared memory and matrix
-instructions, is in [bench/results/triton_gate.json](../bench/results/triton_gate.json);
+What Triton makes of every kernel that ships, compiled as its JIT would for a call and read off the
+binaries; no GPU is needed. There are rows for each Triton that has judged all of today's kernels
+(PyTorch 2.11 brings 3.6, 2.12 and 2.13 bring 3.7, 2.14 brings 3.8, 2.15 brings 3.9). Every single
+kernel, with its registers, stack, shared memory and matrix instructions, is in
+[bench/results/triton_gate.json](../bench/results/triton_gate.json);
 `python tests/gates/triton_kernels.py --list` prints those of the installed Triton as a table.
 
 | Triton | architecture | kernels | most registers, tile products | most shared memory, KiB | spill | with problems | matrix instructions |
@@ -441,7 +409,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.fill:
         for arch in arguments.arch:
-            print(f"Triton {triton.__version__}, {arch}: {fill(arguments.fill, arch)} kernels")
+            count = fill(arguments.fill, arch, arguments.workers)
+            print(f"Triton {triton.__version__}, {arch}: {count} kernels")
         return 0
     if arguments.triton:
         return _each(arguments.triton, argv or sys.argv[1:])
@@ -493,9 +462,10 @@ def _each(versions: list[str], argv: list[str]) -> int:
 
 
 def _on_record(of_version: dict) -> list[dict]:
-    """The rows of every launch of today that a version has on record."""
+    """The rows of every launch of today, where a version has all of them on record."""
     work = [(entry, arch) for arch in TARGETS for entry in recorded(arch)]
-    return judged([w for w in work if w[0].key(w[1]) in of_version], of_version, 1, False, 0)
+    there = all(entry.key(arch) in of_version for entry, arch in work)
+    return judged(work, of_version, 1, False, 0) if there else []
 
 
 def _write(record: dict) -> None:
