@@ -104,7 +104,9 @@ def test_small_encoder_learns():
     assert loss < 0.2  # from log 4
 
 
-def test_missing_torchvision_is_said(monkeypatch):
+def test_bad_input_gets_a_sentence(monkeypatch):
+    with pytest.raises(ValueError, match="encoder: expected one of resnet18, .*, got 'vit'"):
+        encoders.build("vit")
     monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(ImportError, match=r"encoder resnet18: expected torchvision.*\[train\]"):
         encoders.build("resnet18")

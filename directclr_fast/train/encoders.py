@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..machine import needs
+from .config import ENCODERS, check_setting
 
 SMALL_IMAGE = 64  # pixels; up to here a ResNet keeps the full resolution in its first layers
 
@@ -20,9 +21,10 @@ def build(name: str, *, channels: int = 3, image_size: int | None = None) -> nn.
     with a 3x3 convolution of stride 1 and no max-pool. small (R 256) is for 8 to 32 pixels and
     trains on a CPU; above 16 pixels its stem halves the sides. small-deep (R 256) ends in one more
     block, whose shortcut is the identity, as a ResNet's last; in small-cut that shortcut is cut.
-    image_size: pixels of the side; None means large. ImportError if torchvision is needed and
-    missing.
+    image_size: pixels of the side; None means large. ValueError for an unknown name, ImportError if
+    torchvision is needed and missing.
     """
+    check_setting("encoder", name, choices=ENCODERS)
     if name.startswith("small"):
         widths = (32, 64, 128, 256, 256)[: 4 if name == "small" else 5]
         encoder = SmallEncoder(channels, widths, stem_stride=1 if (image_size or 32) <= 16 else 2)
