@@ -74,6 +74,11 @@ MUTATIONS = [
         "test_native_kernels.py -k kept_from_other",
     ),
     Mutation(
+        "cpu: rows that parts share are not packed", "csrc/cpu/stages.cpp",
+        "kTileUnit, t + 1, team), to);", "kTileUnit, t, team), to);",
+        "test_native_kernels.py -k 'repeats and tiles'",
+    ),
+    Mutation(
         "cpu: a NaN is rounded to bf16 like a number", "csrc/cpu/tile_products.h",
         'return x == x ? (vf)rounded : splat(__builtin_nanf(""));', "return (vf)rounded;",
         "test_native_kernels.py -k nan_reaches",
