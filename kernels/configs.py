@@ -97,8 +97,9 @@ _TABLE = {
 }
 # Two exponentials an element, the triangle's mask, or maxima beside the sums want more registers:
 # there the tiles above spill. Every row here and above is free of spills with each Triton in the
-# record of tests/gates/triton_kernels.py; what decides is often the oldest (sm_80's tf32x3
-# products, the triangle on sm_100, whose unbounded sums in turn want fewer anchors with 3.7).
+# record of tests/gates/triton_kernels.py, but for 2 instructions of gfx942's sums with ids and
+# "highest" under 3.7.1; what decides is often the oldest (sm_80's tf32x3 products, the triangle on
+# sm_100, whose unbounded sums in turn want fewer anchors with 3.7).
 _CROWDED = {
     ("weights", "sm_80", HI_LO): Tile(128, 64, 32, 8, 3),
     ("weights", "sm_86", 4): Tile(64, 64, 16, 8, 2),
