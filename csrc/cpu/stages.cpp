@@ -220,8 +220,8 @@ class Arithmetic {
   std::unique_ptr<Buffer<float>> scales_;
 };
 
-// Whether parts share packed rows: where they are smaller than what one packs at a time, work would
-// grow with their number. It is less memory than the scratch of as many threads.
+// Whether parts share packed rows: where they are smaller than what one packs at a time, packing would
+// grow with their number. It is at most 4.5 MiB a part.
 bool shares_rows(const Pair& p, int parts) {
   return on_tiles(p) && parts > 1 && p.m + p.n < 2 * parts * kernels().tiles->packed_rows(p.pitch);
 }
