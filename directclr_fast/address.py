@@ -1,8 +1,8 @@
 """The one way from a tensor to an address: what native code needs of it, or one clear sentence.
 
 :func:`unwrapped` takes what has a plain tensor to give, :func:`memory` says where a tensor from
-outside lies, :func:`address` where plain contiguous elements do (docs/design.md section 4). Triton
-asks for addresses itself, of tensors that :func:`memory` has seen.
+outside lies, :func:`addresses` where plain contiguous elements do (docs/design.md section 4).
+Triton asks for addresses itself, of tensors that :func:`memory` has seen.
 """
 
 from __future__ import annotations
@@ -51,29 +51,35 @@ def _of_subclass(name: str, value: Tensor, kind: type) -> Tensor:
     )
 
 
-def address(
-    tensor: Tensor | None, dtype: torch.dtype, size: int, device: torch.device = CPU
-) -> int:
-    """Where ``size`` contiguous elements of ``dtype`` lie on ``device``; 0 for None or no elements.
+def addresses(
+    device: torch.device = CPU, /, **buffers: tuple[Tensor | None, torch.dtype, int]
+) -> dict[str, int]:
+    """Where each of ``buffers`` lies on ``device``, under its name: ``(tensor, dtype, size)`` asks
+    for ``size`` contiguous elements of ``dtype``; 0 for None or no elements.
 
     For buffers this package made and tensors that :func:`memory` has seen. Raises ``ValueError``
-    where the tensor is anything else.
+    where a tensor is anything else. All of a launch in one call: a GPU waits for the host below
+    some 5,000 rows.
     """
-    if tensor is None:
-        return 0
-    if (
-        tensor.dtype is dtype
-        and tensor.numel() == size
-        and tensor.is_contiguous()
-        and (tensor.is_cpu if device is CPU else tensor.device == device)
-        and ((at := tensor.data_ptr()) or not size)
-    ):
-        return at
-    raise ValueError(
-        f"kernel argument: expected {size} contiguous elements of {_name(dtype)} on {device}, got "
-        f"{_describe(tensor)} of shape {tuple(tensor.shape)}, {_name(tensor.dtype)} on "
-        f"{tensor.device}"
-    )
+    found, on_cpu = {}, device is CPU
+    for name, (tensor, dtype, size) in buffers.items():
+        if tensor is None:
+            found[name] = 0
+        elif (
+            tensor.dtype is dtype
+            and tensor.numel() == size
+            and tensor.is_contiguous()
+            and (tensor.is_cpu if on_cpu else tensor.device == device)
+            and ((at := tensor.data_ptr()) or not size)
+        ):
+            found[name] = at
+        else:
+            raise ValueError(
+                f"kernel argument {name}: expected {size} contiguous elements of {_name(dtype)} on "
+                f"{device}, got {_describe(tensor)} of shape {tuple(tensor.shape)}, "
+                f"{_name(tensor.dtype)} on {tensor.device}"
+            )
+    return found
 
 
 def memory(name: str, tensor: Tensor) -> int:

@@ -412,7 +412,7 @@ MUTATIONS = [
     ),
     Mutation(
         "address: of another dtype", "directclr_fast/address.py",
-        "tensor.dtype is dtype\n        and ", "",
+        "tensor.dtype is dtype\n            and ", "",
         "test_tensor_kinds.py -k asked_for",
     ),
     Mutation(
@@ -422,12 +422,12 @@ MUTATIONS = [
     ),
     Mutation(
         "address: of other strides", "directclr_fast/address.py",
-        "and tensor.is_contiguous()\n        and (tensor.is_cpu", "and (tensor.is_cpu",
+        "and tensor.is_contiguous()\n            and (tensor.is_cpu", "and (tensor.is_cpu",
         "test_tensor_kinds.py -k asked_for",
     ),
     Mutation(
         "address: on another device", "directclr_fast/address.py",
-        "and (tensor.is_cpu if device is CPU else tensor.device == device)\n", "",
+        "and (tensor.is_cpu if on_cpu else tensor.device == device)\n", "",
         "test_tensor_kinds.py -k asked_for",
     ),
     Mutation(

@@ -23,7 +23,7 @@ import waiting
 from torch import Tensor, nn
 
 from directclr_fast import fast_directclr_loss
-from directclr_fast.address import CPU, address, start
+from directclr_fast.address import CPU, addresses, start
 from directclr_fast.testing import backends, eager_loss
 
 ROWS, WIDTH, T = 8, 16, 0.5
@@ -754,12 +754,12 @@ UNFIT = {  # what is asked of float32 (4, 3), and on which device
 
 @pytest.mark.parametrize("name", UNFIT)
 def test_an_address_is_given_of_what_was_asked_for_only(name):
-    x = torch.zeros(4, 3)
-    assert address(x, torch.float32, 12) == x.data_ptr() != 0
-    assert address(None, torch.float32, 12) == 0 == address(x[:0], torch.float32, 0)
+    x, f32 = torch.zeros(4, 3), torch.float32
+    found = addresses(all=(x, f32, 12), none=(None, f32, 12), empty=(x[:0], f32, 0))
+    assert found == {"all": x.data_ptr(), "none": 0, "empty": 0} and x.data_ptr()
     change, device = UNFIT[name]
-    with pytest.raises(ValueError, match="expected 12 contiguous elements of float32 on c"):
-        address(change(x), torch.float32, 12, device)
+    with pytest.raises(ValueError, match="x: expected 12 contiguous elements of float32 on c"):
+        addresses(device, none=(None, f32, 12), x=(change(x), f32, 12))
 
 
 @pytest.mark.parametrize("name", ["memory", "device"])

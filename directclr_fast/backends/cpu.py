@@ -12,7 +12,7 @@ import os
 import torch
 from torch import Tensor
 
-from ..address import CPU, address, start
+from ..address import CPU, addresses, start
 from ..problem import Problem
 from ..products import rounding
 from .base import Backend, Pair, Saved, Tops
@@ -48,7 +48,7 @@ OPERANDS = {} if _cpu is None else {
 def _strided(r: Tensor, dim: int, index: Tensor | None) -> tuple[int, int, int, int, int]:
     """``dim`` columns of a matrix, the first or those ``index`` names, as the kernels take it."""
     at, width = start("r", r), r.shape[1]
-    columns = 0 if index is None else address(index, torch.int64, dim)
+    columns = 0 if index is None else addresses(index=(index, torch.int64, dim))["index"]
     if r.dtype not in _CODES:
         raise ValueError(f"r: expected float16, bfloat16 or float32, got {r.dtype}")
     if index is None and dim > width:
@@ -129,7 +129,8 @@ class Cpu(Backend):
         z, rnorm = _new((rows, pitch), _F32), _new((rows,), _F32)
         _cpu.normalize(
             _strided(r, problem.dim, index), rows, problem.dim, problem.eps,
-            address(z, _F32, rows * pitch), address(rnorm, _F32, rows), torch.get_num_threads(),
+            *addresses(z=(z, _F32, rows * pitch), rnorm=(rnorm, _F32, rows)).values(),
+            torch.get_num_threads(),
         )  # fmt: skip
         return z, rnorm
 
@@ -149,13 +150,15 @@ class Cpu(Backend):
 
     def _sums(self, problem, z1, z2, scale, kept, row, column, logits, upper, tops, ids) -> None:
         m, n = z1.shape[0], z2.shape[0]
-        row_sum, column_sum = address(row, _F64, 2 * m), address(column, _F64, 2 * n)
         tops = tops or Tops(None, None, None)
+        row_sum, column_sum, *others = addresses(
+            row=(row, _F64, 2 * m), column=(column, _F64, 2 * n), logits=(logits, _F64, m),
+            top_row=(tops.row, _F32, m), top_col=(tops.col, _F32, n), own=(tops.own, _F32, m),
+        ).values()  # fmt: skip
         _cpu.sums(
             *self._similarity(problem, z1, z2, scale, upper, ids, kept),
-            row_sum, row_sum + 8 * m, column_sum, column_sum and column_sum + 8 * n,
-            address(logits, _F64, m), address(tops.row, _F32, m), address(tops.col, _F32, n),
-            address(tops.own, _F32, m), torch.get_num_threads(),
+            row_sum, row_sum + 8 * m, column_sum, column_sum and column_sum + 8 * n, *others,
+            torch.get_num_threads(),
         )  # fmt: skip
 
     def _similarity(self, problem, z1, z2, scale, upper, ids, kept) -> tuple:
@@ -163,11 +166,13 @@ class Cpu(Backend):
         m, n, pitch = z1.shape[0], z2.shape[0], _cpu.pitch(problem.dim)
         rows, columns = ids or (None, None)
         size = 0 if kept is None else kept.numel()
+        z1_at, z2_at, *others = addresses(
+            z1=(z1, _F32, m * pitch), z2=(z2, _F32, n * pitch), ids1=(rows, torch.int32, m),
+            ids2=(columns, torch.int32, n), kept=(kept, _F32, size),
+        ).values()  # fmt: skip
         return (
-            address(z1, _F32, m * pitch), address(z2, _F32, n * pitch), m, n, problem.dim,
-            0 if upper else problem.row_offset, scale, upper, OPERANDS[self.precision(problem)],
-            address(rows, torch.int32, m), address(columns, torch.int32, n),
-            address(kept, _F32, size), 4 * size,
+            z1_at, z2_at, m, n, problem.dim, 0 if upper else problem.row_offset, scale, upper,
+            OPERANDS[self.precision(problem)], *others, 4 * size,
         )  # fmt: skip
 
     def products(self, problem, z1, z2, scale, pair, kept, need, ids=None):
@@ -186,9 +191,12 @@ class Cpu(Backend):
         m, n, pitch = z1.shape[0], z2.shape[0], z1.shape[1]
         _cpu.products(
             *self._similarity(problem, z1, z2, scale, upper, ids, kept),
-            address(pair.w, _F64, m), address(pair.v, _F64, n), address(pair.row_lse, _F64, m),
-            address(pair.col_lse, _F64, n), address(pair.diagonal, _F64, m),
-            address(dz1, _F32, m * pitch), address(dz2, _F32, n * pitch), torch.get_num_threads(),
+            *addresses(
+                w=(pair.w, _F64, m), v=(pair.v, _F64, n), row_lse=(pair.row_lse, _F64, m),
+                col_lse=(pair.col_lse, _F64, n), diagonal=(pair.diagonal, _F64, m),
+                dz1=(dz1, _F32, m * pitch), dz2=(dz2, _F32, n * pitch),
+            ).values(),
+            torch.get_num_threads(),
         )  # fmt: skip
 
     def gradient_buffer(self, problem: Problem, rows: int, device: torch.device) -> Tensor:
@@ -204,8 +212,10 @@ class Cpu(Backend):
             target = *_strided(into, problem.dim, columns), into.shape[1], True
         rows, pitch = len(dz if dr is None else dr), _cpu.pitch(problem.dim)
         total = _cpu.finish(
-            address(z, _F32, rows * pitch), address(dz, _F32, rows * pitch),
-            address(rnorm, _F32, rows), rows, problem.dim, problem.eps, target,
+            *addresses(
+                z=(z, _F32, rows * pitch), dz=(dz, _F32, rows * pitch), rnorm=(rnorm, _F32, rows)
+            ).values(),
+            rows, problem.dim, problem.eps, target,
             torch.get_num_threads(),
         )  # fmt: skip
         if into is not dr:

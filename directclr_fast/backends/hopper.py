@@ -7,12 +7,12 @@ Arguments are those of its namesake in ``kernels/``, where they are told.
 from __future__ import annotations
 
 import contextlib
-from functools import cache, partial
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from ..address import address, start
+from ..address import addresses, start
 from ..kernels.configs import Tile
 from ..kernels.layout import Layout
 from ..kernels.library import product as product
@@ -28,6 +28,7 @@ except ImportError as error:
 
 PINGPONG_PITCH = 256  # by design, not yet by measurement: short products leave exponentials bare
 
+F32, F64 = torch.float32, torch.float64
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 _OPERANDS = {"fp16": 0, "bf16": 1, "fp8": 2, "highest": 3}
 _PARTIALS = ("row_sum", "row_peak", "col_sum", "col_peak")
@@ -60,38 +61,26 @@ def _stream(tensor: Tensor):
     return _cuda.Stream(handle=handle, device=where.index, multiprocessors=multiprocessors(where))
 
 
-class _On:
-    """Addresses of a launch's arguments on the device of ``like``, 0 for None."""
+def _scale(scale) -> tuple[Tensor | None, float]:
+    """1/temperature as a tensor or a number, of which one counts."""
+    return (scale, 0.0) if isinstance(scale, Tensor) else (None, scale)
 
-    def __init__(self, like: Tensor) -> None:
-        self.device = like.device
-        # Of (tensor or None, size=): some 40 of them a step, so no functions of our own.
-        self.f32 = partial(address, dtype=torch.float32, device=like.device)
-        self.f64 = partial(address, dtype=torch.float64, device=like.device)
 
-    def index(self, layout: Layout, columns: Tensor | None) -> int:
-        return address(columns, torch.int64, layout.dim, self.device)
+def _exponent(layout: Layout, scale, like: Tensor):
+    held, value = _scale(scale)
+    at = addresses(like.device, scale=(held, F32, 1))
+    return _cuda.Exponent(**at, value=value, operands=layout.cosine)
 
-    def rows(self, layout: Layout, z: Tensor) -> int:
-        return address(z, layout.dtype, z.shape[0] * layout.row, self.device)
 
-    def scale(self, scale) -> tuple[int, float]:
-        """(address, value) of 1/temperature, of which one counts."""
-        return (self.f32(scale, size=1), 0.0) if isinstance(scale, Tensor) else (0, scale)
-
-    def operands(self, layout: Layout, a: Tensor, b: Tensor):
-        # What layout.operand(z) is: the first halves of a row, or the bytes behind both.
-        fp8, a_at, b_at = layout.precision == "fp8", self.rows(layout, a), self.rows(layout, b)
-        at = 4 * layout.pitch if fp8 else 0
-        return _cuda.Operands(
-            type=_OPERANDS[layout.precision], pingpong=pingpong(layout), a=a_at + at, b=b_at + at,
-            rows=a.shape[0], cols=b.shape[0], k=layout.pitch,
-            pitch=layout.stride * (2 if fp8 else 1),
-        )  # fmt: skip
-
-    def exponent(self, layout: Layout, scale):
-        at, value = self.scale(scale)
-        return _cuda.Exponent(scale=at, value=value, operands=layout.cosine)
+def _operands(layout: Layout, a: Tensor, b: Tensor):
+    # What layout.operand(z) is: the first halves of a row, or the bytes behind both.
+    fp8, (m, n), dtype = layout.precision == "fp8", (a.shape[0], b.shape[0]), layout.dtype
+    at = addresses(a.device, a=(a, dtype, m * layout.row), b=(b, dtype, n * layout.row))
+    behind = 4 * layout.pitch if fp8 else 0
+    return _cuda.Operands(
+        type=_OPERANDS[layout.precision], pingpong=pingpong(layout), a=at["a"] + behind,
+        b=at["b"] + behind, rows=m, cols=n, k=layout.pitch, pitch=layout.stride * (2 if fp8 else 1),
+    )  # fmt: skip
 
 
 def _layout(layout: Layout):
@@ -114,15 +103,18 @@ def _input(r: Tensor):
 
 def _unit_rows(layout: Layout, r: Tensor) -> tuple[Tensor, Tensor]:
     z = torch.empty((r.shape[0], layout.row), dtype=layout.dtype, device=r.device)
-    return z, torch.empty(r.shape[0], dtype=torch.float32, device=r.device)
+    return z, torch.empty(r.shape[0], dtype=F32, device=r.device)
 
 
 def normalize(layout: Layout, r: Tensor, index: Tensor | None, eps: float):
     """z (rows, layout.row) and reciprocal norms (rows,) of one view."""
-    (z, rnorm), on, rows = _unit_rows(layout, r), _On(r), _input(r)
+    (z, rnorm), n, rows = _unit_rows(layout, r), r.shape[0], _input(r)
     arguments = _cuda.NormalizeArguments(
-        r1=rows, r2=rows, index=on.index(layout, index), z1=on.rows(layout, z), z2=0,
-        rnorm1=on.f32(rnorm, size=r.shape[0]), rnorm2=0, positives=0, offset=0, eps=eps, both=False,
+        r1=rows, r2=rows, z2=0, rnorm2=0, positives=0, offset=0, eps=eps, both=False,
+        **addresses(
+            r.device, index=(index, torch.int64, layout.dim),
+            z1=(z, layout.dtype, n * layout.row), rnorm1=(rnorm, F32, n),
+        ),
     )  # fmt: skip
     _cuda.normalize(_layout(layout), arguments, _stream(r))
     return z, rnorm
@@ -133,12 +125,15 @@ def normalize_views(
 ):
     """(z1, z2, rnorm1, rnorm2, positives) in one launch; positives fp64 (rows of r1,)."""
     (z1, rnorm1), (z2, rnorm2) = _unit_rows(layout, r1), _unit_rows(layout, r2)
-    cosines, on = torch.empty(r1.shape[0], dtype=torch.float64, device=r1.device), _On(r1)
+    m, n, dtype = r1.shape[0], r2.shape[0], layout.dtype
+    cosines = torch.empty(m, dtype=F64, device=r1.device)
     arguments = _cuda.NormalizeArguments(
-        r1=_input(r1), r2=_input(r2), index=on.index(layout, index), z1=on.rows(layout, z1),
-        z2=on.rows(layout, z2), rnorm1=on.f32(rnorm1, size=r1.shape[0]),
-        rnorm2=on.f32(rnorm2, size=r2.shape[0]),
-        positives=on.f64(cosines, size=r1.shape[0]), offset=offset, eps=eps, both=True,
+        r1=_input(r1), r2=_input(r2), offset=offset, eps=eps, both=True,
+        **addresses(
+            r1.device, index=(index, torch.int64, layout.dim), positives=(cosines, F64, m),
+            z1=(z1, dtype, m * layout.row), z2=(z2, dtype, n * layout.row),
+            rnorm1=(rnorm1, F32, m), rnorm2=(rnorm2, F32, n),
+        ),
     )  # fmt: skip
     _cuda.normalize(_layout(layout), arguments, _stream(r1))
     return z1, z2, rnorm1, rnorm2, cosines
@@ -146,11 +141,13 @@ def normalize_views(
 
 def positives(layout: Layout, z1: Tensor, z2: Tensor, offset: int) -> Tensor:
     """s_ip(i) in fp64, (rows of z1,), from packed rows; p(i) = i + offset lies in z2."""
-    cosines, on = torch.empty(z1.shape[0], dtype=torch.float64, device=z1.device), _On(z1)
-    arguments = _cuda.PositivesArguments(
-        z1=on.rows(layout, z1), z2=on.rows(layout, z2), positives=on.f64(cosines, size=z1.shape[0]),
-        n=z1.shape[0], offset=offset,
+    m, n, dtype = z1.shape[0], z2.shape[0], layout.dtype
+    cosines = torch.empty(m, dtype=F64, device=z1.device)
+    at = addresses(
+        z1.device, z1=(z1, dtype, m * layout.row), z2=(z2, dtype, n * layout.row),
+        positives=(cosines, F64, m),
     )  # fmt: skip
+    arguments = _cuda.PositivesArguments(**at, n=m, offset=offset)
     _cuda.positives(_layout(layout), arguments, _stream(z1))
     return cosines
 
@@ -166,12 +163,10 @@ def lines(tile: Tile, strip: slice, columns: int, programs: int, upper: bool):
     return -(-(columns - first) // tile.columns), rows, -(-rows // tile.rows), first
 
 
-def _parts(on: _On, parts) -> dict[str, int]:
-    """Addresses of ``packed.Partials`` as the binding names them."""
-    return {
-        name: 0 if buffer is None else on.f32(buffer, size=buffer.numel())
-        for name, buffer in parts._asdict().items()
-    }
+def _buffers(parts) -> dict[str, tuple]:
+    """``packed.Partials``, or None, as ``addresses`` takes them."""
+    parts = (None,) * len(_PARTIALS) if parts is None else parts
+    return {n: (x, F32, 0 if x is None else x.numel()) for n, x in zip(_PARTIALS, parts)}
 
 
 def sums(
@@ -181,27 +176,27 @@ def sums(
     """One launch: ``parts`` of the anchors in ``strip`` (z1) against all candidates (z2), or, for
     ``upper``, against those from the strip's first row on. ``tops`` without ``bounded`` only;
     ``own`` (M,) gets the positives' logits, in base 2, there and for "highest". No ``ids`` here."""
-    on, own = _On(z1), None if own is None else own[strip]
+    own = None if own is None else own[strip]
     if upper:  # tiles below the diagonal are left out
         for name, buffer in parts._asdict().items():
             if buffer is not None:
                 buffer.fill_(-torch.inf if name.endswith("peak") else 0.0)
     arguments = _cuda.SumsArguments(
-        **_parts(on, parts), own=on.f32(own, size=strip.stop - strip.start),
-        exponent=on.exponent(layout, scale), step=0 if upper else strip.start + offset, upper=upper,
-        columns=parts.col_sum is not None, bounded=bounded,
+        **addresses(z1.device, **_buffers(parts), own=(own, F32, strip.stop - strip.start)),
+        exponent=_exponent(layout, scale, z1), step=0 if upper else strip.start + offset,
+        upper=upper, columns=parts.col_sum is not None, bounded=bounded,
     )  # fmt: skip
     z2 = z2[strip.start :] if upper else z2
-    _cuda.sums(on.operands(layout, z1[strip], z2), arguments, _stream(z1))
+    _cuda.sums(_operands(layout, z1[strip], z2), arguments, _stream(z1))
 
 
 def fold(sums: Tensor, peaks: Tensor | None, into: Tensor, first: bool, bounded: bool) -> None:
     """``into`` (n,) fp64 log-sums: set (``first``) or increased by the lines of ``sums``."""
-    (lines, n), on = sums.shape, _On(sums)
-    arguments = _cuda.FoldArguments(
-        sums=on.f32(sums, size=lines * n), peaks=on.f32(peaks, size=lines * n),
-        into=on.f64(into, size=n), n=n, lines=lines, stride=n, first=first,
-    )  # fmt: skip
+    (lines, n), size = sums.shape, sums.numel()
+    at = addresses(
+        sums.device, sums=(sums, F32, size), peaks=(peaks, F32, size), into=(into, F64, n)
+    )
+    arguments = _cuda.FoldArguments(**at, n=n, lines=lines, stride=n, first=first)
     _cuda.fold(arguments, _stream(sums))
 
 
@@ -212,23 +207,24 @@ def combine_blocks(n: int) -> int:
 
 def combine(problem, positives: Tensor, scale, parts, rest, out, *, bounded: bool) -> None:
     """One launch: ``out`` from ``parts`` or from ``rest``."""
-    m, n, on = problem.rows, problem.candidates, _On(positives)
-    per_row = problem.reduction == "none"
-    partials = dict.fromkeys((*_PARTIALS, "row_lines", "col_lines"), 0)
-    if parts is not None:
-        col_lines = 0 if parts.col_sum is None else parts.col_sum.shape[0]
-        partials = _parts(on, parts) | {"row_lines": parts.row_sum.shape[0], "col_lines": col_lines}
+    m, n, blocks = problem.rows, problem.candidates, out.losses.shape[0]
     columns, own = (n, m) if problem.symmetric else (0, 0)
-    scale_at, scale_value = on.scale(scale)
-    logits = positives.dtype == torch.float32
+    row_lines = col_lines = 0
+    if parts is not None:
+        row_lines = parts.row_sum.shape[0]
+        col_lines = 0 if parts.col_sum is None else parts.col_sum.shape[0]
+    by_row, by_block = (out.losses, None) if problem.reduction == "none" else (None, out.losses)
+    cosines, logits = (positives, None) if positives.dtype == F64 else (None, positives)
+    held, value = _scale(scale)
     arguments = _cuda.CombineArguments(
-        **partials, rest_row=on.f64(rest[0], size=m), rest_col=on.f64(rest[1], size=n),
-        positives=0 if logits else on.f64(positives, size=m),
-        own=on.f32(positives, size=m) if logits else 0, scale=scale_at, scale_value=scale_value,
-        row_lse=on.f64(out.row_lse, size=m), col_lse=on.f64(out.col_lse, size=columns),
-        nll_row=on.f64(out.nll_row, size=m), nll_col=on.f64(out.nll_col, size=own),
-        loss_by_row=on.f32(out.losses, size=m) if per_row else 0,
-        loss_by_block=0 if per_row else on.f64(out.losses, size=out.losses.shape[0]), m=m, n=n,
+        **addresses(
+            positives.device, **_buffers(parts), rest_row=(rest[0], F64, m),
+            rest_col=(rest[1], F64, n), positives=(cosines, F64, m), own=(logits, F32, m),
+            scale=(held, F32, 1), row_lse=(out.row_lse, F64, m), nll_row=(out.nll_row, F64, m),
+            col_lse=(out.col_lse, F64, columns), nll_col=(out.nll_col, F64, own),
+            loss_by_row=(by_row, F32, m), loss_by_block=(by_block, F64, blocks),
+        ),
+        row_lines=row_lines, col_lines=col_lines, scale_value=value, m=m, n=n,
         offset=problem.row_offset, symmetric=problem.symmetric,
     )  # fmt: skip
     _cuda.combine(arguments, _stream(positives))
@@ -236,11 +232,9 @@ def combine(problem, positives: Tensor, scale, parts, rest, out, *, bounded: boo
 
 def total(losses: Tensor, loss: Tensor, factor: float) -> None:
     """One launch: ``loss`` (0-dim) = sum of ``losses`` / factor, in a fixed order."""
-    on, n = _On(losses), losses.shape[0]
-    arguments = _cuda.TotalArguments(
-        parts=on.f64(losses, size=n), loss=on.f32(loss, size=1), n=n, factor=factor
-    )
-    _cuda.total(arguments, _stream(losses))
+    n = losses.shape[0]
+    at = addresses(losses.device, parts=(losses, F64, n), loss=(loss, F32, 1))
+    _cuda.total(_cuda.TotalArguments(**at, n=n, factor=factor), _stream(losses))
 
 
 # ------------------------------------------------------------------------------- weights, products
@@ -251,20 +245,21 @@ def factors(
 ) -> Factors:
     """One launch."""
     record = Factors(problem.rows, problem.candidates, problem.symmetric, bounded, upstream.device)
-    m, n, on = problem.rows, problem.candidates, _On(upstream)
+    m, n = problem.rows, problem.candidates
     columns, own = (n, m) if problem.symmetric else (0, 0)
     col = n if problem.symmetric else m  # where there is none, the row's stands for it
-    col_shift = m if bounded else col
     arguments = _cuda.FactorsArguments(
-        upstream=on.f32(upstream, size=m) if problem.reduction == "none" else 0,
-        largest=on.f32(divisor, size=1),
-        row_lse=on.f64(saved.row_lse, size=m), col_lse=on.f64(saved.col_lse, size=columns),
-        nll_row=on.f64(saved.nll_row, size=m), nll_col=on.f64(saved.nll_col, size=own),
-        row=on.f32(record.row, size=m), col=on.f32(record.col, size=col),
-        row_shift=on.f32(record.row_shift, size=m),
-        col_shift=on.f32(record.col_shift, size=col_shift),
-        diagonal=on.f32(record.diagonal, size=m), m=m, n=n, offset=problem.row_offset, store=STORE,
-        symmetric=problem.symmetric, bounded=bounded,
+        **addresses(
+            upstream.device, upstream=(upstream if problem.reduction == "none" else None, F32, m),
+            largest=(divisor, F32, 1), row_lse=(saved.row_lse, F64, m),
+            col_lse=(saved.col_lse, F64, columns), nll_row=(saved.nll_row, F64, m),
+            nll_col=(saved.nll_col, F64, own), row=(record.row, F32, m), col=(record.col, F32, col),
+            row_shift=(record.row_shift, F32, m),
+            col_shift=(record.col_shift, F32, m if bounded else col),
+            diagonal=(record.diagonal, F32, m),
+        ),
+        m=m, n=n, offset=problem.row_offset, store=STORE, symmetric=problem.symmetric,
+        bounded=bounded,
     )  # fmt: skip
     _cuda.factors(arguments, _stream(upstream))
     return record
@@ -283,19 +278,19 @@ def weights(
     col, col_shift = factors.row, factors.row_shift
     if factors.symmetric:
         col, col_shift = factors.col[columns], factors.col_shift[columns]
-    on = _On(z1)
-    addresses = _cuda.WeightFactors(
-        row=on.f32(factors.row[rows], size=height), col=on.f32(col, size=col.shape[0]),
-        row_shift=on.f32(factors.row_shift[rows], size=height),
-        col_shift=on.f32(col_shift, size=(col_shift if factors.bounded else col).shape[0]),
-        symmetric=factors.symmetric,
+    at = addresses(
+        z1.device, row=(factors.row[rows], F32, height), col=(col, F32, col.shape[0]),
+        row_shift=(factors.row_shift[rows], F32, height),
+        col_shift=(col_shift, F32, (col_shift if factors.bounded else col).shape[0]),
+        out=(block, layout.element, height * pitch),
     )  # fmt: skip
     arguments = _cuda.WeightsArguments(
-        out=address(block, layout.element, height * pitch, z1.device), pitch=pitch,
-        factors=addresses, exponent=on.exponent(layout, scale),
-        step=rows.start + offset - columns.start, bounded=factors.bounded, mirror=mirror,
+        out=at.pop("out"), pitch=pitch,
+        factors=_cuda.WeightFactors(**at, symmetric=factors.symmetric),
+        exponent=_exponent(layout, scale, z1), step=rows.start + offset - columns.start,
+        bounded=factors.bounded, mirror=mirror,
     )  # fmt: skip
-    _cuda.weights(on.operands(layout, z1[rows], z2[columns]), arguments, _stream(z1))
+    _cuda.weights(_operands(layout, z1[rows], z2[columns]), arguments, _stream(z1))
     return block
 
 
@@ -308,28 +303,31 @@ def finish(
     eps: float, add: bool,
 ) -> None:  # fmt: skip
     """One launch for one or two ``views``."""
-    sides, on = [], _On(views[0][0].z)
+    sides, device, dtype, row = [], views[0][0].z.device, layout.dtype, layout.row
     for (view, number), partner in zip(views, (other, views[0][0].z), strict=False):
         to_other, to_diagonal = (offset, 0) if number == 1 else (-offset, -offset)
         row_stride, col_stride = (0, 0) if view.dr is None else view.dr.stride()
         n, dr = view.z.shape[0], view.dr
         side = _cuda.FinishSide(
-            z=on.rows(layout, view.z), other=on.rows(layout, partner),
-            rnorm=on.f32(view.rnorm, size=n),
-            acc=on.f32(view.acc, size=n * layout.pitch),
-            dr=0 if dr is None else start("dr", dr, on.device), dr_row_stride=row_stride,
-            dr_col_stride=col_stride, dots=on.f32(view.dots, size=n), rows=n, to_other=to_other,
-            to_diagonal=to_diagonal,
+            **addresses(
+                device, z=(view.z, dtype, n * row), other=(partner, dtype, partner.shape[0] * row),
+                rnorm=(view.rnorm, F32, n), acc=(view.acc, F32, n * layout.pitch),
+                dots=(view.dots, F32, n),
+            ),
+            dr=0 if dr is None else start("dr", dr, device), dr_row_stride=row_stride,
+            dr_col_stride=col_stride, rows=n, to_other=to_other, to_diagonal=to_diagonal,
         )  # fmt: skip
         sides.append(side)
     outputs = [view.dr for view, _ in views if view.dr is not None]
-    dtype = _DTYPES[outputs[0].dtype if outputs else torch.float32]
     diagonals = 0 if diagonal is None else diagonal.shape[0]
-    scale_at, scale_value = on.scale(scale)
+    held, value = _scale(scale)
     arguments = _cuda.FinishArguments(
-        dtype=dtype, index=on.index(layout, index), diagonal=on.f32(diagonal, size=diagonals),
-        diagonals=diagonals, d=layout.dim, width=width, largest_rnorm=1.0 / eps, add=add,
-        factor=factor, upstream=on.f32(upstream, size=1), scale=scale_at, scale_value=scale_value,
+        **addresses(
+            device, index=(index, torch.int64, layout.dim), diagonal=(diagonal, F32, diagonals),
+            upstream=(upstream, F32, 1), scale=(held, F32, 1),
+        ),
+        dtype=_DTYPES[outputs[0].dtype if outputs else F32], diagonals=diagonals, d=layout.dim,
+        width=width, largest_rnorm=1.0 / eps, add=add, factor=factor, scale_value=value,
     )  # fmt: skip
     first, second = sides if len(sides) > 1 else (sides[0], None)
     _cuda.finish(_layout(layout), first, second, arguments, _stream(views[0][0].z))
@@ -339,11 +337,12 @@ def add_positives(
     layout: Layout, dz: Tensor, other: Tensor, diagonal: Tensor, factor: Tensor, step: int, shift
 ) -> None:
     """One launch."""
-    on = _On(dz)
+    n, others, diagonals = dz.shape[0], other.shape[0], diagonal.shape[0]
     arguments = _cuda.AddPositivesArguments(
-        dz=on.f32(dz, size=dz.shape[0] * layout.pitch), other=on.rows(layout, other),
-        diagonal=on.f32(diagonal, size=diagonal.shape[0]), factor=on.f32(factor, size=1),
-        n=dz.shape[0], others=other.shape[0], diagonals=diagonal.shape[0], to_other=step,
-        to_diagonal=shift,
+        **addresses(
+            dz.device, dz=(dz, F32, n * layout.pitch), factor=(factor, F32, 1),
+            other=(other, layout.dtype, others * layout.row), diagonal=(diagonal, F32, diagonals),
+        ),
+        n=n, others=others, diagonals=diagonals, to_other=step, to_diagonal=shift,
     )  # fmt: skip
     _cuda.add_positives(_layout(layout), arguments, _stream(dz))
