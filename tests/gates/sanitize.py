@@ -27,6 +27,13 @@ from directclr_fast.testing import evaluate, make_views, relative_error
 SHAPES = ((129, 70), (300, 360))
 PRECISIONS = ("fp16", "bf16", "tf32", "highest", "fp8")
 FEW = (((129, 70), ("fp16", "highest", "fp8")), ((300, 360), ("fp16",)))
+WIDTH = 400
+# Rows, width and columns in the tests of a GPU, for which `make gpu-kit` compiles ahead.
+TESTED = [
+    (1, 4, 3), (2, 17, 17), (3, 5, 5), (7, 64, 16), (63, 200, 127), (64, 200, 128), (65, 200, 129),
+    (127, 64, 1), (129, 2048, 360), (1000, 2048, 360), (4097, 2048, 360), (1031, 2048, 2047),
+    (2048, 2048, 2048), (4096, 512, 256),
+]  # fmt: skip
 TILES = (((2100, 360), ("fp16", "highest")),)
 # Of the loss and of gradients: far above rounding, far below a tile that is missing.
 ALLOWED = {"highest": 1e-4, "tf32": 1e-2, "fp16": 1e-2, "bf16": 5e-2, "fp8": 0.2}
@@ -64,11 +71,11 @@ def main() -> int:
     work = [(shape, precision) for shape, precisions in work for precision in precisions]
     ran, wrong = dict.fromkeys(backends, 0), []
     for ((rows, dim), precision), backend in itertools.product(work, backends):
-        problem = Case(rows, dim, 400, dtype="float32", device=device).problem(precision)
+        problem = Case(rows, WIDTH, dim, dtype="float32", device=device).problem(precision)
         if dispatch.load(backend).why_not(problem):
             continue
-        r1, r2 = make_views(rows, 400, kind="unrelated", dtype=torch.float32, device=device)
-        columns = torch.randperm(400, generator=torch.Generator().manual_seed(0))[: 3 * dim]
+        r1, r2 = make_views(rows, WIDTH, kind="unrelated", dtype=torch.float32, device=device)
+        columns = torch.randperm(WIDTH, generator=torch.Generator().manual_seed(0))[: 3 * dim]
         columns = columns[: 3 * (len(columns) // 3)].view(3, -1).to(device)
         ran[backend] += 1
         for options in (
