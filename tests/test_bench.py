@@ -547,6 +547,10 @@ def test_a_gpu_s_results_fill_the_page_and_say_where_cuda_is_faster(tmp_path, mo
         gpu_case(32768, 360, eager=90, triton=20, cuda=10),
         gpu_case(4096, 768, triton=20),
     ]
+    for page, name in zip(tables.PAGES, ("gpu-short", "gpu-loss")):
+        text = (ROOT / page).read_text()
+        assert "\nTHE TABLE\n" in tables.fill(text, {name: "THE TABLE"})
+        assert tables.fill(text, {}) == text
     head, _, *lines = tables.loss_gpu(cases).splitlines()
     assert len(lines) == 9 and "x memeff" in head
     assert (
