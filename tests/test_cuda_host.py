@@ -11,7 +11,6 @@ import contextlib
 import ctypes
 import importlib.util
 import subprocess
-import sys
 import sysconfig
 from collections import Counter
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 import pytest
 import test_loss_exact as exact
 import torch
-from directclr_fast.kernels import layout
+from calls import python_calls
 from directclr_fast.kernels import library as products
 from directclr_fast.kernels.layout import Layout
 
@@ -419,20 +418,7 @@ def test_a_step_makes_few_python_calls(negatives, most):
     """Of functions of this package; below N of about 5,000 a GPU waits for them."""
     r1, r2 = (r.requires_grad_() for r in make_views(64, 48, dtype=torch.float32))
     options = {"negatives": negatives, "backend": "cuda", "precision": "fp16"}
-    ours = (str(Path(dispatch.__file__).parent), str(Path(layout.__file__).parent))
-    calls = Counter()
-
-    def note(frame, event, _):
-        code = frame.f_code  # comprehensions are no calls from Python 3.12 on
-        if event == "call" and code.co_filename.startswith(ours) and code.co_name[0] != "<":
-            calls[code.co_name] += 1
-
-    for profile in (None, None, note):
-        sys.setprofile(profile)
-        try:
-            fast_directclr_loss(r1, r2, 40, **options).backward()
-        finally:
-            sys.setprofile(None)
+    calls = python_calls(lambda: fast_directclr_loss(r1, r2, 40, **options).backward())
     assert 0.8 * most < calls.total() <= most, calls.most_common(12)
 
 

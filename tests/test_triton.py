@@ -18,6 +18,7 @@ import test_labels as labels
 import test_loss_exact as exact
 import test_top1 as top1
 import torch
+from calls import python_calls
 from gates import sanitize
 
 from directclr_fast import dispatch, fast_directclr_loss, last_backend, ops
@@ -447,6 +448,14 @@ def launches(monkeypatch):
 
     monkeypatch.setattr(common.Launcher, "__call__", counted)
     return names
+
+
+def test_a_step_makes_few_python_calls(monkeypatch):
+    """Beside Triton's own; below N of about 5,000 a GPU waits for them."""
+    r1, r2 = (r.requires_grad_() for r in make_views(64, 48))
+    monkeypatch.setattr(common.launch, "recorder", lambda *launch: None)
+    calls = python_calls(lambda: fast_directclr_loss(r1, r2, 40, backend="triton").backward())
+    assert 120 < calls.total() <= 185, calls.most_common(12)
 
 
 def test_four_launches_forward_and_five_backward(launches, monkeypatch):
