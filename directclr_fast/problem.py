@@ -379,6 +379,7 @@ def _check_index(columns, r1: Tensor) -> Tensor:
 
 
 _places: dict[tuple, Tensor] = {}
+_captured: dict[tuple, Tensor] = {}  # a CUDA graph reads them whenever it is replayed
 
 
 def _placed(index: Tensor, device: torch.device) -> Tensor:
@@ -388,9 +389,13 @@ def _placed(index: Tensor, device: torch.device) -> Tensor:
     placed = _places.get(key)
     if placed is None:
         if len(_places) >= 64:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # a kernel on another stream may still read one
             _places.clear()
         with torch.inference_mode(False):  # the next call may want gradients
             placed = _places[key] = index.contiguous().to(device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _captured[key] = placed
     return placed
 
 

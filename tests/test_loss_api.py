@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import math
@@ -154,6 +155,25 @@ def test_columns_of_the_same_values_are_copied_to_a_device_once():
     other = placed(index, device)
     assert other is not first and other.shape == (1, 6)
     assert placed(index.view(2, 3), device).shape == (2, 3)
+
+
+def test_columns_that_a_graph_has_captured_are_kept(monkeypatch):
+    """Whatever else is asked for later: a replay reads the memory they had."""
+    problem, device = directclr_fast.problem, torch.device("cuda", 0)
+    indices = torch.arange(70 * 4).view(70, 1, 4)
+    keys = [(index.numpy().tobytes(), index.shape, device) for index in indices]
+    monkeypatch.setattr(problem, "_places", dict(zip(keys, indices)))
+    monkeypatch.setattr(problem, "_captured", {})
+    waited, captures = [], iter([False, True])
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: next(captures))
+    assert problem._placed(indices[3], device) is not None and not problem._captured
+    problem._placed(indices[5], device)
+    assert list(problem._captured) == [keys[5]] and not waited
+    with contextlib.suppress(RuntimeError, AssertionError):  # no such device here
+        problem._placed(torch.arange(500, 504)[None], device)
+    assert waited == [device] and keys[5] not in problem._places
+    assert list(problem._captured) == [keys[5]]
 
 
 def test_gradients_do_not_depend_on_how_columns_are_named(views):
