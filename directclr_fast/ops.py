@@ -287,7 +287,7 @@ def run(call: Call) -> tuple[Tensor, Statistics | None]:
     # Asked here as well: a function of its own may be compiled where this one is not.
     compiling, inside_transform = torch.compiler.is_compiling(), transformed()
     if compiling or (not inside_transform and dispatched(r1, r2, index, temperature, labels)):
-        if options.backend != "reference" and options.negatives != "same":
+        if options.backend != "reference" and not options.reference_only():
             if inside_transform:  # without fullgraph=True the call then runs outside the graph
                 raise NotImplementedError(
                     "torch.func or forward-mode AD inside a compiled graph: expected "

@@ -70,13 +70,11 @@ class Cpu(Backend):
             return [
                 f"the compiled extension is not installed ({_missing}); a C++17 compiler builds it"
             ]
-        reasons = []
+        reasons = problem.reference_only()
         if problem.device_type != "cpu":
             reasons.append(f"it reads CPU tensors, got {problem.device_type}")
         if problem.dtype == torch.float64:
             reasons.append("it computes in fp32, got float64")
-        if problem.negatives == "same":
-            reasons.append("negatives 'same' is in the reference backend only")
         asked = problem.precision
         if (asked == "bf16" and not _cpu.has_bf16()) or (asked == "tf32" and not _cpu.has_tiles()):
             reasons.append(

@@ -37,9 +37,7 @@ class Torch(Backend):
     default_workspace = 64 * 2**20
 
     def why_not(self, problem: Problem) -> list[str]:
-        reasons = []
-        if problem.negatives == "same":
-            reasons.append("negatives 'same' is in the reference backend only")
+        reasons = problem.reference_only()
         if problem.precision not in ("auto", "highest"):
             reasons.append(
                 f"precision {problem.precision!r}: it computes in fp32 (fp64 for fp64 inputs)"

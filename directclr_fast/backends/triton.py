@@ -45,15 +45,13 @@ class Triton(Packed):
     def why_not(self, problem: Problem) -> list[str]:
         if importlib.util.find_spec("triton") is None:
             return ["triton is not installed"]
-        reasons = []
+        reasons = problem.reference_only()
         if problem.device_type == "cpu" and not interpreted():
             reasons.append("it runs on GPUs, got cpu")
         elif problem.device_type not in ("cuda", "cpu"):
             reasons.append(f"it runs on CUDA and ROCm devices, got {problem.device_type}")
         if problem.dtype == torch.float64:
             reasons.append("it computes in fp32 and less, got float64")
-        if problem.negatives == "same":
-            reasons.append("negatives 'same' is in the reference backend only")
         if problem.device_type == "cuda" and torch.cuda.is_available() and not torch.version.hip:
             major, minor = capability(problem)
             if major < 8:
