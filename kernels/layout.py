@@ -15,7 +15,7 @@ own. PITCH is d rounded up to 64 with zeros in between, so no tile needs a mask 
 cost 384.
 
 "highest" multiplies both parts of fp16 rows, hi lo' + lo hi' + hi hi'. Its rows are fp32 tensors,
-which hold the halves: so they are told from rows of "fp16".
+which hold the halves: that tells them from rows of "fp16".
 """
 
 from __future__ import annotations

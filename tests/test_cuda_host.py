@@ -27,7 +27,7 @@ from directclr_fast.kernels.layout import Layout
 from directclr_fast import dispatch, fast_directclr_loss, last_backend, ops
 from directclr_fast.backends import cuda as backend
 from directclr_fast.backends import hopper, packed
-from directclr_fast.backends.base import Pair
+from directclr_fast.backends.base import Weights
 from directclr_fast.problem import Options, Problem
 from directclr_fast.testing import KINDS, bound, eager_loss, evaluate, make_views, relative_error
 from directclr_fast.world import ALONE
@@ -627,7 +627,7 @@ def test_at_most_five_percent_of_the_tiles_are_wasted(monkeypatch, tiles_of, n, 
     tile = made._tile("sums", packing, torch.device("meta"))
     z = torch.empty((n, packing.row), dtype=packing.dtype, device="meta")
     dz, w = (torch.empty((n, k), dtype=torch.float64, device="meta") for k in (packing.pitch, 1))
-    factors = packed._factors(Pair(w, w, w, w, w), True, packing.unit)[0]
+    factors = packed._factors(Weights(w, w, w, w, w), True, packing.unit)[0]
     made.sums(asked, z, z, 10.0, None)
     made._tile_products(asked, packing, z, z, 10.0, factors, 0, (True, True))
     wanted = needed(n, tile, False)
@@ -652,7 +652,7 @@ def test_a_mirrored_half_has_the_bits_of_a_computed_one(precision, dim, bounded)
         packing = Layout(precision, dim)
         z, _ = hopper.normalize(packing, make_views(n, 320, dtype=torch.float32)[0], None, 1e-12)
         w = torch.rand(n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
-        found, _ = packed._factors(Pair(w, w, w, w, w), bounded, packing.unit)
+        found, _ = packed._factors(Weights(w, w, w, w, w), bounded, packing.unit)
         made = []
         for mirror in (False, True):
             out = torch.full((1024 * 1024,), torch.nan, dtype=packing.dtype)

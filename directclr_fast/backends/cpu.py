@@ -15,7 +15,7 @@ from torch import Tensor
 from ..address import CPU, addresses, start
 from ..problem import Problem
 from ..products import rounding
-from .base import Backend, Pair, Saved, Tops
+from .base import Backend, Saved, Tops, Weights
 
 try:
     from .. import _cpu
@@ -182,7 +182,7 @@ class Cpu(Backend):
         return dz1, dz2
 
     def add_self_products(self, problem, z, scale, w, lse, dz, ids=None):
-        pair = Pair(w, lse, w, lse, None)
+        pair = Weights(w, lse, w, lse, None)
         self._products(problem, z, z, scale, pair, None, dz, dz, True, ids)
 
     def _products(self, problem, z1, z2, scale, pair, kept, dz1, dz2, upper, ids) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..kernels.layout import STORE, Factors, Side, layout_of
 from ..problem import Problem
 from ..products import may_round
-from .base import Backend, Pair, Saved, Statistics, Tops
+from .base import Backend, Saved, Statistics, Tops, Weights
 
 LN2 = math.log(2.0)
 
@@ -382,7 +382,7 @@ class Packed(Backend):
 
     def add_self_products(self, problem, z, scale, w, lse, dz, ids=None):
         layout = self._layout(problem, z)
-        pair = Pair(w, lse, w, lse, w)
+        pair = Weights(w, lse, w, lse, w)
         factors, unit = _factors(pair, problem.bounded(scale), layout.unit, ids)
         tile = self._tile("weights", layout, z.device, factors.crowded)
         inner = self._tile("products", layout, z.device)
@@ -434,7 +434,7 @@ def _largest_mass(state: Saved, upstream: Tensor | None) -> Tensor:
     return (mass if upstream is None else mass * upstream.abs()).amax().float()
 
 
-def _factors(pair: Pair, bounded: bool, of_rows: float, ids=None):
+def _factors(pair: Weights, bounded: bool, of_rows: float, ids=None):
     """(the kernels' factors of a pair's weights, the factor the product still lacks, 0-dim), with
     rows that are ``of_rows`` z."""
     both = pair.v is not None

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import torch
 
 from .. import dispatch
-from ..backends.base import Pair
+from ..backends.base import Weights
 from ..machine import processor
 from . import study
 from .timing import interleaved
@@ -45,7 +45,7 @@ def stages(args: argparse.Namespace) -> list[tuple]:
     problem = problem.replace(workspace_bytes=int(args.keep * _cpu.workspace_bytes(n, n)))
     views = [torch.randn(n, width) for _ in range(2)]
     lse, weight, diagonal = (torch.full((n,), x, dtype=torch.float64) for x in (12, 5 / n, -5 / n))
-    pair = Pair(weight, lse, weight, lse, diagonal)
+    pair = Weights(weight, lse, weight, lse, diagonal)
 
     def normalize() -> list:
         return [backend.normalize(problem, r, None) for r in views]
