@@ -103,7 +103,8 @@ Ids = tuple[Tensor, Tensor]
 class Backend:
     """One implementation of the stages; a new one joins ``problem.PRIORITY``.
 
-    What raises ``NotImplementedError`` here is every subclass's to define; types are stated here.
+    What raises ``NotImplementedError`` here is every subclass's to define, the last two where it
+    fuses; types are stated here.
     """
 
     name: str

@@ -26,7 +26,7 @@ from .base import Backend, Saved, Statistics, Tops, Weights
 
 LN2 = math.log(2.0)
 
-# Of one strip of anchors: what is beyond waits for another launch.
+# Limit of the partial sums of one launch; the anchors beyond it are further strips.
 PARTIAL_BYTES = 64 * 2**20
 
 
@@ -94,7 +94,7 @@ class Packed(Backend):
         raise NotImplementedError
 
     def _whole_rows(self, tile) -> int:
-        """Of what a launch takes whole: strips and super-blocks end where one does."""
+        """What a launch takes as a unit: strips and super-blocks are multiples of it."""
         return tile.rows
 
     def _superblock(self, problem: Problem, layout, tile) -> tuple[int, int]:

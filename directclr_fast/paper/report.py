@@ -89,8 +89,8 @@ def summary(plan, done: dict[str, dict], weights: Path, steps: int) -> dict:
 
 
 def _differences(rows: dict[str, dict]) -> dict:
-    """By measure and mode, DirectCLR's r less that mode's; of DirectCLR itself its r less its
-    sub-vector."""
+    """Accuracy of DirectCLR's r minus that of a mode's r, by measure and mode; of DirectCLR itself
+    minus that of its sub-vector."""
     of_modes = {mode: row["accuracy"] for mode, row in rows.items() if "accuracy" in row}
     differences = {measure: {} for measure in _MEASURE}
     if own := of_modes.get("directclr"):

@@ -30,7 +30,7 @@ from . import mechanism, spectrum
 
 ROUNDING = 2.0**-23  # of fp32, relative
 SMALL = 1e-4  # of the largest eigenvalue; counted beside the collapsed ones
-EPOCHS, MANY, FEWER = 100, 20_000, 25  # of the linear probe; of more training samples fewer epochs
+EPOCHS, MANY, FEWER = 100, 20_000, 25  # the linear probe has FEWER epochs above MANY samples
 REPORT_EVERY = 0.5  # seconds between two reports of a run's step to the process that started it
 
 
