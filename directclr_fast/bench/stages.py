@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .. import dispatch
+from .. import _cpu, dispatch
 from ..backends.base import Weights
 from ..machine import processor
 from . import study
@@ -38,8 +38,6 @@ FLAGS = {
 
 def stages(args: argparse.Namespace) -> list[tuple]:
     """(name, operations, bytes that must move, call) of each stage."""
-    from .. import _cpu
-
     backend, n, d, width, scale = dispatch.load("cpu"), args.n, args.d, args.width, 10.0
     problem = Case(n, width, d, temperature=1 / scale).problem(args.precision)
     problem = problem.replace(workspace_bytes=int(args.keep * _cpu.workspace_bytes(n, n)))
@@ -75,16 +73,12 @@ def stages(args: argparse.Namespace) -> list[tuple]:
 
 def measure(args: argparse.Namespace) -> Iterator[tuple[dict, str]]:
     """A case for each number of threads, as a table."""
-    from .. import _cpu
-
     _cpu.force_isa(args.isa)
     for threads in args.threads:
         yield _case(args, threads)
 
 
 def _case(args: argparse.Namespace, threads: int) -> tuple[dict, str]:
-    from .. import _cpu
-
     torch.set_num_threads(threads)
     table = stages(args)
     iterations = 500_000
