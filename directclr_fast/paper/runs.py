@@ -73,6 +73,21 @@ class Run:
         return "-".join(words)
 
 
+def same_settings(out: Path, now: dict) -> None:
+    """Keeps the settings of all runs in ``out``; ValueError where older runs there had others."""
+    path = out / "settings.json"
+    if not path.exists():
+        checkpoint.write_json(path, now, indent=1)
+        return
+    before = json.loads(path.read_text())
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            raise ValueError(
+                f"{name}: expected {before.get(name)!r} as in the runs in {out}, "
+                f"got {now.get(name)!r}; give another --out"
+            )
+
+
 def config_of(run: Run, settings: dict, work: Path) -> TrainConfig:
     """The resolved settings of a run: those of all runs, and what sets this one apart."""
     own = {"mode": run.mode, "dim": run.dim, "learning_rate": run.learning_rate, "loss": run.loss}
