@@ -29,6 +29,7 @@ cp $kit/_cuda*.so directclr_fast/ 2> /dev/null
 [ -e directclr_fast/kernels ] || ln -s ../kernels directclr_fast/kernels
 export PYTHONPATH=$PWD:$kit/peers PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 DIRECTCLR_COMMIT={commit}
 export TRITON_CACHE_DIR=$kit/triton
+[ "$({digest})" = {made_from} ] || echo "kit: made from other sources than these; make it again"
 sed -i "s|{placeholder}|$kit/triton|g" $kit/triton/*/__grp__*.json 2> /dev/null
 echo "kit: $(ls $kit/triton 2> /dev/null | wc -l) kernels cached"
 """
@@ -36,6 +37,9 @@ echo "kit: $(ls $kit/triton 2> /dev/null | wc -l) kernels cached"
 
 # Triton's cache names its files by their whole paths, which differ there.
 PLACEHOLDER = "@TRITON@"
+# Of all that is compiled or imported there, as the shell makes it in both places.
+DIGEST = """cat $(find csrc kernels directclr_fast -name '*.py' -o -name '*.cu*' -o -name '*.h' \\
+-o -name '*.cpp' | LC_ALL=C sort) | sha256sum | cut -c1-16"""
 
 
 def output(*command: str | Path, **how) -> str:
@@ -74,8 +78,10 @@ def peers(folder: Path) -> str:
     wheels = folder / "wheels"
     download = (sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check")
     output(*download, "--no-deps", "-d", wheels, *PEERS)
-    for wheel in wheels.glob("*.whl"):
+    for wheel in (found := list(wheels.glob("*.whl"))):
         zipfile.ZipFile(wheel).extractall(folder / "peers")
+    if len(found) < len(PEERS):
+        raise OSError(f"expected wheels of {', '.join(PEERS)}, got {len(found)}")
     shutil.rmtree(wheels)
     return ", ".join(PEERS)
 
@@ -89,7 +95,8 @@ def main() -> int:
     folder = arguments.folder.resolve()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    place = {"folder": os.path.relpath(folder, ROOT), "placeholder": PLACEHOLDER}
+    place = {"folder": os.path.relpath(folder, ROOT), "placeholder": PLACEHOLDER, "digest": DIGEST}
+    place["made_from"] = output("bash", "-c", DIGEST)
     (folder / "env.sh").write_text(ENV.format(commit=commit().get("commit", "unknown"), **place))
     missing = 0
     parts = {

@@ -24,7 +24,7 @@ from directclr_fast.plots import markdown
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "bench/README.md")
 CUDA = ROOT / "directclr_fast/backends/cuda.py"
-SHORT = (256, 1024, 4096, 8192, 16384)  # rows of the table in README.md
+SHORT = (256, 1024, 4096, 8192, 16384, 32768)  # rows of the table in README.md
 FP32 = ("released", "eager", "compiled", "torch", "cpu")
 BF16 = ("eager bf16", "compiled bf16", "cpu bf16")
 BOTH = ("eager", "compiled", "lightly", "metric-learning", "metric-learning ntxent", "cpu")
@@ -208,14 +208,16 @@ def loss_gpu(cases: list[dict]) -> str:
 
 
 def faster(cases: list[dict]) -> list[tuple[str, int, int]]:
-    """(precision, d, N) from which on "cuda" is ahead of "triton" wherever both were timed."""
+    """(precision, d, N) from which on "cuda" is ahead of "triton" wherever both were timed; the
+    precision as the dispatch names it."""
     ahead: dict[str, dict[tuple[int, int], bool]] = {}
     for case in cases:
         rows = case["variants"]
         for name in timed(case):
             other = rows.get(name.replace("triton", "cuda", 1), {})
             if name.startswith("triton") and "median" in other:
-                places = ahead.setdefault(other["precision"], {})
+                precision = other["precision"].replace("fp32", "highest")
+                places = ahead.setdefault(precision, {})
                 place = (case["dim"], case["rows"])
                 won = other["median"] < AHEAD * rows[name]["median"]
                 places[place] = places.get(place, True) and won
@@ -273,7 +275,10 @@ def blocks(results: Path) -> dict[str, str]:
         "trainer": lambda: trainer(read("trainer.json")),
     }
     if on_gpu(losses(results)):
-        makers = {"gpu-loss": lambda: loss_gpu(losses(results))}
+        makers = {
+            "gpu-short": lambda: loss_gpu([*filter(short, losses(results))]),
+            "gpu-loss": lambda: loss_gpu(losses(results)),
+        }
     tables = {}
     for name, make in makers.items():
         try:
@@ -293,9 +298,10 @@ def fill(text: str, tables: dict[str, str]) -> str:
 
     def replaced(match: re.Match) -> str:
         name = match[1]
-        return f"<!-- {name} -->\n{tables.get(name, match[2])}\n<!-- end {name} -->"
+        table = f"{tables[name]}\n" if name in tables else match[2]
+        return f"<!-- {name} -->\n{table}<!-- end {name} -->"
 
-    return re.sub(r"<!-- ([\w-]+) -->\n(.*?)\n<!-- end \1 -->", replaced, text, flags=re.S)
+    return re.sub(r"<!-- ([\w-]+) -->\n(.*?)<!-- end \1 -->", replaced, text, flags=re.S)
 
 
 def main() -> None:

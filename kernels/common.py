@@ -6,6 +6,7 @@ Everything that differs between Triton versions is here.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 
 import torch
 import triton
@@ -157,6 +158,12 @@ class Launcher:
 
 
 launch = Launcher()
+
+
+def shortest(eps: float) -> float:
+    """``eps`` as kernels get it, in fp32: `finish` must take the rows for shorter that `normalize`
+    took, so the reciprocal is that of the rounded number."""
+    return ctypes.c_float(eps).value or 2.0**-149
 
 
 def cdiv(a: int, b: int) -> int:

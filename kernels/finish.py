@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Layout, cdiv, launch, load_scale, load_unit_rows
+from .common import Layout, cdiv, launch, load_scale, load_unit_rows, shortest
 from .layout import Side
 
 ROWS, COLUMNS = 4, 128
@@ -153,7 +153,7 @@ def finish(
         diagonal if factored else first.rnorm, first.z if index is None else index,
         upstream if factored else first.rnorm, scale, factor,
         *(len(v.z) for v in both), *to_other, *to_diagonal, len(diagonal) if factored else 0,
-        1.0 / eps, layout.dim, width, layout.stride, layout.pitch,
+        1.0 / shortest(eps), layout.dim, width, layout.stride, layout.pitch,
         *(dr.stride(0) for dr in drs), *(dr.stride(1) for dr in drs),
         PITCH=layout.pitch, SPLIT=layout.split, FACTORED=factored,
         SCALE_TENSOR=isinstance(scale, Tensor), WRITE_A=first.dr is not None,

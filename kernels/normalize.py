@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import PER_UNIT, Layout, cdiv, launch, load_unit_rows
+from .common import PER_UNIT, Layout, cdiv, launch, load_unit_rows, shortest
 
 ROWS, COLUMNS = 4, 128
 
@@ -130,7 +130,7 @@ def _launch(layout, r1, r2, index, z1, z2, rnorm1, rnorm2, positives, offset, ep
         _normalize_kernel, (cdiv(len(r2), ROWS),),
         r1, r2, r1 if index is None else index, layout.elements(z1), layout.elements(z2), rnorm1,
         rnorm2, positives, len(r1), len(r2), layout.dim, r1.shape[1], offset, *r1.stride(),
-        *r2.stride(), layout.stride, eps, layout.fp8_scale,
+        *r2.stride(), layout.stride, shortest(eps), layout.fp8_scale,
         PITCH=layout.pitch, BOTH=both, GATHERED=index is not None, SPLIT=layout.split,
         FP8=layout.precision == "fp8", ROWS=ROWS, COLUMNS=COLUMNS, warps=4, stages=1,
     )  # fmt: skip

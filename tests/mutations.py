@@ -264,6 +264,11 @@ MUTATIONS = [
         "test_triton.py -k same_tensor_twice",
     ),
     Mutation(
+        "triton: the reciprocal of another eps", "kernels/finish.py",
+        "1.0 / shortest(eps), layout.dim", "1.0 / eps, layout.dim",
+        "test_triton.py -k shorter_than_eps",
+    ),
+    Mutation(
         "triton: a gradient's column outside the row", "kernels/finish.py",
         "mask_c &= (column >= 0) & (column < width)", "mask_c &= column == column",
         "test_triton.py -k column_outside",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gates import sanitize
 
 from directclr_fast import dispatch, fast_directclr_loss, last_backend
 from directclr_fast.testing import eager_loss, evaluate, make_views, problem, relative_error
@@ -15,11 +16,6 @@ if not torch.cuda.is_available():
 # Against fp64, on rows as make_views draws them; DESIGN's table per precision with a margin of 2.
 # "highest": what tensor cores cut off behind a sum grows with d.
 ALLOWED = {"fp16": 1e-3, "bf16": 8e-3, "tf32": 2e-3, "highest": 2e-5, "fp8": 6e-2}
-SHAPES = [
-    (1, 4, 3), (2, 17, 17), (3, 5, 5), (7, 64, 16), (63, 200, 127), (64, 200, 128), (65, 200, 129),
-    (127, 64, 1), (129, 2048, 360), (1000, 2048, 360), (4097, 2048, 360), (1031, 2048, 2047),
-    (2048, 2048, 2048), (4096, 512, 256),
-]  # fmt: skip
 gpu = "cuda"
 
 
@@ -62,7 +58,7 @@ def ours(r1, r2, dim, **options):
 
 
 @pytest.mark.parametrize("precision", ALLOWED)
-@pytest.mark.parametrize("rows,width,dim", SHAPES)
+@pytest.mark.parametrize("rows,width,dim", sanitize.TESTED)
 def test_every_shape_and_precision(rows, width, dim, precision):
     if not supported(precision):
         pytest.skip("not of this backend or GPU")

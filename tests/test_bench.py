@@ -25,6 +25,7 @@ import torch
 import waiting
 
 from directclr_fast import cli, dispatch
+from directclr_fast.backends import cuda
 from directclr_fast.bench import (
     adapters,
     batch,
@@ -475,14 +476,16 @@ def test_files_of_two_machines_are_not_mixed(tmp_path):
 # ------------------------------------------------------------------------ scripts
 
 
-def make(*words: str, file: Path = ROOT / "bench" / "Makefile") -> subprocess.CompletedProcess:
+def make(
+    *words: str, file: Path = ROOT / "bench" / "Makefile", **variables: str
+) -> subprocess.CompletedProcess:
     """make with these words, in the file's folder; not as a part of a make around the suite."""
     if shutil.which("make") is None or shutil.which("timeout") is None:
         pytest.skip("needs make and timeout")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
     return subprocess.run(
         ["make", "-C", file.parent, "-f", file.name, *words, f"PYTHON={sys.executable}"],
-        capture_output=True, text=True, env=environment,
+        capture_output=True, text=True, env=environment | variables,
     )  # fmt: skip
 
 
@@ -493,7 +496,7 @@ def test_every_piece_of_a_suite_is_a_command_that_parses(target, count):
     """The sizes, names and flags are good; nothing is measured."""
     done = make("-n", "-B", target, "GPU=results/none")
     assert done.returncode == 0, done.stderr
-    pieces = re.findall(r"timeout \d+ (.*?) 2>&1 \| tee", done.stdout)
+    pieces = re.findall(r"timeout -k 9 \d+ (.*?) 2>&1 \| tee", done.stdout)
     assert len(pieces) == count
     for piece in pieces:
         words = shlex.split(piece)
@@ -512,15 +515,22 @@ def test_every_piece_of_a_suite_is_a_command_that_parses(target, count):
 def test_each_of_the_three_calls_ends_within_nine_minutes():
     for target in ("first", "second", "third"):
         done = make("-n", "-B", target, "GPU=results/none")
-        assert sum(map(int, re.findall(r"timeout (\d+) ", done.stdout))) <= 540, target
+        assert sum(map(int, re.findall(r"timeout -k 9 (\d+) ", done.stdout))) <= 540, target
     asked = make("-n", "-B", "first", "GPU=results/none", "LIMIT=7").stdout
-    assert re.findall(r"timeout (\d+) ", asked) == ["7"] * 4
+    assert re.findall(r"timeout -k 9 (\d+) ", asked) == ["7"] * 4
 
 
-def gpu_case(rows, dim, **times) -> dict:
+def test_each_piece_packs_what_there_is_where_something_may_come_back():
+    """Also one that fails: the machine may be gone before the last has ended."""
+    away = "tar czf /away/results.tgz -C results none"
+    assert make("-n", "-B", "first", "GPU=results/none", OUT="/away").stdout.count(away) == 2 * 4
+    assert "tar" not in make("-n", "-B", "first", "GPU=results/none").stdout
+
+
+def gpu_case(rows, dim, precision="fp16", **times) -> dict:
     """A case as a GPU's file has it; milliseconds of each variant."""
     variants = {
-        name.replace("_", " "): {"precision": "fp16", "median": ms / 1e3, "rate": 4e14,
+        name.replace("_", " "): {"precision": precision, "median": ms / 1e3, "rate": 4e14,
                                  "seconds": [ms / 1e3], "of_roof": 0.5, "error": 1e-4}
         for name, ms in times.items()
     }  # fmt: skip
@@ -528,7 +538,7 @@ def gpu_case(rows, dim, **times) -> dict:
     return case | {"variants": variants}
 
 
-def test_a_gpu_s_results_fill_the_page_and_say_where_cuda_is_faster(tmp_path):
+def test_a_gpu_s_results_fill_the_page_and_say_where_cuda_is_faster(tmp_path, monkeypatch):
     tables = script("tables")
     cases = [
         gpu_case(4096, 128, eager=9, triton=2, cuda=3),
@@ -537,6 +547,10 @@ def test_a_gpu_s_results_fill_the_page_and_say_where_cuda_is_faster(tmp_path):
         gpu_case(32768, 360, eager=90, triton=20, cuda=10),
         gpu_case(4096, 768, triton=20),
     ]
+    for page, name in zip(tables.PAGES, ("gpu-short", "gpu-loss")):
+        text = (ROOT / page).read_text()
+        assert "\nTHE TABLE\n" in tables.fill(text, {name: "THE TABLE"})
+        assert tables.fill(text, {}) == text
     head, _, *lines = tables.loss_gpu(cases).splitlines()
     assert len(lines) == 9 and "x memeff" in head
     assert (
@@ -548,6 +562,12 @@ def test_a_gpu_s_results_fill_the_page_and_say_where_cuda_is_faster(tmp_path):
     assert tables.faster(cases[:1]) == tables.faster(cases[-1:]) == []
     module = tmp_path / "cuda.py"
     module.write_text(tables.CUDA.read_text())
+    # fp32 rows: a file says what is multiplied, the dispatch asks by the option's name.
+    exact = Case(16384, 360, 360, dtype="float32", device="cuda")
+    runs_in = variants._precision("cuda", exact, "auto")
+    (shape,) = tables.faster([gpu_case(16384, 360, runs_in, triton=2, cuda=1)])
+    monkeypatch.setattr(cuda, "FASTER", (shape,))
+    assert cuda.BACKEND.why_not_unasked(exact.problem()) is None
     for written in (shapes, shapes[:1], []):
         tables.write_faster(written, "h100", module)
         (value,) = (

@@ -7,7 +7,9 @@ runs them on one.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import sys
 import types
 
 import numpy as np
@@ -16,10 +18,13 @@ import test_labels as labels
 import test_loss_exact as exact
 import test_top1 as top1
 import torch
+from gates import sanitize
 
 from directclr_fast import dispatch, fast_directclr_loss, last_backend, ops
 from directclr_fast.backends import packed
 from directclr_fast.backends import triton as backend
+from directclr_fast.bench import launches as bench_launches
+from directclr_fast.bench import study
 from directclr_fast.problem import Options, Problem
 from directclr_fast.products import fp32_products
 from directclr_fast.testing import bound, eager_loss, evaluate, make_views, relative_error
@@ -58,6 +63,33 @@ def problem(**changes) -> Problem:
         "temperature": 0.1,
     }
     return Problem(**(given | changes))
+
+
+def test_the_smoke_test_of_a_gpu_tells_right_from_wrong(coarse, monkeypatch, capsys):
+    """Its rehearsal; on a GPU it is the first that runs."""
+    monkeypatch.setattr(sanitize, "FEW", (((33, 20), ("fp16",)),))
+    monkeypatch.setattr(sanitize, "TILES", ())
+    monkeypatch.setattr(sys, "argv", "sanitize.py --few --check --device cpu triton".split())
+    assert sanitize.main() == 0 and "ran 1 of 1" in capsys.readouterr().out
+    views = make_views(33, 20)
+    right = evaluate(fast_directclr_loss, *views, 20, backend="reference")
+    wrong = right._replace(dr1=right.dr1 * 1.01)
+    texts = sanitize.wrongs("x", wrong, right, *views, 20, 1e-3)
+    assert texts == ["x: dr1 of a second run is another", "x: dr1 is off by 1.0e-02, allowed 0.001"]
+    monkeypatch.setattr(sys, "argv", "sanitize.py --few --check --device cpu cuda".split())
+    assert sanitize.main() == 1 and "cuda: it cannot run here" in capsys.readouterr().out
+
+
+def test_the_launches_of_a_step_are_told_apart(coarse, tmp_path):
+    """A rehearsal: every launch of a step is there, none of it timed."""
+    words = "--device cpu --rows 33 --dim 20 --rounds 1 --schedules --backend triton cuda"
+    study.main(bench_launches, [*words.split(), "--out", str(tmp_path / "launches.json")])
+    step, *absent = json.loads((tmp_path / "launches.json").read_text())["cases"]
+    assert step["ms"].keys() == {
+        "normalize_views", "sums", "combine", "total", "factors", "weights", "product", "finish"
+    }  # fmt: skip
+    assert [case["schedule"] for case in absent] == ["cooperative", "ping-pong"]
+    assert all(case["why_not"] for case in absent)
 
 
 # ------------------------------------------------------------------------------ how exact
@@ -211,9 +243,16 @@ def test_hard_rows(temperature):
     exact.test_hard_rows_stay_finite_and_right("triton", temperature)
 
 
+@pytest.mark.parametrize("eps", [0.5, 0.002])
 @pytest.mark.parametrize("negatives", ["cross", "both"])
-def test_rows_shorter_than_eps(negatives):
-    exact.test_rows_shorter_than_eps_are_divided_by_it("triton", negatives)
+def test_rows_shorter_than_eps(negatives, eps, monkeypatch):
+    """With numbers as a GPU gets them, in fp32: 1 / 0.002 is not the reciprocal of what comes."""
+
+    def as_on_a_gpu(kernel, grid, args, options):
+        kernel[grid](*(np.float32(x).item() if type(x) is float else x for x in args), **options)
+
+    monkeypatch.setattr(common.launch, "recorder", as_on_a_gpu)
+    exact.test_rows_shorter_than_eps_are_divided_by_it("triton", negatives, eps)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)

@@ -441,8 +441,9 @@ def _factors(pair: Weights, bounded: bool, of_rows: float, ids=None):
     top = pair.w.abs().amax()
     if both:
         top = torch.maximum(top, pair.v.abs().amax())
-    # The next power of two: dividing by it rounds nothing. 1 where every weight is zero.
-    unit = torch.ldexp(torch.ones_like(top), torch.frexp(top).exponent)
+    # A number over its mantissa is a power of two to the bit (torch.ldexp takes pow's word for it):
+    # dividing by that rounds nothing. 1 where every weight is zero.
+    unit = torch.where(top == 0.0, 1.0, top / torch.frexp(top).mantissa)
     unit = torch.where(top.isfinite(), unit, top)
 
     def shifted(weight: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:

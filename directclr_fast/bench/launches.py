@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import torch
 
 from .. import dispatch, driver
+from ..backends import hopper
 from ..backends.packed import Packed
 from ..problem import Problem
 from ..world import ALONE
@@ -28,6 +29,10 @@ FLAGS = {
     "--backend": {"nargs": "+", "default": ["cuda", "triton"]},
     "--precision": {"default": "fp16"},
     "--rounds": {"type": int, "default": 20},
+    "--schedules": {
+        "action": "store_true",
+        "help": "cuda with a tile for each warpgroup (ping-pong) and with one for both, whatever d",
+    },
     "--device": {"default": "cuda", "help": "cpu: a rehearsal, kernels interpreted, no times"},
 }
 PRODUCTS = {"sums": 1, "weights": 1, "product": 2}  # of 2 M N d operations, in a step
@@ -114,25 +119,36 @@ def rate(launch: str, problem: Problem, ms: float) -> float:
 
 def measure(arguments: argparse.Namespace) -> Iterator[tuple[dict, str]]:
     """Every backend at every size; one that cannot run is a case with its reasons."""
-    device = arguments.device
+    device, usual = arguments.device, hopper.PINGPONG_PITCH
+    schedules = {"cooperative": 0, "ping-pong": 2**30} if arguments.schedules else {"": usual}
     for rows, dim, name in itertools.product(arguments.rows, arguments.dim, arguments.backend):
         problem = Case(rows, dim, dim, device=device).problem(arguments.precision)
         problem = problem.replace(backend=name)
-        case = {"rows": rows, "dim": dim, "backend": name, "precision": arguments.precision}
-        title = f"{name}, N = {rows}, d = {dim}, {arguments.precision}"
-        if reasons := dispatch.load(name).why_not(problem):
-            yield case | {"why_not": reasons}, f"{title}: {'; '.join(reasons)}"
-            continue
-        of_launch = medians(dispatch.load(name), problem, arguments.rounds)
-        both = sum(of_launch.values())
-        whole = sum(rate(launch, problem, both) for launch in PRODUCTS)
-        lines = [f"{title}: {both:.3f} ms, {whole:.0f} TFLOP/s at 8c"]
-        for launch, ms in of_launch.items():
-            share = ""
-            if launch in PRODUCTS:
-                share = f"  {rate(launch, problem, ms):7.0f} TFLOP/s"
-            lines.append(f"  {launch:16} {ms:9.3f} ms{share}")
-        yield case | {"ms": of_launch, "total_ms": both}, "\n".join(lines)
+        for schedule, pitch in schedules.items() if name == "cuda" else [("", usual)]:
+            hopper.PINGPONG_PITCH = pitch
+            try:
+                yield _case(problem, schedule, arguments.rounds)
+            finally:
+                hopper.PINGPONG_PITCH = usual
+
+
+def _case(problem: Problem, schedule: str, rounds: int) -> tuple[dict, str]:
+    name, rows, dim, precision = problem.backend, problem.rows, problem.dim, problem.precision
+    case = {"rows": rows, "dim": dim, "backend": name, "precision": precision}
+    case |= {"schedule": schedule} if schedule else {}
+    title = ", ".join(filter(None, (name, f"N = {rows}", f"d = {dim}", precision, schedule)))
+    if reasons := dispatch.load(name).why_not(problem):
+        return case | {"why_not": reasons}, f"{title}: {'; '.join(reasons)}"
+    of_launch = medians(dispatch.load(name), problem, rounds)
+    both = sum(of_launch.values())
+    whole = sum(rate(launch, problem, both) for launch in PRODUCTS)
+    lines = [f"{title}: {both:.3f} ms, {whole:.0f} TFLOP/s at 8c"]
+    for launch, ms in of_launch.items():
+        share = ""
+        if launch in PRODUCTS:
+            share = f"  {rate(launch, problem, ms):7.0f} TFLOP/s"
+        lines.append(f"  {launch:16} {ms:9.3f} ms{share}")
+    return case | {"ms": of_launch, "total_ms": both}, "\n".join(lines)
 
 
 study.as_script(__name__)

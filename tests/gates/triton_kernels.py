@@ -44,6 +44,11 @@ from directclr_fast.backends.triton import Triton
 from directclr_fast.problem import Problem
 from directclr_fast.world import ALONE
 
+if __package__:
+    from . import sanitize
+else:
+    import sanitize
+
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "bench/results/triton_gate.json"
 READ = ("shared", "registers", "stack", "spills", "matrix")  # what a binary tells
@@ -216,16 +221,49 @@ def cases(arch: str) -> list[dict]:
     return calls + [{"precision": "fp16", **options} for options in fp16]
 
 
-# Columns of the GPU tests and of the benchmark, beside those of `cases`.
-FILLED = (1, 16, 129, 256, 768, 2047)
+def first_minutes() -> list[dict]:
+    """What the three calls of bench/Makefile run: smoke test, launches, tests, benchmark."""
+    fp32, half = ("fp16", "bf16", "tf32", "highest", "fp8"), (torch.bfloat16, torch.float16)
+    options = [
+        {}, {"negatives": "both"}, {"symmetric": False, "reduction": "none"},
+        {"temperature": 0.005}, {"temperature": None}, {"gathered": True, "groups": 3},
+        {"workspace_bytes": 2**16},
+    ]  # fmt: skip
+    smoke = [
+        {"rows": rows, "width": sanitize.WIDTH, "dim": dim, "precision": precision, **more}
+        for (rows, dim), precisions in (*sanitize.FEW, *sanitize.TILES)
+        for precision in precisions
+        for more in options
+    ]
+    tests = [
+        {"rows": rows, "width": width, "dim": dim, "precision": precision}
+        for rows, width, dim in (*sanitize.TESTED, (2048, 360, 360), (4096, 360, 360))
+        for precision in fp32
+    ]
+    tests += [
+        {"rows": 700, "width": 512, "dtype": dtype, "precision": precision, **other, **more}
+        for dtype, precision in ((torch.float32, "highest"), *((dtype, "fp16") for dtype in half))
+        for other in ({}, {"negatives": "both"}, {"symmetric": False})
+        for more in (*options[2:5], {"gathered": True, "groups": 3, "dim": 100})
+    ]
+    # Several super-blocks, and several strips.
+    bench = [{"width": d, "dim": d, "precision": "fp16"} for d in (128, 256, 360, 768)]
+    bench += [
+        {"dim": d, "dtype": dtype, "precision": precision}
+        for d in (128, 256, 360, 768, 2048)
+        for dtype, several in ((half[0], ("fp16", "bf16", "fp8")), (torch.float32, fp32[2:4]))
+        for precision in several
+    ]
+    bench = [call | {"rows": rows} for rows in (4096, 16_384) for call in bench]
+    bench.append({"rows": 70_001, "width": 360, "dtype": half[0], "precision": "fp16"})
+    return [{"candidates": call["rows"], **call} for call in smoke + tests + bench]
 
 
 def fill(folder: str, arch: str, workers: int) -> int:
     """Puts into ``folder``, a TRITON_CACHE_DIR, what Triton itself would compile for the calls of
-    :func:`cases` and the widths FILLED on a GPU of ``arch``; the number of kernels there."""
+    :func:`cases` and :func:`first_minutes` on a GPU of ``arch``; the number of kernels there."""
     os.environ["TRITON_CACHE_DIR"] = str(Path(folder).resolve())
-    calls = cases(arch)
-    calls += [{"dim": d, "precision": p} for d in FILLED for p in ("fp16", "bf16", "highest")]
+    calls = cases(arch) + first_minutes()
     with ProcessPoolExecutor(workers) as pool:
         return len(set(pool.map(binary_hash, [(e, arch) for e in recorded(arch, calls)])))
 
