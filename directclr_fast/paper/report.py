@@ -442,7 +442,8 @@ def _draw_sweep(numbers: dict, path: Path) -> None:
 
 
 def _draw_mechanism(numbers: dict, path: Path) -> None:
-    traces = {mode: trace for mode, trace in numbers["trace"].items() if trace}
+    # Nobody tells the lines of more apart; the first are those of the paper's argument.
+    traces = dict([(mode, trace) for mode, trace in numbers["trace"].items() if trace][:4])
     with plots.panels(path, 3, size=(5.2, 4.2)) as (ranks, gradients, over):
         for mode, trace in traces.items():
             steps, style = [seen["step"] for seen in trace], _style(mode)
