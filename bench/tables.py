@@ -184,7 +184,7 @@ def trainer(data: dict) -> str:
 
 OURS = ("triton", "cuda")
 OTHERS = ("eager", "compiled", "memeff")
-AHEAD = 0.97  # of Triton's time: what is nearer is not told apart
+AHEAD = 0.97  # of Triton's time; a smaller lead is within the noise
 
 
 def timed(case: dict) -> list[str]:

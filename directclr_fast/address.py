@@ -61,10 +61,10 @@ def addresses(
     where a tensor is anything else. All of a launch in one call: a GPU waits for the host below
     some 5,000 rows.
     """
-    found, on_cpu = {}, device is CPU
+    places, on_cpu = {}, device is CPU
     for name, (tensor, dtype, size) in buffers.items():
         if tensor is None:
-            found[name] = 0
+            places[name] = 0
         elif (
             tensor.dtype is dtype
             and tensor.numel() == size
@@ -72,14 +72,14 @@ def addresses(
             and (tensor.is_cpu if on_cpu else tensor.device == device)
             and ((at := tensor.data_ptr()) or not size)
         ):
-            found[name] = at
+            places[name] = at
         else:
             raise ValueError(
                 f"kernel argument {name}: expected {size} contiguous elements of {_name(dtype)} on "
                 f"{device}, got {_describe(tensor)} of shape {tuple(tensor.shape)}, "
                 f"{_name(tensor.dtype)} on {tensor.device}"
             )
-    return found
+    return places
 
 
 def memory(name: str, tensor: Tensor) -> int:

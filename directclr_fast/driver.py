@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backends.base import Backend, Pair, Saved, Statistics, Tops
+from .backends.base import Backend, Saved, Statistics, Tops, Weights
 from .labels import Labels, PositiveDots, PositiveShares
 from .problem import Problem
 from .reference import reduce
@@ -40,10 +40,10 @@ def forward(
     per_row, states, statistics = None, [], []
     same = None if labels is None else Labels(problem, world, labels)
     for index in [None] if columns is None else columns:
-        of_group, saved, told = _group(backend, problem, world, r1, r2, index, scale, same)
-        per_row = of_group if per_row is None else per_row + of_group
+        losses, saved, stats = _group(backend, problem, world, r1, r2, index, scale, same)
+        per_row = losses if per_row is None else per_row + losses
         states.append(saved)
-        statistics.append(told)
+        statistics.append(stats)
     loss = reduce(problem, per_row).to(problem.compute_dtype)
     if not problem.return_stats:
         return loss, states, None
@@ -176,7 +176,7 @@ def _products(backend, problem, world, state, weights, scale, want, same):
             v, col_lse = cut(weights, where), cut(state.col_lse, where)
             if problem.ignores:  # a column with nothing left has no weight, but 0 exp(inf) is NaN
                 col_lse = col_lse.masked_fill(col_lse == -torch.inf, 2.0**60)
-        pair = Pair(w, row_lse, v, col_lse, diagonal)
+        pair = Weights(w, row_lse, v, col_lse, diagonal)
         if same is not None:
             ids, rows = same.ignored(where), [backend.unit_rows(problem, block) for block in blocks]
         part1, part2 = backend.products(part, z1, blocks[0], scale, pair, state.kept, want, ids)
@@ -218,7 +218,7 @@ def _self_products(backend, world, part, z, block, scale, weights, lse, where, d
         return dz
     alone = part.replace(symmetric=True, differentiable=False)
     w, own_lse = world.own_rows(part, weights), world.own_rows(part, lse)
-    pair = Pair(w, own_lse, cut(weights, where), cut(lse, where), torch.zeros_like(w))
+    pair = Weights(w, own_lse, cut(weights, where), cut(lse, where), torch.zeros_like(w))
     kept = backend.kept_buffer(alone, z)
     return _add(dz, backend.products(alone, z, block, scale, pair, kept, (True, False), ids)[0])
 

@@ -10,27 +10,13 @@ full; "triton" backward computes S whole in the super-blocks on the diagonal.
 from __future__ import annotations
 
 
-def unit(rows: int, candidates: int, dim: int) -> int:
-    """c = M N d."""
-    return rows * candidates * dim
-
-
 def total(rows: int, candidates: int, dim: int, negatives: str = "cross") -> int:
     """Operations of forward (S) and backward (S again, two products): 8c for "cross", 16c for
     "both", at M = N."""
-    operations = 8 * unit(rows, candidates, dim)
+    operations = 8 * rows * candidates * dim
     if negatives == "both":
-        operations += 4 * (unit(rows, rows, dim) + unit(candidates, candidates, dim))
+        operations += 4 * (rows**2 + candidates**2) * dim
     return operations
-
-
-def distributed(rows: int, dim: int, processes: int, negatives: str = "cross") -> int:
-    """Operations of forward and backward in each of W processes that share N = ``rows`` rows.
-
-    8c/W, c = N^2 d; "both" takes a view's block row with itself in full, since the transpose of a
-    block belongs to another process: 20c/W.
-    """
-    return (20 if negatives == "both" else 8) * unit(rows, rows, dim) // processes
 
 
 def gathered_bytes(

@@ -156,7 +156,7 @@ class PositiveDots:
 
 class PositiveShares:
     """What the positives take off the gradients of one column group: 1 / |P(i)| of an anchor's
-    weight each, in dz as in :class:`base.Pair`.
+    weight each, in dz as in :class:`base.Weights`.
 
     ``joining`` (M,) is the weight of those whose p(i) is one of several, to be added where G has
     it.

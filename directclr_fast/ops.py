@@ -41,11 +41,12 @@ def problem_of(
     columns: Tensor | None,
     labels: Tensor | None = None,
     differentiable: bool = True,
+    make=Problem.of,
 ) -> Problem:
     """The record of a forward call on these tensors."""
     (rows, width), n = r1.shape, r2.shape[0]
     taken, labelled = None if columns is None else columns.shape, labels is not None
-    return Problem.of(options, rows, n, width, r1.dtype, r1.device, taken, labelled, differentiable)
+    return make(options, rows, n, width, r1.dtype, r1.device, taken, labelled, differentiable)
 
 
 # Most eager calls ask what an earlier one asked.
@@ -287,7 +288,7 @@ def run(call: Call) -> tuple[Tensor, Statistics | None]:
     # Asked here as well: a function of its own may be compiled where this one is not.
     compiling, inside_transform = torch.compiler.is_compiling(), transformed()
     if compiling or (not inside_transform and dispatched(r1, r2, index, temperature, labels)):
-        if options.backend != "reference" and options.negatives != "same":
+        if options.backend != "reference" and not options.reference_only():
             if inside_transform:  # without fullgraph=True the call then runs outside the graph
                 raise NotImplementedError(
                     "torch.func or forward-mode AD inside a compiled graph: expected "
@@ -302,9 +303,7 @@ def run(call: Call) -> tuple[Tensor, Statistics | None]:
     wanted = r1.requires_grad or r2.requires_grad
     wanted = wanted or (temperature is not None and temperature.requires_grad)
     differentiable = inside_transform or (wanted and torch.is_grad_enabled())
-    (rows, width), taken = r1.shape, None if index is None else index.shape
-    views = rows, r2.shape[0], width, r1.dtype, r1.device
-    problem = _known(options, *views, taken, labels is not None, differentiable)
+    problem = problem_of(options, r1, r2, index, labels, differentiable, _known)
     problem = dispatch.choose(problem)
     if problem.backend == "reference":
         readable("r1 r2 columns temperature labels", r1, r2, index, temperature, labels)

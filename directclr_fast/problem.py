@@ -62,9 +62,11 @@ def _of_the_tensors(name: str, value) -> None:
     """Checked beside the tensors that say what is allowed."""
 
 
-def _option(default, check=_of_the_tensors, agreed: bool = True):
-    """``agreed``: processes that share a batch must ask the same."""
-    return dataclasses.field(default=default, metadata={"check": check, "agreed": agreed})
+def _option(default, check=_of_the_tensors, agreed: bool = True, reference_only: tuple = ()):
+    """``agreed``: processes that share a batch must ask the same. ``reference_only``: values that
+    no other backend takes."""
+    how = {"check": check, "agreed": agreed, "reference_only": reference_only}
+    return dataclasses.field(default=default, metadata=how)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Options:
 
     dim: int | None = _option(360)  # not read where columns are given
     temperature: float | None = _option(0.1)  # None: a tensor, whose value the host must not need
-    negatives: str = _option("cross", _one_of(*NEGATIVES))
+    negatives: str = _option("cross", _one_of(*NEGATIVES), reference_only=("same",))
     same_label: str = _option("positive", _one_of(*SAME_LABEL))  # not read without labels
     symmetric: bool = _option(True, _boolean)
     reduction: str = _option("mean", _one_of("mean", "sum", "none"))
@@ -90,6 +92,14 @@ class Options:
         """In the order of :data:`SCHEMA`."""
         return tuple([getattr(self, name) for name in _NAMES])
 
+    def reference_only(self) -> list[str]:
+        """Reasons against every backend but the reference."""
+        return [
+            f"{name} {getattr(self, name)!r} is in the reference backend only"
+            for name, values in _REFERENCE_ONLY
+            if getattr(self, name) in values
+        ]
+
     def replace(self, **changes):
         """A copy with these fields; nothing is checked."""
         made = object.__new__(type(self))
@@ -97,13 +107,17 @@ class Options:
         return made
 
 
-_NAMES = tuple(field.name for field in dataclasses.fields(Options))
-_CHECKS = tuple((field.name, field.metadata["check"]) for field in dataclasses.fields(Options))
-AGREED = tuple(field.name for field in dataclasses.fields(Options) if field.metadata["agreed"])
+_FIELDS = dataclasses.fields(Options)
+_NAMES = tuple(field.name for field in _FIELDS)
+_CHECKS = tuple((field.name, field.metadata["check"]) for field in _FIELDS)
+_REFERENCE_ONLY = tuple(
+    (field.name, values) for field in _FIELDS if (values := field.metadata["reference_only"])
+)
+AGREED = tuple(field.name for field in _FIELDS if field.metadata["agreed"])
 # Annotations are strings here; the schema's language is torch.library's.
 SCHEMA = ", ".join(
     f"{field.type.replace('int | None', 'int?').replace('float | None', 'float?')} {field.name}"
-    for field in dataclasses.fields(Options)
+    for field in _FIELDS
 )
 
 

@@ -12,7 +12,7 @@ similarities and nothing else:
     backward  G_k from S_k and the gathered statistics; dz1_k = G_k z2 is whole,
               G_k^T z1_k (N, d) one of W parts of dz2, added up where its rows live
 
-so a process does 8c/W operations (flops.distributed). The column parts travel as logarithms in
+so a process does 8c/W operations. The column parts travel as logarithms in
 fp64, which is exact enough at every temperature and needs no common shift, and are added in the
 order of ranks, so that nothing depends on arrival. Column maxima travel likewise, where any process
 wants statistics. "both" adds the block rows z1_k z1^T and z2_k z2^T, whose transposes another

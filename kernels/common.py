@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .layout import UNIT
 from .layout import Layout as Layout
-from .records import UNIT
 
 PER_UNIT = tl.constexpr(1.0 / UNIT)
 LOG2E = tl.constexpr(1.4426950408889634)

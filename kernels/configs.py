@@ -16,6 +16,8 @@ import torch
 class Tile:
     """One tile product: ``rows`` x ``columns`` of the result, ``inner`` of the dot a step.
 
+    ``warps`` and ``stages`` are Triton's num_warps and num_stages.
+
     ``flatten``: the loops over tiles and along the dot are one, so that the loads of a tile overlap
     the end of the one before. ``fold`` (1, 2 or 4): candidates of "sums" that are added before they
     enter the second tile, which is as many times smaller; a thread of Hopper's products holds them.

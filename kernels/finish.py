@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import Layout, cdiv, launch, load_scale, load_unit_rows, shortest
-from .records import View
+from .layout import Side
 
 ROWS, COLUMNS = 4, 128
 
@@ -126,12 +126,12 @@ def _finish_kernel(
 
 
 def finish(
-    layout: Layout, views: list[tuple[View, int]], other: Tensor, diagonal: Tensor | None,
+    layout: Layout, views: list[tuple[Side, int]], other: Tensor, diagonal: Tensor | None,
     offset: int, *, upstream: Tensor | None, scale, factor: float, index: Tensor | None, width: int,
     eps: float, add: bool,
 ) -> None:  # fmt: skip
-    """One launch for one or two ``views``, each with its number (1 or 2); ``other`` is the z that
-    is not the first one's.
+    """One launch for one or two ``views``, each with its number (1 or 2). ``other``: z of the view
+    that is not ``views[0]``.
 
     With ``diagonal`` (M,) the positives' terms are added and everything is multiplied by
     factor * upstream * scale; without it acc is the gradient already.

@@ -1,4 +1,5 @@
-"""How unit rows lie in memory for the tensor cores; needs no Triton: other kernels read it too.
+"""How unit rows lie in memory for the tensor cores, and what else the stages hand to each other,
+whoever wrote the kernels; needs no Triton.
 
 Unit rows are packed for the tensor cores (:class:`Layout`). With half-precision operands a row is
 
@@ -14,7 +15,7 @@ own. PITCH is d rounded up to 64 with zeros in between, so no tile needs a mask 
 cost 384.
 
 "highest" multiplies both parts of fp16 rows, hi lo' + lo hi' + hi hi'. Its rows are fp32 tensors,
-which hold the halves: so they are told from rows of "fp16".
+which hold the halves: that tells them from rows of "fp16".
 """
 
 from __future__ import annotations
@@ -26,7 +27,11 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from .records import UNIT
+# The stored weights' power of two: |P| <= 2 STORE, so fp16 keeps entries normal down to 2^-28 of a
+# probability.
+STORE = 2.0**13
+UNIT = 2.0**15
+LO_SCALE = 2.0**11  # of the remainders of stored weights, normal then where these are
 
 
 @dataclass(frozen=True)
@@ -126,3 +131,49 @@ def layout_of(precision: str, dim: int) -> Layout:
     """The layout, made once: what it derives is asked for some 90 times a step."""
     make = _made if type(dim) is int else Layout  # traced sizes have no hash
     return make(precision, dim)
+
+
+@dataclass
+class Factors:
+    """What a tile of weights is made with: per-row (M,) and per-column (N,) fp32, and the
+    positives' terms.
+
+    ``diagonal`` (M,) is times STORE and the layout's unit, like P z. Without ``bounded`` the shifts
+    are the log-sums in base 2. ``ids``: int32 of the rows and of the columns, or None; where they
+    are equal P is 0.
+    """
+
+    row: Tensor
+    row_shift: Tensor
+    col: Tensor
+    col_shift: Tensor
+    diagonal: Tensor
+    symmetric: bool
+    bounded: bool
+    ids: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def empty(cls, m: int, n: int, symmetric: bool, bounded: bool, device) -> Factors:
+        """To be filled; what a call does not need is the memory of what it has."""
+
+        def vector(length: int) -> Tensor:
+            return torch.empty(length, dtype=torch.float32, device=device)
+
+        row, diagonal = vector(m), vector(m)
+        col = vector(n) if symmetric else row
+        row_shift = row if bounded else vector(m)
+        col_shift = vector(n) if symmetric and not bounded else row_shift
+        return cls(row, row_shift, col, col_shift, diagonal, symmetric, bounded)
+
+    @property
+    def crowded(self) -> bool:
+        """Whether a tile wants more registers: for two exponentials an element, or for ids."""
+        return not self.bounded or self.ids is not None
+
+
+class Side:
+    """One view's side of ``finish``: packed z, rnorm, accumulated dz, output or None, its dots."""
+
+    def __init__(self, z: Tensor, rnorm: Tensor, acc: Tensor, dr: Tensor | None, dots: bool):
+        self.z, self.rnorm, self.acc, self.dr = z, rnorm, acc, dr
+        self.dots = torch.empty_like(rnorm) if dots else None

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from .configs import Tile
-from .layout import Layout
-from .records import LO_SCALE
+from .layout import LO_SCALE, Layout
 
 # A tensor core drops what does not fit behind a sum, once in 16 terms: of "highest" so many terms
 # are added there, and the rest in fp32.

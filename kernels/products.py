@@ -23,7 +23,7 @@ from torch import Tensor
 from . import library
 from .common import Layout, cdiv, launch, load_tile, tile_dot, tile_source
 from .configs import Tile
-from .records import LO_SCALE
+from .layout import LO_SCALE
 
 PER_REST = tl.constexpr(1.0 / LO_SCALE)
 

@@ -37,7 +37,7 @@ from .common import (
     tile_source,
 )
 from .configs import Tile, architecture
-from .records import LO_SCALE, STORE, Factors
+from .layout import LO_SCALE, STORE, Factors
 
 BLOCK = 128
 REST = tl.constexpr(LO_SCALE)
@@ -171,26 +171,19 @@ def factors(
 ) -> Factors:
     """One launch. ``upstream`` counts for reduction "none" only, else weights are 1; ``divisor``,
     0-dim, is what they are divided by, None for 1."""
-    record = Factors(problem.rows, problem.candidates, problem.symmetric, bounded, upstream.device)
+    m, n, device = problem.rows, problem.candidates, upstream.device
+    record = Factors.empty(m, n, problem.symmetric, bounded, device)
     launch(
-        _factors_kernel, (cdiv(problem.candidates, BLOCK),),
+        _factors_kernel, (cdiv(n, BLOCK),),
         upstream, upstream if divisor is None else divisor, saved.row_lse,
         saved.col_lse if problem.symmetric else saved.row_lse, saved.nll_row,
         saved.nll_col if problem.symmetric else saved.nll_row, record.row, record.col,
-        record.row_shift, record.col_shift, record.diagonal, problem.rows, problem.candidates,
-        problem.row_offset, STORE, layout.unit,
+        record.row_shift, record.col_shift, record.diagonal, m, n, problem.row_offset, STORE,
+        layout.unit,
         PER_ROW=problem.reduction == "none", RELATIVE=divisor is not None,
         SYMMETRIC=problem.symmetric, BOUNDED=bounded, BLOCK=BLOCK, warps=4, stages=1,
     )  # fmt: skip
     return record
-
-
-def padded(rows: slice, columns: slice, tile: Tile) -> tuple[int, int]:
-    """Extent of a super-block in whole tiles."""
-    return (
-        cdiv(rows.stop - rows.start, tile.rows) * tile.rows,
-        cdiv(columns.stop - columns.start, tile.columns) * tile.columns,
-    )
 
 
 def weights(
@@ -199,10 +192,11 @@ def weights(
 ) -> Tensor:  # fmt: skip
     """One launch: the super-block ``rows`` x ``columns`` of P into ``out``'s memory, padded.
     ``mirror`` says that it is symmetric, of which no use is made here."""
-    height, width = padded(rows, columns, tile)
+    down = cdiv(rows.stop - rows.start, tile.rows)
+    across = cdiv(columns.stop - columns.start, tile.columns)
+    programs, height, width = down * across, down * tile.rows, across * tile.columns
     block = layout.elements(out)[: height * width * layout.parts].view(height, -1)
     a, b = layout.operand(z1), layout.operand(z2)
-    programs = height // tile.rows * (width // tile.columns)
     if tile.flatten:  # eight warps of 255 registers fill a multiprocessor
         programs = min(programs, architecture(z1.device)[1] * max(1, 8 // tile.warps))
     launch(
@@ -211,7 +205,7 @@ def weights(
         tile_source(b, tile.columns, tile.inner, tile.tma), factors.row, factors.col,
         factors.row_shift, factors.col_shift, block, *(factors.ids or (factors.row, factors.row)),
         scale, rows.start, columns.start, rows.stop, columns.stop, a.stride(0), block.shape[1],
-        offset, height // tile.rows, width // tile.columns, layout.cosine,
+        offset, down, across, layout.cosine,
         D=layout.pitch, BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.inner,
         GROUP=tile.group, SYMMETRIC=factors.symmetric, BOUNDED=factors.bounded,
         IDS=factors.ids is not None, SCALE_TENSOR=isinstance(scale, Tensor), TMA=tile.tma,

@@ -705,7 +705,7 @@ def test_batch_sizes_on_the_same_images(tmp_path, capsys, monkeypatch, one_threa
     assert len(made) == 4 and json.loads(out.read_text())["cases"] == cases
     with pytest.raises(ValueError, match="images: expected a multiple of every N, got 100"):
         study.main(batch, [*words, "--images", "100", "--out", str(out)])
-    with pytest.raises(ValueError, match="out: expected a folder of runs of"):
+    with pytest.raises(ValueError, match="chunk: expected .* as in the runs in .*, got 64"):
         study.main(batch, [*words, "--chunk", "64", "--out", str(out)])
 
 

@@ -302,9 +302,9 @@ def test_runs_and_features_in_one_figure(run, tmp_path, capsys):
     assert cli.main(["spectrum", *sources, "--out", str(tmp_path / "out")]) == 0
     parts = ["representation", "sub-vector", "embedding"]
     names = [f"tiny, {part}" for part in parts]
-    found = json.loads((tmp_path / "out/spectrum.json").read_text())
-    assert list(found) == [*names, "x.pt, features", *(f"{name} (2)" for name in names)]
-    assert found[names[0]] == found[f"{names[0]} (2)"] and found[names[0]]["dimensions"] == 256
+    shown = json.loads((tmp_path / "out/spectrum.json").read_text())
+    assert list(shown) == [*names, "x.pt, features", *(f"{name} (2)" for name in names)]
+    assert shown[names[0]] == shown[f"{names[0]} (2)"] and shown[names[0]]["dimensions"] == 256
     assert (tmp_path / "out/spectrum.png").exists() and not list(run.glob("spectrum*"))
     capsys.readouterr()
 

@@ -147,7 +147,7 @@ def test_the_report_has_every_table_and_figure(whole):
     assert len(lines) == 6 * 2 + 4 + 2 + 2 + 4 + 4 + 2
     assert len({line.count("|") for line in report.table(numbers).splitlines()}) == 1
     linear = numbers["rows"]["directclr"]["accuracy"]["r"]["linear"]
-    assert f"| {report._percent(linear)} |" in text
+    assert f"| {report._shown(linear, 100)} |" in text
     assert "| 62.7 (47.9 of r[:, :d0]) |" in text
 
 
@@ -171,7 +171,7 @@ def test_the_committed_report_is_that_of_the_committed_numbers(of, figures):
             if line.startswith(f"| {mode} | 0.") or line.startswith(f"| {mode} |  |")
         )
         accuracies = [row["accuracy"]["r"][measure] for measure in ("linear", "knn")]
-        assert all(f"| {report._percent(values)} |" in line for values in accuracies), mode
+        assert all(f"| {report._shown(values, 100)} |" in line for values in accuracies), mode
         rank = row["spectra"]["representation"]["effective_rank"]
         assert f"| {report._shown(rank)} |" in line, mode
 

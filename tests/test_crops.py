@@ -25,15 +25,15 @@ def numbers(n, seed=0):
 @pytest.fixture
 def pictures(tmp_path):
     """Noise under a slope, of several shapes, as PNG and JPEG; by path."""
-    random, found = np.random.default_rng(0), []
+    random, paths = np.random.default_rng(0), []
     for k, (w, h) in enumerate([(500, 375), (375, 500), (257, 256), (640, 90), (60, 45)]):
         slope = np.add.outer(np.linspace(0, 100, h), np.linspace(0, 100, w))[..., None]
         pixels = (slope + random.integers(0, 56, (h, w, 3))).astype(np.uint8)
         for suffix in ("png", "jpg"):
-            found.append(tmp_path / "set" / f"{k}.{suffix}")
-            found[-1].parent.mkdir(exist_ok=True)
-            image.fromarray(pixels).save(found[-1])
-    return found
+            paths.append(tmp_path / "set" / f"{k}.{suffix}")
+            paths[-1].parent.mkdir(exist_ok=True)
+            image.fromarray(pixels).save(paths[-1])
+    return paths
 
 
 def test_a_piece_is_torchvisions(pictures):

@@ -22,14 +22,14 @@ def test_everything_builds_without_spills_and_with_hopper_instructions(tmp_path)
     command = [sys.executable, gate.__file__, "--recheck", "--json", str(tmp_path / "records.json")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    found = json.loads((tmp_path / "records.json").read_text())
-    assert found["wrong"] == []
-    names = {record["kernel"] for record in found["kernels"]}
+    report = json.loads((tmp_path / "records.json").read_text())
+    assert report["wrong"] == []
+    names = {record["kernel"] for record in report["kernels"]}
     for operand, kind in gate.build_cuda.instantiations:
         for stage in ("sums", "weights"):
             for form in ("bounded", "unbounded"):
                 assert f"{stage} {operand} {kind} {form}".lower() in names
-    assert len(found["kernels"]) == 44
+    assert len(report["kernels"]) == 44
 
 
 @pytest.mark.skipif(gate.build_cuda.nvcc() is None, reason="needs nvcc")

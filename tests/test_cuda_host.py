@@ -26,7 +26,7 @@ from directclr_fast.kernels.layout import Layout
 from directclr_fast import dispatch, fast_directclr_loss, last_backend, ops
 from directclr_fast.backends import cuda as backend
 from directclr_fast.backends import hopper, packed
-from directclr_fast.backends.base import Pair
+from directclr_fast.backends.base import Weights
 from directclr_fast.problem import Options, Problem
 from directclr_fast.testing import KINDS, bound, eager_loss, evaluate, make_views, relative_error
 from directclr_fast.world import ALONE
@@ -75,9 +75,9 @@ def library(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def module(library):
     spec = importlib.util.spec_from_file_location("_cuda", library)
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    return found
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
 
 
 def chained(a, b):
@@ -100,8 +100,8 @@ def on_the_cpu(module, monkeypatch):
     monkeypatch.setattr(hopper, "_stream", lambda tensor: stream)
 
     def multiply(dz, a, b, add, alpha=1.0):
-        found = chained(a, b)
-        dz.copy_(dz + alpha * found if add else found)
+        product = chained(a, b)
+        dz.copy_(dz + alpha * product if add else product)
 
     monkeypatch.setattr(products, "multiply", multiply)
     plain = backend.BACKEND.why_not
@@ -124,9 +124,9 @@ def problem(**changes) -> Problem:
 def runs_of(r1, r2, **options):
     upstream = torch.tensor(0.7)
     options = {"dim": 40, "backend": "cuda", "precision": "fp16"} | options
-    found = evaluate(fast_directclr_loss, r1, r2, upstream=upstream, **options)
+    result = evaluate(fast_directclr_loss, r1, r2, upstream=upstream, **options)
     assert last_backend() == options["backend"]
-    return found
+    return result
 
 
 # ------------------------------------------------------------------------------ against cutlass
@@ -155,11 +155,11 @@ def test_top1_is_that_of_the_rounded_rows(monkeypatch, negatives, symmetric, dim
     monkeypatch.setattr(packed, "PARTIAL_BYTES", 1)
     r1, r2 = make_views(300, 320, kind="ties", dtype=torch.float32)
     given = {"negatives": negatives, "symmetric": symmetric, "return_stats": True}
-    _, found = fast_directclr_loss(r1, r2, dim, backend="cuda", precision="fp16", **given)
+    _, stats = fast_directclr_loss(r1, r2, dim, backend="cuda", precision="fp16", **given)
     z1, z2 = (torch.nn.functional.normalize(r[:, :dim], dim=1).half().double() for r in (r1, r2))
     off = ~torch.eye(300, dtype=torch.bool)
     own = (z1 * z2).sum(1)
-    for got, a, b in ((found.row_top1, z1, z2), (found.col_top1, z2, z1)):
+    for got, a, b in ((stats.row_top1, z1, z2), (stats.col_top1, z2, z1)):
         if got is None:
             continue
         largest = (a @ b.T)[off].view(300, 299).amax(1)
@@ -335,8 +335,8 @@ def test_antipodal_and_zero_rows_stay_finite(temperature):
     r1[1], r2[2], r1[4] = 0.0, 0.0, 1e-30 * r1[4]
     for rows in (slice(0, 1), slice(0, 20)):
         options = {"temperature": temperature, "precision": "fp16", "backend": "cuda"}
-        found = evaluate(fast_directclr_loss, r1[rows], r2[rows], 40, **options)
-        assert all(v.isfinite().all() for v in found if v is not None)
+        results = evaluate(fast_directclr_loss, r1[rows], r2[rows], 40, **options)
+        assert all(v.isfinite().all() for v in results if v is not None)
 
 
 # ------------------------------------------------------------------------------ one result
@@ -390,11 +390,11 @@ class _Counting:
         self.module, self.names = module, []
 
     def __getattr__(self, name):
-        found = getattr(self.module, name)
-        if isinstance(found, type) or name in ("combine_blocks", "tile_height", "built_with"):
-            return found
+        value = getattr(self.module, name)
+        if isinstance(value, type) or name in ("combine_blocks", "tile_height", "built_with"):
+            return value
         self.names.append(name)
-        return found
+        return value
 
 
 @pytest.mark.parametrize("temperature", [0.1, torch.tensor(0.1)], ids=str)
@@ -433,9 +433,9 @@ def tiles_of(library):
     function.argtypes = [ctypes.c_int] * 3 + [ctypes.c_bool, ctypes.c_void_p, ctypes.c_int64]
 
     def tiles(m: int, n: int, height: int, upper: bool, room: int = 0):
-        found = np.zeros((room, 2), dtype=np.int32)
-        count = function(m, n, height, upper, found.ctypes.data, room)
-        return count, [tuple(tile) for tile in found.tolist()]
+        places = np.zeros((room, 2), dtype=np.int32)
+        count = function(m, n, height, upper, places.ctypes.data, room)
+        return count, [tuple(tile) for tile in places.tolist()]
 
     return tiles
 
@@ -452,9 +452,9 @@ def test_the_order_has_every_tile_that_counts_once(tiles_of, height, upper):
         (5000, 5000),
         (700, 5000),
     ):
-        count, found = tiles_of(m, n, height, upper, 8192)
-        found = found[:count]
-        assert len(set(found)) == count, (m, n)
+        count, tiles = tiles_of(m, n, height, upper, 8192)
+        tiles = tiles[:count]
+        assert len(set(tiles)) == count, (m, n)
         rows, columns = -(-m // (2 * height)) * 2, -(-n // 256)
         wanted = {
             (row, column)
@@ -463,11 +463,11 @@ def test_the_order_has_every_tile_that_counts_once(tiles_of, height, upper):
             if not upper or min(n, (column + 1) * 256) - 1 > row * height
         }
         wanted |= {(row + 1, column) for row, column in wanted}
-        alone = {t for t in set(found) - wanted if t[1] * 256 + 1 == n}  # of a last entry, itself
-        assert set(found) - alone == wanted, (m, n)
+        alone = {t for t in set(tiles) - wanted if t[1] * 256 + 1 == n}  # of a last entry, itself
+        assert set(tiles) - alone == wanted, (m, n)
         # Neighbours in the order share operands: 8 clusters of rows before the next column.
         if not upper and rows >= 16:
-            assert found[:32:2] == [(2 * i, 0) for i in range(8)] + [(2 * i, 1) for i in range(8)]
+            assert tiles[:32:2] == [(2 * i, 0) for i in range(8)] + [(2 * i, 1) for i in range(8)]
 
 
 def trouble(calls, depth: int, stages: int) -> str | None:
@@ -541,10 +541,10 @@ def turns(library):
     """Calls at barriers of the source that ships: for the leader and the follower, by tile."""
     function = ctypes.CDLL(str(library)).host_turns
     function.argtypes = [ctypes.c_bool, ctypes.c_int, ctypes.c_void_p]
-    found = np.zeros((2, 4, 2), dtype=np.int32)
+    order = np.zeros((2, 4, 2), dtype=np.int32)
     for group in range(2):
-        function(group == 0, found.shape[1], found[group].ctypes.data)
-    return found.tolist()
+        function(group == 0, order.shape[1], order[group].ctypes.data)
+    return order.tolist()
 
 
 @pytest.mark.parametrize("depth,stages", [(1, 4), (1, 2), (2, 3)])
@@ -613,7 +613,7 @@ def test_at_most_five_percent_of_the_tiles_are_wasted(monkeypatch, tiles_of, n, 
     tile = made._tile("sums", packing, torch.device("meta"))
     z = torch.empty((n, packing.row), dtype=packing.dtype, device="meta")
     dz, w = (torch.empty((n, k), dtype=torch.float64, device="meta") for k in (packing.pitch, 1))
-    factors = packed._factors(Pair(w, w, w, w, w), True, packing.unit)[0]
+    factors = packed._factors(Weights(w, w, w, w, w), True, packing.unit)[0]
     made.sums(asked, z, z, 10.0, None)
     made._tile_products(asked, packing, z, z, 10.0, factors, 0, (True, True))
     wanted = needed(n, tile, False)
@@ -638,12 +638,12 @@ def test_a_mirrored_half_has_the_bits_of_a_computed_one(precision, dim, bounded)
         packing = Layout(precision, dim)
         z, _ = hopper.normalize(packing, make_views(n, 320, dtype=torch.float32)[0], None, 1e-12)
         w = torch.rand(n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
-        found, _ = packed._factors(Pair(w, w, w, w, w), bounded, packing.unit)
+        factors, _ = packed._factors(Weights(w, w, w, w, w), bounded, packing.unit)
         made = []
         for mirror in (False, True):
             out = torch.full((1024 * 1024,), torch.nan, dtype=packing.dtype)
             every, tile = slice(0, n), hopper.tile(packing)
-            given = (packing, z, z, found, 10.0, 0, every, every, out, tile, mirror)
+            given = (packing, z, z, factors, 10.0, 0, every, every, out, tile, mirror)
             made.append(hopper.weights(*given).clone())
         parts = made[1].chunk(packing.parts, 1)
         assert not any(part[:, n:].any() for part in parts)

@@ -18,13 +18,13 @@ SHORTER = {"steps=10_000": "steps=20", "seeds=5": "seeds=2"}
 
 
 def blocks(language):
-    found = []
+    params = []
     for page in PAGES:
         text = (ROOT / page).read_text()
         for match in re.finditer(rf"^```{language}\n(.*?)^```", text, re.M | re.S):
             line = text[: match.start()].count("\n") + 1
-            found.append(pytest.param(match[1], id=f"{page}:{line}"))
-    return found
+            params.append(pytest.param(match[1], id=f"{page}:{line}"))
+    return params
 
 
 @pytest.fixture

@@ -108,8 +108,8 @@ def test_what_this_tool_wrote(tree):  # L4
     for name in ("runs/x/spectrum", "runs/x/more/a", "comparison/dims", "cat/cat-spectrum"):
         save(tree / f"{name}.png")
     save(tree / "dog/no-spectrum.png")  # without its numbers: a picture
-    found, classes, left = count(tree)
-    assert (found, classes) == (13, 2)
+    images, classes, left = count(tree)
+    assert (images, classes) == (13, 2)
     assert left == {
         "folders of this tool's output": 2, "folders without pictures": 2,
         ".json files": 2, "figures of this tool": 1,

@@ -127,8 +127,8 @@ def test_pickles_that_torch_did_not_write(tmp_path):
         (tmp_path / name).write_bytes(pickle.dumps({"x": features().numpy()}))
         with pytest.raises(ValueError, match="^file: expected tensors alone, got .*--trust-pickle"):
             foreign.features_in(tmp_path / name)
-        found = foreign.features_in(tmp_path / name, trust=True)
-        assert torch.equal(found["train"].features, features())
+        read = foreign.features_in(tmp_path / name, trust=True)
+        assert torch.equal(read["train"].features, features())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.jit.save(torch.jit.script(torch.nn.Linear(3, 4)), tmp_path / "net.pt")
@@ -201,15 +201,15 @@ def test_spectrum_of_files(tmp_path, capsys):
     said = capsys.readouterr().out
     assert said.startswith("features: 24 of 64 dimensions collapsed (eigenvalue at most ")
     assert "the rounding of bfloat16" in said
-    found = json.loads((tmp_path / "flat-spectrum.json").read_text())
-    assert found["features"]["collapsed"] == 24 and len(found["features"]["spectrum"]) == 64
+    spectra = json.loads((tmp_path / "flat-spectrum.json").read_text())
+    assert spectra["features"]["collapsed"] == 24 and len(spectra["features"]["spectrum"]) == 64
     assert (tmp_path / "flat-spectrum.png").read_bytes().startswith(b"\x89PNG")
 
     several = [str(tmp_path / name) for name in ("flat.pt", "both.npz", "flat.pt")]
     assert cli.main(["spectrum", *several, "--out", str(tmp_path / "out")]) == 0
     names = ["flat.pt, features", "both.npz, features, train", "both.npz, features, test"]
-    found = json.loads((tmp_path / "out/spectrum.json").read_text())
-    assert list(found) == [*names, "flat.pt, features (2)"]
+    spectra = json.loads((tmp_path / "out/spectrum.json").read_text())
+    assert list(spectra) == [*names, "flat.pt, features (2)"]
     assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()[:3]] == names
     # Beside weights of that encoder; features stay features.
     beside = ["spectrum", several[1], "--encoder", "resnet18", "--out", str(tmp_path / "out")]
@@ -452,14 +452,14 @@ def test_commands_on_weights_of_others(resnet, tmp_path, capsys):
         f"resnet18 from {path}: 100 tensors of 'state_dict' under 'module.enc"
     )
     assert said[1].startswith("representation: ") and "of 512 dimensions" in said[1]
-    found = json.loads((tmp_path / "moco-spectrum.json").read_text())
-    assert found["representation"]["samples"] == 48
+    spectra = json.loads((tmp_path / "moco-spectrum.json").read_text())
+    assert spectra["representation"]["samples"] == 48
     flags = ["--epochs", "2", "--schedule", "cosine", "--baselines", "--dim", "9"]
     assert cli.main(["probe", path, "--encoder", "resnet18", *SET, *flags]) == 0
-    found = json.loads((tmp_path / "moco-probe.json").read_text())
+    scores = json.loads((tmp_path / "moco-probe.json").read_text())
     rows = ["encoder", "encoder, r[:, :9]", "untrained encoder", "untrained encoder, r[:, :9]"]
-    assert list(found["accuracy"]) == [*rows, "raw pixels"]
-    assert found["encoder"].startswith("resnet18 from") and "step" not in found
+    assert list(scores["accuracy"]) == [*rows, "raw pixels"]
+    assert scores["encoder"].startswith("resnet18 from") and "step" not in scores
     capsys.readouterr()
 
 
@@ -508,13 +508,13 @@ def test_probe_of_one_file(tmp_path, capsys):
     x, y = clusters()
     y[5] = -1
     path = write(tmp_path / "x.npz", {"features": x, "labels": y})
-    found, tested = foreign.probe_features(path)
-    assert found.classes == 3 and tested == "the last fifth of each class"
-    assert found.test.shape == (12, 5) and len(found.train) == 59 - 12
+    probed, tested = foreign.probe_features(path)
+    assert probed.classes == 3 and tested == "the last fifth of each class"
+    assert probed.test.shape == (12, 5) and len(probed.train) == 59 - 12
     for c, name in enumerate((3, 7, 40)):
         own = x[y == name]
-        assert torch.equal(found.train[found.train_labels == c], own[: 4 * len(own) // 5])
-        assert torch.equal(found.test[found.test_labels == c], own[4 * len(own) // 5 :])
+        assert torch.equal(probed.train[probed.train_labels == c], own[: 4 * len(own) // 5])
+        assert torch.equal(probed.test[probed.test_labels == c], own[4 * len(own) // 5 :])
     flags = ["--epochs", "20", "--schedule", "cosine", "--k", "3", "--dim", "1"]
     assert cli.main(["probe", str(path), *flags]) == 0
     assert capsys.readouterr().out.startswith("3 classes, 47 features to train on, tested on the l")
@@ -537,14 +537,14 @@ def test_probe_with_a_part_to_test_on(way, tmp_path):
         labels = [y[:, None].double(), w.double()] if "floats" in way else [y, w]
         values = {"x": x, "y": labels[0], "z": z, "w": labels[1]}
         files = [write(tmp_path / f"{name}.npy", value) for name, value in values.items()]
-    found, tested = foreign.probe_features(*files)
+    probed, tested = foreign.probe_features(*files)
     close = {"rtol": 1e-2, "atol": 1e-2} if way == "two files" else {"rtol": 0, "atol": 0}
-    torch.testing.assert_close(found.train, x, **close)
-    torch.testing.assert_close(found.test, z, **close)
+    torch.testing.assert_close(probed.train, x, **close)
+    torch.testing.assert_close(probed.test, z, **close)
     order = torch.tensor([3, 7, 40])
-    assert torch.equal(order[found.train_labels], y) and torch.equal(order[found.test_labels], w)
+    assert torch.equal(order[probed.train_labels], y) and torch.equal(order[probed.test_labels], w)
     assert tested == str(files[0] if way == "one file" else files[2])
-    assert probe.knn(found, k=3) == 1.0
+    assert probe.knn(probed, k=3) == 1.0
 
 
 def test_probe_errors_of_features(tmp_path, capsys):

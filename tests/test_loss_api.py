@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
+import inspect
 import io
 import math
 import re
@@ -18,6 +20,7 @@ import waiting
 import directclr_fast
 from directclr_fast import DirectCLRLoss, fast_directclr_loss, info_nce, last_backend
 from directclr_fast.dispatch import PRIORITY
+from directclr_fast.problem import Options
 from directclr_fast.testing import backends, bound, eager_loss, evaluate, make_views, relative_error
 
 BACKENDS = [*backends(), "reference"]
@@ -290,6 +293,17 @@ def test_a_backend_without_the_option_says_so(views):
         fast_directclr_loss(*views, 20, negatives="same", backend="torch")
     with pytest.raises(NotImplementedError, match="no backend can run.*torch: precision 'fp8'"):
         fast_directclr_loss(*views, 20, precision="fp8")
+
+
+def test_an_option_has_one_default():
+    """The signature, which people read, and the record, which everything else is made from."""
+    shown = inspect.signature(fast_directclr_loss).parameters
+    shown = {name: p.default for name, p in shown.items() if p.default is not p.empty}
+    fields = {field.name: field.default for field in dataclasses.fields(Options)}
+    del fields["autocast"]  # found, not asked
+    assert fields == {k: v for k, v in shown.items() if k not in ("columns", "labels", "group")}
+    module = inspect.signature(DirectCLRLoss).parameters
+    assert all(module[name].default == fields[name] for name in ("dim", "temperature"))
 
 
 def test_module_rejects_what_the_function_rejects():

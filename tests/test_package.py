@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -86,25 +87,22 @@ def test_links_resolve(name):
 
 
 def test_no_module_imports_upwards():
-    """cli > paper > train > adapters > loss > distributed > ops > driver > labels > backends."""
-    floors = ["__main__", "cli", "doctor", "bench", "paper", "train", "testing", "adapters"]
-    floors += ["loss", "distributed", "ops", "driver", "labels", "world", "dispatch", "backends"]
-    floors += ["kernels", "reference", "plots", "problem", "address", "products", "machine"]
-    floors += ["progress", "flops", "__init__"]
+    """In the order of docs/design.md, section 4."""
+    order = re.search(r"^    (cli >.*?)\n\n", (ROOT / "docs/design.md").read_text(), re.M | re.S)[1]
+    floors = ["__main__", *re.split(r"\s*>\s*", order), "__init__"]
     package = ROOT / "directclr_fast"
     rooms = {p.stem for p in package.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
     assert rooms <= set(floors)
-    imports = re.compile(r"^\s*from (\.+)([\w.]*) import (\w+(?:, \w+)*)", re.M)
     for path in [*package.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
         place = path.relative_to(package if package in path.parents else ROOT).with_suffix("").parts
         if place == ("__init__",):  # the public names, loaded on first use
             continue
-        for dots, target, names in imports.findall(path.read_text()):
-            if len(dots) == len(place):
-                for other in [target.split(".")[0]] if target else names.split(", "):
-                    if other in floors:
-                        below = floors.index(other) - floors.index(place[0])
-                        assert below > 0 or below == 0 and len(place) > 1, (path.name, other)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level == len(place):
+                named = [node.module] if node.module else [alias.name for alias in node.names]
+                for other in {name.split(".")[0] for name in named} & set(floors):
+                    below = floors.index(other) - floors.index(place[0])
+                    assert below > 0 or below == 0 and len(place) > 1, (path.name, other)
 
 
 @pytest.mark.xdist_group("together")

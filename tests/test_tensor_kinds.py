@@ -755,8 +755,8 @@ UNFIT = {  # what is asked of float32 (4, 3), and on which device
 @pytest.mark.parametrize("name", UNFIT)
 def test_an_address_is_given_of_what_was_asked_for_only(name):
     x, f32 = torch.zeros(4, 3), torch.float32
-    found = addresses(all=(x, f32, 12), none=(None, f32, 12), empty=(x[:0], f32, 0))
-    assert found == {"all": x.data_ptr(), "none": 0, "empty": 0} and x.data_ptr()
+    at = addresses(all=(x, f32, 12), none=(None, f32, 12), empty=(x[:0], f32, 0))
+    assert at == {"all": x.data_ptr(), "none": 0, "empty": 0} and x.data_ptr()
     change, device = UNFIT[name]
     with pytest.raises(ValueError, match="x: expected 12 contiguous elements of float32 on c"):
         addresses(device, none=(None, f32, 12), x=(change(x), f32, 12))

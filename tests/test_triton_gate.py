@@ -117,10 +117,10 @@ def jit(kernel, grid, args, options):
 gate.common.launch.recorder = jit
 gate._call(gate.Triton("sm_90"), **calls[0])
 binaries = lambda: sorted(cache.glob("*/*.cubin"))
-found = binaries()
-assert len(found) == len(entries)
+cached = binaries()
+assert len(cached) == len(entries)
 assert all("error" not in gate.compiled((entry, "sm_90")) for entry in entries)
-assert binaries() == found
+assert binaries() == cached
 # Every architecture has its own request: pointers within 2 GiB are told to AMD's compiler alone.
 for arch, told in (("sm_90", False), ("gfx942", True)):
     entry = gate.recorded(arch, calls)[0]

@@ -40,8 +40,8 @@ struct Positives {
   double* pos;
 };
 
-// Rows [begin, begin + count) of a view as the tiles take them (tile_products.h): for S, and for the
-// products with G, of digits with a scale of each row. Null: nobody needs it.
+// Rows [begin, begin + count) of a view as the tiles take them (tile_products.h). `for_s` is for S;
+// `for_g`, for the products with G, has digits, and `scale` that of each row. Null: not needed.
 struct Packed {
   char *for_s, *for_g;
   float* scale;

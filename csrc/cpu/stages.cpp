@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <vector>
 
 #if defined(__linux__)
@@ -404,12 +405,6 @@ void add_positives(const SimilarityArgs& s, const float* diag, float* dz1, float
   }
 }
 
-double total(const double* x, int64_t n) {
-  double s = 0.0;
-  for (int64_t i = 0; i < n; ++i) s += x[i];
-  return s;
-}
-
 int64_t thread_scratch(int64_t m, int64_t n, int64_t d) {
   const int64_t bytes = kernels().scratch_bytes(m, n, pitch(d)) + 4 * row_scratch_floats(d);
   return (bytes + 4095) / 4096 * 4096;
@@ -532,7 +527,7 @@ std::string finish(const Finish& args, int64_t rows, double* dots, int threads) 
     kernels().finish(args, part(rows, 16, t, team.size()), part(rows, 16, t + 1, team.size()),
                      row_dots.get(), scratch.get() + t * row_scratch_floats(args.d));
   });
-  *dots = total(row_dots.get(), rows);
+  *dots = std::accumulate(row_dots.get(), row_dots.get() + rows, 0.0);
   return "";
 }
 

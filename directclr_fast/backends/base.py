@@ -47,7 +47,7 @@ class Statistics(NamedTuple):
 
 
 class Tops(NamedTuple):
-    """Largest logits so far, from which top-1 is told; in a unit of the backend's own.
+    """Largest logits so far, from which top-1 follows; in a unit of the backend's own.
 
     ``row`` (M,) and ``col`` (N,) run over the other candidates, -inf where there was none; ``own``
     (M,) are the positives' with the rounding of their neighbours in the tile. In the compute
@@ -79,7 +79,7 @@ class Tops(NamedTuple):
         return torch.stack(right)
 
 
-class Pair(NamedTuple):
+class Weights(NamedTuple):
     """Weights of one tile product's gradient: G_ij = w_i p_ij + v_j q_ij, its positives given.
 
     The upstream gradient, the reduction's factor and a = 1/temperature are in w and v.
@@ -103,7 +103,8 @@ Ids = tuple[Tensor, Tensor]
 class Backend:
     """One implementation of the stages; a new one joins ``problem.PRIORITY``.
 
-    What raises ``NotImplementedError`` here is every subclass's to define; types are stated here.
+    What raises ``NotImplementedError`` here is every subclass's to define, the last two where it
+    fuses; types are stated here.
     """
 
     name: str
@@ -199,13 +200,13 @@ class Backend:
         z1: Tensor,
         z2: Tensor,
         scale: float | Tensor,
-        pair: Pair,
+        pair: Weights,
         kept: Tensor,
         need: tuple[bool, bool],
         ids: Ids | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """``weights`` and ``products``: dz1 = G z2 (M, d), dz2 = G^T z1 (N, d); None where not
-        needed."""
+        """``weights`` and ``products``: dz1 = G z2 (M, d), dz2 = G^T z1 (N, d) with G of ``pair``;
+        None where not needed."""
         raise NotImplementedError
 
     def add_self_products(
@@ -239,6 +240,29 @@ class Backend:
     # ------------------------------------------------------------------------------- in one go
 
     def fuses(self, problem: Problem) -> bool:
-        """Whether this backend has a ``forward`` and ``backward`` of its own for ``problem``, of
-        one process and one group, with the driver's arguments and results, in fewer launches."""
+        """Whether ``forward`` and ``backward`` run ``problem``, of one process and without labels,
+        in fewer launches than the driver."""
         return False
+
+    def forward(
+        self,
+        problem: Problem,
+        r1: Tensor,
+        r2: Tensor,
+        columns: Tensor | None,
+        scale: float | Tensor,
+    ) -> tuple[Tensor, list[Saved], Statistics | None]:
+        """``driver.forward`` of one group, ``columns`` (1, d): the loss, 0-dim or (M,)."""
+        raise NotImplementedError
+
+    def backward(
+        self,
+        problem: Problem,
+        dloss: Tensor,
+        states: list[Saved],
+        columns: Tensor | None,
+        scale: float | Tensor,
+        need: tuple[bool, bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | float | None]:
+        """``driver.backward``: (dr1 (M, width), dr2 (N, width), dloss/dtemperature)."""
+        raise NotImplementedError

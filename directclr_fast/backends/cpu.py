@@ -15,7 +15,7 @@ from torch import Tensor
 from ..address import CPU, addresses, start
 from ..problem import Problem
 from ..products import rounding
-from .base import Backend, Pair, Saved, Tops
+from .base import Backend, Saved, Tops, Weights
 
 try:
     from .. import _cpu
@@ -70,13 +70,11 @@ class Cpu(Backend):
             return [
                 f"the compiled extension is not installed ({_missing}); a C++17 compiler builds it"
             ]
-        reasons = []
+        reasons = problem.reference_only()
         if problem.device_type != "cpu":
             reasons.append(f"it reads CPU tensors, got {problem.device_type}")
         if problem.dtype == torch.float64:
             reasons.append("it computes in fp32, got float64")
-        if problem.negatives == "same":
-            reasons.append("negatives 'same' is in the reference backend only")
         asked = problem.precision
         if (asked == "bf16" and not _cpu.has_bf16()) or (asked == "tf32" and not _cpu.has_tiles()):
             reasons.append(
@@ -184,7 +182,7 @@ class Cpu(Backend):
         return dz1, dz2
 
     def add_self_products(self, problem, z, scale, w, lse, dz, ids=None):
-        pair = Pair(w, lse, w, lse, None)
+        pair = Weights(w, lse, w, lse, None)
         self._products(problem, z, z, scale, pair, None, dz, dz, True, ids)
 
     def _products(self, problem, z1, z2, scale, pair, kept, dz1, dz2, upper, ids) -> None:

@@ -29,15 +29,13 @@ class Cuda(Packed):
             return [f"{reason}; DIRECTCLR_FAST_CUDA=1 and nvcc build it"]
         if sys.platform != "linux" or problem.device_type != "cuda" or torch.version.hip:
             return [f"it runs on NVIDIA GPUs under Linux, got {problem.device_type}"]
-        reasons = []
+        reasons = problem.reference_only()
         if torch.cuda.is_available():
             major, minor = capability(problem)
             if (major, minor) != (9, 0):
                 reasons.append(f"it needs compute capability 9.0, got {major}.{minor}")
         if problem.dtype == torch.float64:
             reasons.append("it computes in fp32 and less, got float64")
-        if problem.negatives == "same":
-            reasons.append("negatives 'same' is in the reference backend only")
         if problem.ignores:
             reasons.append("its kernels leave out the positives only, got same_label 'ignore'")
         chosen = self.precision(problem)

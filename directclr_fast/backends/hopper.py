@@ -1,7 +1,7 @@
 """The kernels of csrc/cuda as ``packed.Packed`` wants them: tensors in, launches out.
 
 Every function queues its work on the current stream of its tensors' device and waits for nothing.
-Arguments are those of its namesake in ``kernels/``, where they are told.
+Its namesake in ``kernels/`` says what the arguments are.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from torch import Tensor
 
 from ..address import addresses, start
 from ..kernels.configs import Tile
-from ..kernels.layout import Layout
+from ..kernels.layout import STORE, Factors, Layout, Side
 from ..kernels.library import product as product
-from ..kernels.records import STORE, Factors, View
 
 try:
     from .. import _cuda
@@ -244,8 +243,8 @@ def factors(
     layout: Layout, problem, saved, upstream: Tensor, divisor: Tensor | None, bounded: bool
 ) -> Factors:
     """One launch."""
-    record = Factors(problem.rows, problem.candidates, problem.symmetric, bounded, upstream.device)
     m, n = problem.rows, problem.candidates
+    record = Factors.empty(m, n, problem.symmetric, bounded, upstream.device)
     columns, own = (n, m) if problem.symmetric else (0, 0)
     col = n if problem.symmetric else m  # where there is none, the row's stands for it
     arguments = _cuda.FactorsArguments(
@@ -298,7 +297,7 @@ def weights(
 
 
 def finish(
-    layout: Layout, views: list[tuple[View, int]], other: Tensor, diagonal: Tensor | None,
+    layout: Layout, views: list[tuple[Side, int]], other: Tensor, diagonal: Tensor | None,
     offset: int, *, upstream: Tensor | None, scale, factor: float, index: Tensor | None, width: int,
     eps: float, add: bool,
 ) -> None:  # fmt: skip

@@ -19,15 +19,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.layout import layout_of
-from ..kernels.records import STORE, Factors, View
+from ..kernels.layout import STORE, Factors, Side, layout_of
 from ..problem import Problem
 from ..products import may_round
-from .base import Backend, Pair, Saved, Statistics, Tops
+from .base import Backend, Saved, Statistics, Tops, Weights
 
 LN2 = math.log(2.0)
 
-# Of one strip of anchors: what is beyond waits for another launch.
+# Limit of the partial sums of one launch; the anchors beyond it are further strips.
 PARTIAL_BYTES = 64 * 2**20
 
 
@@ -95,7 +94,7 @@ class Packed(Backend):
         raise NotImplementedError
 
     def _whole_rows(self, tile) -> int:
-        """Of what a launch takes whole: strips and super-blocks end where one does."""
+        """What a launch takes as a unit: strips and super-blocks are multiples of it."""
         return tile.rows
 
     def _superblock(self, problem: Problem, layout, tile) -> tuple[int, int]:
@@ -191,7 +190,7 @@ class Packed(Backend):
                 (2, state.z2, state.rnorm2, dz2, drs[1]),
             ):
                 if dz is not None:
-                    views.append((View(z, rnorm, dz, dr, need_temperature), number))
+                    views.append((Side(z, rnorm, dz, dr, need_temperature), number))
             if views:
                 factor = 1.0 / (STORE * layout.unit * (2.0 if problem.symmetric else 1.0))
                 if problem.reduction == "mean":
@@ -371,8 +370,7 @@ class Packed(Backend):
 
     def products(self, problem, z1, z2, scale, pair, kept, need, ids=None):
         layout, offset = self._layout(problem, z1), problem.row_offset
-        factors, unit = _factors(pair, problem.bounded(scale), layout.unit)
-        factors.ids = ids
+        factors, unit = _factors(pair, problem.bounded(scale), layout.unit, ids)
         with self.kernels.device(z1):
             dz1, dz2 = self._tile_products(problem, layout, z1, z2, scale, factors, offset, need)
             if dz1 is not None:
@@ -384,8 +382,8 @@ class Packed(Backend):
 
     def add_self_products(self, problem, z, scale, w, lse, dz, ids=None):
         layout = self._layout(problem, z)
-        factors, unit = _factors(Pair(w, lse, w, lse, w), problem.bounded(scale), layout.unit)
-        factors.ids = ids
+        pair = Weights(w, lse, w, lse, w)
+        factors, unit = _factors(pair, problem.bounded(scale), layout.unit, ids)
         tile = self._tile("weights", layout, z.device, factors.crowded)
         inner = self._tile("products", layout, z.device)
         side = min(self._superblock(problem, layout, tile))
@@ -416,14 +414,14 @@ class Packed(Backend):
         return make((rows, problem.width), dtype=problem.dtype, device=device)
 
     def finish(self, problem, z, rnorm, dz, dr, index):
-        view = View(z, rnorm, dz, dr, dots=True)
+        side = Side(z, rnorm, dz, dr, dots=True)
         with self.kernels.device(z):
             self.kernels.finish(
-                self._layout(problem, z), [(view, 1)], z, None, 0, upstream=None, scale=1.0,
+                self._layout(problem, z), [(side, 1)], z, None, 0, upstream=None, scale=1.0,
                 factor=1.0, index=index, width=problem.width, eps=problem.eps,
                 add=problem.groups > 1,
             )  # fmt: skip
-        return view.dots.sum(dtype=problem.statistics_dtype)
+        return side.dots.sum(dtype=problem.statistics_dtype)
 
 
 def _largest_mass(state: Saved, upstream: Tensor | None) -> Tensor:
@@ -436,7 +434,7 @@ def _largest_mass(state: Saved, upstream: Tensor | None) -> Tensor:
     return (mass if upstream is None else mass * upstream.abs()).amax().float()
 
 
-def _factors(pair: Pair, bounded: bool, of_rows: float):
+def _factors(pair: Weights, bounded: bool, of_rows: float, ids=None):
     """(the kernels' factors of a pair's weights, the factor the product still lacks, 0-dim), with
     rows that are ``of_rows`` z."""
     both = pair.v is not None
@@ -447,11 +445,8 @@ def _factors(pair: Pair, bounded: bool, of_rows: float):
     # dividing by that rounds nothing. 1 where every weight is zero.
     unit = torch.where(top == 0.0, 1.0, top / torch.frexp(top).mantissa)
     unit = torch.where(top.isfinite(), unit, top)
-    factors = Factors.__new__(Factors)
-    factors.symmetric, factors.bounded = both, bounded
-    factors.diagonal = pair.diagonal.float()
 
-    def side(weight: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    def shifted(weight: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         weight = weight / unit * STORE
         if not bounded:
             exact = lse / LN2
@@ -462,10 +457,9 @@ def _factors(pair: Pair, bounded: bool, of_rows: float):
         factor = torch.where(weight == 0.0, 0.0, weight * torch.exp(-lse)).float()
         return factor, factor
 
-    factors.row, factors.row_shift = side(pair.w, pair.row_lse)
-    factors.col, factors.col_shift = factors.row, factors.row_shift
-    if both:
-        factors.col, factors.col_shift = side(pair.v, pair.col_lse)
+    rows = shifted(pair.w, pair.row_lse)
+    columns = shifted(pair.v, pair.col_lse) if both else rows
+    factors = Factors(*rows, *columns, pair.diagonal.float(), both, bounded, ids)
     return factors, (unit / (STORE * of_rows)).float()
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..problem import Problem
-from .base import Backend, Ids, Pair
+from .base import Backend, Ids, Weights
 
 # Two buffers of BLOCK_M x BLOCK_N fp32, 2 MiB each: the GEMM runs at its full rate and a block
 # stays in cache between the passes over it. From 256 x 512 to 2048 x 2048 the step at N = 4096,
@@ -37,9 +37,7 @@ class Torch(Backend):
     default_workspace = 64 * 2**20
 
     def why_not(self, problem: Problem) -> list[str]:
-        reasons = []
-        if problem.negatives == "same":
-            reasons.append("negatives 'same' is in the reference backend only")
+        reasons = problem.reference_only()
         if problem.precision not in ("auto", "highest"):
             reasons.append(
                 f"precision {problem.precision!r}: it computes in fp32 (fp64 for fp64 inputs)"
@@ -122,7 +120,7 @@ class Torch(Backend):
 
     def add_self_products(self, problem, z, scale, w, lse, dz, ids=None):
         # H + H^T is symmetric, so the blocks above the diagonal serve both of their halves.
-        weigh = _Weigher(problem, scale, Pair(w, lse, w, lse, w))
+        weigh = _Weigher(problem, scale, Weights(w, lse, w, lse, w))
         for rows, columns, s in _blocks(problem, z, z, scale, 0, ids, triangle=True):
             g = weigh(rows, columns, s)
             dz[rows].addmm_(g, z[columns])
@@ -183,7 +181,7 @@ class _Weigher:
     The result may share the block's memory.
     """
 
-    def __init__(self, problem: Problem, scale, pair: Pair) -> None:
+    def __init__(self, problem: Problem, scale, pair: Weights) -> None:
         dtype = problem.compute_dtype
         self.bounded = problem.bounded(scale)
         if self.bounded:

@@ -14,6 +14,7 @@ from functools import cached_property
 
 import torch
 
+from ..kernels import configs
 from ..problem import Problem
 from .packed import Packed, capability
 
@@ -45,15 +46,13 @@ class Triton(Packed):
     def why_not(self, problem: Problem) -> list[str]:
         if importlib.util.find_spec("triton") is None:
             return ["triton is not installed"]
-        reasons = []
+        reasons = problem.reference_only()
         if problem.device_type == "cpu" and not interpreted():
             reasons.append("it runs on GPUs, got cpu")
         elif problem.device_type not in ("cuda", "cpu"):
             reasons.append(f"it runs on CUDA and ROCm devices, got {problem.device_type}")
         if problem.dtype == torch.float64:
             reasons.append("it computes in fp32 and less, got float64")
-        if problem.negatives == "same":
-            reasons.append("negatives 'same' is in the reference backend only")
         if problem.device_type == "cuda" and torch.cuda.is_available() and not torch.version.hip:
             major, minor = capability(problem)
             if major < 8:
@@ -76,16 +75,12 @@ class Triton(Packed):
     def details(self) -> dict[str, str]:
         if importlib.util.find_spec("triton") is None:
             return {}
-        from ..kernels import configs
-
         shown = {"triton": importlib.import_module("triton").__version__}
         if torch.cuda.is_available():
             shown["tiles of"] = configs.architecture(torch.device("cuda", 0))[0]
         return shown
 
     def _tile(self, kernel, layout, device, crowded=False):
-        from ..kernels import configs
-
         arch = self.arch or configs.architecture(device)[0]
         itemsize = configs.HI_LO if layout.precision == "highest" else layout.dtype.itemsize
         if layout.precision == "fp8" and kernel != "products":
@@ -94,8 +89,6 @@ class Triton(Packed):
 
     def _programs(self, device: torch.device) -> int:
         """Programs that fill the device a few times over."""
-        from ..kernels import configs
-
         return 4 * (configs.architecture(device)[1] if self.arch is None else 132)
 
 

@@ -82,11 +82,8 @@ def measure(arguments: argparse.Namespace) -> Iterator[tuple[dict, str]]:
     own = {"data": arguments.data, "amp": arguments.amp, "warmup_epochs": 0, "device": "cpu"}
     rate = TrainConfig(**own).resolve().learning_rate
     settings = {**own, "images": arguments.images, "chunk": arguments.chunk}
-    path = out / "settings.json"
-    if path.exists() and json.loads(path.read_text()) != settings:
-        raise ValueError(f"out: expected a folder of runs of {settings}, got {path}")
     out.joinpath("runs").mkdir(parents=True, exist_ok=True)
-    checkpoint.write_json(path, settings)
+    runs.same_settings(out, settings)
     asked = [
         Run("directclr", seed, rate * math.sqrt(n / 256), loss=loss, batch_size=n)
         for seed in range(1, arguments.seeds + 1)

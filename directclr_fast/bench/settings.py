@@ -22,7 +22,7 @@ def setting(default: Any, help: str, *, low: int | None = None, choices=None, **
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The product of sizes, of whom, and how long."""
+    """What is measured, every size with every variant, and for how long."""
 
     rows: tuple[int, ...] = setting(
         (256, 512, 1024, 2048, 4096, 8192), "rows of each view", low=2,

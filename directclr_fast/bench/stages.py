@@ -17,8 +17,8 @@ from collections.abc import Iterator
 
 import torch
 
-from .. import dispatch
-from ..backends.base import Pair
+from .. import _cpu, dispatch
+from ..backends.base import Weights
 from ..machine import processor
 from . import study
 from .timing import interleaved
@@ -38,14 +38,12 @@ FLAGS = {
 
 def stages(args: argparse.Namespace) -> list[tuple]:
     """(name, operations, bytes that must move, call) of each stage."""
-    from .. import _cpu
-
     backend, n, d, width, scale = dispatch.load("cpu"), args.n, args.d, args.width, 10.0
     problem = Case(n, width, d, temperature=1 / scale).problem(args.precision)
     problem = problem.replace(workspace_bytes=int(args.keep * _cpu.workspace_bytes(n, n)))
     views = [torch.randn(n, width) for _ in range(2)]
     lse, weight, diagonal = (torch.full((n,), x, dtype=torch.float64) for x in (12, 5 / n, -5 / n))
-    pair = Pair(weight, lse, weight, lse, diagonal)
+    pair = Weights(weight, lse, weight, lse, diagonal)
 
     def normalize() -> list:
         return [backend.normalize(problem, r, None) for r in views]
@@ -75,16 +73,12 @@ def stages(args: argparse.Namespace) -> list[tuple]:
 
 def measure(args: argparse.Namespace) -> Iterator[tuple[dict, str]]:
     """A case for each number of threads, as a table."""
-    from .. import _cpu
-
     _cpu.force_isa(args.isa)
     for threads in args.threads:
         yield _case(args, threads)
 
 
 def _case(args: argparse.Namespace, threads: int) -> tuple[dict, str]:
-    from .. import _cpu
-
     torch.set_num_threads(threads)
     table = stages(args)
     iterations = 500_000

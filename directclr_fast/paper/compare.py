@@ -23,7 +23,7 @@ from ..train import checkpoint, data, encoders
 from ..train.config import MODES, TrainConfig, check_setting, resolve_device
 from ..train.objective import default_dim
 from . import report
-from .runs import Run, side_by_side
+from .runs import Run, same_settings, side_by_side
 
 SEARCH_SEED = 0  # the seeds of the table are 1, 2, ...
 FACTORS = (0.25, 1.0, 4.0)  # of the recipe's learning rate: the search
@@ -214,7 +214,7 @@ def run(out: str | Path, plan: Plan, *, jobs: int | None = None, progress: bool 
         jobs = cores if on_cpu else 1
     check_setting("jobs", jobs, low=1)
     out = checkpoint.writable("out", out)
-    _same_settings(out, plan)
+    same_settings(out, {k: v for k, v in settings.items() if k not in _FREE})
     # Downloads here, not in several processes at a time.
     images = TrainConfig(seed=SEARCH_SEED, **settings).images(True, settings["download"])
     settings["download"] = False
@@ -229,22 +229,6 @@ def run(out: str | Path, plan: Plan, *, jobs: int | None = None, progress: bool 
     numbers["seconds"] = round(sum(result["seconds"] for result in done.values()))
     report.write(numbers, out)
     return numbers
-
-
-def _same_settings(out: Path, plan: Plan) -> None:
-    """Keeps the settings of all runs in ``out``; ValueError where older runs there had others."""
-    path = out / "settings.json"
-    now = {k: v for k, v in plan.settings.items() if k not in _FREE}
-    if path.exists():
-        before = json.loads(path.read_text())
-        for name in sorted(before.keys() | now.keys()):
-            if before.get(name) != now.get(name):
-                raise ValueError(
-                    f"{name}: expected {before.get(name)!r} as in the comparison in {out}, "
-                    f"got {now.get(name)!r}; give another --out"
-                )
-        return
-    checkpoint.write_json(path, now, indent=1)
 
 
 def _finished(out: Path, plan: Plan) -> dict[str, dict]:

@@ -18,10 +18,10 @@ from ..train.config import TrainConfig
 from ..train.loop import Model
 from . import spectrum
 
-# Of a training, after which it is looked at.
+# Shares of a training after which the model is looked at.
 FRACTIONS = (0.0, *(2.0**-k for k in range(6, -1, -1)))
 SAMPLES, BATCH = 2048, 256  # of the test part for spectra, of the training part for gradients
-EVERY = 8  # of the sorted eigenvalues one is kept
+EVERY = 8  # one in so many of the sorted eigenvalues is kept
 
 
 def steps(total: int) -> list[int]:

@@ -89,8 +89,8 @@ def summary(plan, done: dict[str, dict], weights: Path, steps: int) -> dict:
 
 
 def _differences(rows: dict[str, dict]) -> dict:
-    """By measure and mode, DirectCLR's r less that mode's; of DirectCLR itself its r less its
-    sub-vector."""
+    """Accuracy of DirectCLR's r minus that of a mode's r, by measure and mode; of DirectCLR itself
+    minus that of its sub-vector."""
     of_modes = {mode: row["accuracy"] for mode, row in rows.items() if "accuracy" in row}
     differences = {measure: {} for measure in _MEASURE}
     if own := of_modes.get("directclr"):
@@ -314,7 +314,7 @@ def _agreement_table(numbers: dict) -> str:
         values = accuracy.get(kind)
         of_seeds = ", ".join(f"{100 * v:.1f}" for v in values["values"]) if values else ""
         apart = f"{weights[kind]['mean']:.2g}" if kind in weights else ""
-        lines.append([name, _percent(values), of_seeds, apart])
+        lines.append([name, _shown(values, 100), of_seeds, apart])
     head = ("", "linear, r", "by seed", "final weights apart from the fast loss's")
     return plots.markdown(head, lines)
 
@@ -331,16 +331,13 @@ def _search_table(numbers: dict) -> str:
 
 def _accuracies(accuracy: dict) -> list[str]:
     parts = (accuracy.get(part, {}) for part in ("r", "sub-vector"))
-    return [_percent(of_part.get(measure)) for of_part in parts for measure in _MEASURE]
+    return [_shown(of_part.get(measure), 100) for of_part in parts for measure in _MEASURE]
 
 
-def _percent(values: dict | None) -> str:
-    """Empty for None."""
-    return "" if values is None else _shown(values, 100)
-
-
-def _shown(values: dict, unit: int = 1) -> str:
-    """Mean, and deviation where there is one, ``unit`` times as large."""
+def _shown(values: dict | None, unit: int = 1) -> str:
+    """Mean, and deviation where there is one, ``unit`` times as large; empty for None."""
+    if values is None:
+        return ""
     text = f"{unit * values['mean']:.1f}"
     deviation = values["deviation"]
     return text if deviation is None else f"{text} ± {unit * deviation:.1f}"

@@ -30,7 +30,7 @@ from . import mechanism, spectrum
 
 ROUNDING = 2.0**-23  # of fp32, relative
 SMALL = 1e-4  # of the largest eigenvalue; counted beside the collapsed ones
-EPOCHS, MANY, FEWER = 100, 20_000, 25  # of the linear probe; of more training samples fewer epochs
+EPOCHS, MANY, FEWER = 100, 20_000, 25  # the linear probe has FEWER epochs above MANY samples
 REPORT_EVERY = 0.5  # seconds between two reports of a run's step to the process that started it
 
 
@@ -71,6 +71,21 @@ class Run:
         words += [self.loss] if self.loss != "fast" else []
         words += [w for w in ("search", "rounded") if getattr(self, w)]
         return "-".join(words)
+
+
+def same_settings(out: Path, now: dict) -> None:
+    """Keeps the settings of all runs in ``out``; ValueError where older runs there had others."""
+    path = out / "settings.json"
+    if not path.exists():
+        checkpoint.write_json(path, now, indent=1)
+        return
+    before = json.loads(path.read_text())
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            raise ValueError(
+                f"{name}: expected {before.get(name)!r} as in the runs in {out}, "
+                f"got {now.get(name)!r}; give another --out"
+            )
 
 
 def config_of(run: Run, settings: dict, work: Path) -> TrainConfig:

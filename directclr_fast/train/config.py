@@ -124,8 +124,8 @@ noted, free, of_call = (partial(setting, resumed=rule) for rule in ("noted", "fr
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of one run. None stands for one that was not given: :meth:`resolve` has it from the
-    data set's recipe (RECIPES) or the field, :meth:`continuing` from the run that goes on."""
+    """Settings of one run. None: not given. :meth:`resolve` then takes the value of the data set's
+    recipe (RECIPES) or of the field, :meth:`continuing` that of the run that goes on."""
 
     # What the set holds is compared, wherever it lies now.
     data: str = free("digits", f"{', '.join(SETS)} (default digits)")

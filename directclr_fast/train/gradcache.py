@@ -123,7 +123,7 @@ class GradientCache:
                         with self.scope():
                             out = self.module(make(view, rows))
                         roots, grads = [out], [(d1, d2)[view][rows]]
-                        if last:  # with these DistributedDataParallel has heard of everyone
+                        if last:  # the other parameters, once: DDP waits for a gradient of each
                             roots, grads = roots + rest, grads + dr
                         torch.autograd.backward(roots, grads)
         return loss.detach(), accuracy

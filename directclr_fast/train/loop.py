@@ -188,7 +188,7 @@ class Trainer:
             self.cache = GradientCache(
                 self.model, self.module, config.chunk_size, config.cache_bn, self.autocast, ranks
             )
-        self.step, self.now = 0, "before the first step"  # words for what the run is at
+        self.step, self.now = 0, "before the first step"  # now: where the run is, in words
         log = self.folder / "log.jsonl" if ranks.rank == 0 else None
         self.log = Log(log, config.batch_size, len(self.sampler), labelled=self.classes > 0)
         self.logger = Logger(config.logger if ranks.rank == 0 else "none")

@@ -51,14 +51,14 @@ def case(kind: str, d: int, temperature: float) -> dict:
     truth = evaluate(eager_loss, x1.double(), x2.double(), None, **given)
     eager = evaluate(eager_loss, x1, x2, None, **given)
     allowed = [bound(relative_error(e, t), torch.float32) for e, t in zip(eager[:3], truth)]
-    found = {"rows": kind, "d": d, **given, "eager": relative_error(eager[1], truth[1])}
+    row = {"rows": kind, "d": d, **given, "eager": relative_error(eager[1], truth[1])}
     for name, isa in (("fp32", "avx2"), ("tiles", "tiles")):
         _cpu.force_isa(isa if isa in _cpu.available_isas() else "portable")
         ours = evaluate(fast_directclr_loss, x1, x2, None, backend="cpu", **given)
         errors = [relative_error(o, t) for o, t in zip(ours[:3], truth)]
-        found[name] = errors[1]
-        found[f"{name}, of allowed"] = max(e / a for e, a in zip(errors, allowed))
-    return {**found, "products": _cpu.arithmetic()}
+        row[name] = errors[1]
+        row[f"{name}, of allowed"] = max(e / a for e, a in zip(errors, allowed))
+    return {**row, "products": _cpu.arithmetic()}
 
 
 def main() -> int:

@@ -134,7 +134,7 @@ def form(node) -> str:
 @cache
 def code_of(module: str, kernel: str) -> str:
     """The code of a kernel and of everything it reaches in its module and those it imports from."""
-    known = definitions("records") | definitions("common") | definitions(module)
+    known = definitions("layout") | definitions("common") | definitions(module)
     reached, new = {}, [kernel]
     while new:
         name = new.pop()

@@ -81,12 +81,12 @@ class Host:
 
     def trainers(self) -> list[int]:
         """Of this host's processes those that train, not the torchrun that started them."""
-        found = []
+        training = []
         for process in self.processes():
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 if b"torch.distributed.run" not in Path(f"/proc/{process}/cmdline").read_bytes():
-                    found.append(process)
-        return found
+                    training.append(process)
+        return training
 
     def processes(self) -> list[int]:
         """Of every process on this host."""
