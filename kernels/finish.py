@@ -171,7 +171,7 @@ def _add_positives_kernel(
     offs_d = offs_r + to_diagonal
     row_mask = offs_r < n
     offs_o = offs_r + to_other
-    # A block of candidates may hold nobody's positive (the ring of distributed.py).
+    # A block of candidates may hold nobody's positive (the ring of world.py).
     other_mask = row_mask & (offs_d >= 0) & (offs_d < n_diagonal)
     other_mask &= (offs_o >= 0) & (offs_o < n_other)
     diag = tl.load(diagonal + offs_d, mask=other_mask, other=0.0)[:, None]

@@ -11,7 +11,7 @@
 
 namespace directclr {
 
-// Of packed rows, and of the remainders of stored weights (kernels/records.py).
+// Of packed rows, and of the remainders of stored weights (kernels/layout.py).
 constexpr float kUnit = 32768.0f, kLoScale = 2048.0f;
 
 struct Fp16 {
