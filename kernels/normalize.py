@@ -14,7 +14,6 @@ zeros up to PITCH, 1/max(|x|, eps) in fp32, positives in fp64.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -106,32 +105,20 @@ def _normalize_kernel(
             _pack(z2, offs_2, mask_2, offs_c, value, stride_z, fp8_scale, PITCH, SPLIT, FP8)
 
 
-def normalize(layout: Layout, r: Tensor, index: Tensor | None, eps: float):
-    """z (rows, layout.row) and reciprocal norms (rows,) of one view."""
-    z = torch.empty((r.shape[0], layout.row), dtype=layout.dtype, device=r.device)
-    rnorm = torch.empty(r.shape[0], dtype=torch.float32, device=r.device)
-    _launch(layout, r, r, index, z, z, rnorm, rnorm, rnorm, 0, eps, both=False)
-    return z, rnorm
-
-
-def normalize_views(
-    layout: Layout, r1: Tensor, r2: Tensor, index: Tensor | None, offset: int, eps: float
-):
-    """(z1, z2, rnorm1, rnorm2, positives) in one launch; positives fp64 (rows of r1,)."""
-    zs = [torch.empty((len(r), layout.row), dtype=layout.dtype, device=r.device) for r in (r1, r2)]
-    rnorms = [torch.empty(len(r), dtype=torch.float32, device=r.device) for r in (r1, r2)]
-    positives = torch.empty(len(r1), dtype=torch.float64, device=r1.device)
-    _launch(layout, r1, r2, index, *zs, *rnorms, positives, offset, eps, both=True)
-    return *zs, *rnorms, positives
-
-
-def _launch(layout, r1, r2, index, z1, z2, rnorm1, rnorm2, positives, offset, eps, both) -> None:
+def normalize(
+    layout: Layout, views: list[tuple[Tensor, Tensor, Tensor]], positives: Tensor | None,
+    index: Tensor | None, offset: int, eps: float,
+) -> None:  # fmt: skip
+    """One launch: fills z (rows, layout.row) and reciprocal norms (rows,) of one or two ``views``,
+    each (r, z, rnorm); of two also ``positives`` (rows of the first,), the cosines in fp64."""
+    (r1, z1, rnorm1), (r2, z2, rnorm2) = views[0], views[-1]
     launch(
         _normalize_kernel, (cdiv(len(r2), ROWS),),
         r1, r2, r1 if index is None else index, layout.elements(z1), layout.elements(z2), rnorm1,
-        rnorm2, positives, len(r1), len(r2), layout.dim, r1.shape[1], offset, *r1.stride(),
-        *r2.stride(), layout.stride, shortest(eps), layout.fp8_scale,
-        PITCH=layout.pitch, BOTH=both, GATHERED=index is not None, SPLIT=layout.split,
+        rnorm2, rnorm1 if positives is None else positives, len(r1), len(r2), layout.dim,
+        r1.shape[1], offset, *r1.stride(), *r2.stride(), layout.stride, shortest(eps),
+        layout.fp8_scale,
+        PITCH=layout.pitch, BOTH=len(views) > 1, GATHERED=index is not None, SPLIT=layout.split,
         FP8=layout.precision == "fp8", ROWS=ROWS, COLUMNS=COLUMNS, warps=4, stages=1,
     )  # fmt: skip
 
@@ -153,12 +140,11 @@ def _positives_kernel(
     tl.store(positives + offs_1, total, mask=mask_1)
 
 
-def positives(layout: Layout, z1: Tensor, z2: Tensor, offset: int) -> Tensor:
-    """s_ip(i) in fp64, (rows of z1,), from packed rows; p(i) = i + offset lies in z2."""
-    cosines = torch.empty(len(z1), dtype=torch.float64, device=z1.device)
+def positives(layout: Layout, z1: Tensor, z2: Tensor, offset: int, cosines: Tensor) -> None:
+    """One launch: ``cosines`` (rows of z1,) become s_ip(i) in fp64, from packed rows; p(i) =
+    i + offset lies in z2."""
     launch(
         _positives_kernel, (cdiv(len(z1), ROWS),),
         layout.elements(z1), layout.elements(z2), cosines, len(z1), offset, layout.stride,
         PITCH=layout.pitch, SPLIT=layout.split, ROWS=ROWS, COLUMNS=COLUMNS, warps=4, stages=1,
     )  # fmt: skip
-    return cosines

@@ -23,6 +23,8 @@ candidate equal to the positive ties with it.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 import triton
@@ -283,6 +285,7 @@ def lines(tile: Tile, strip: slice, columns: int, programs: int, upper: bool):
     return shares, blocks * tile.rows, blocks, 0
 
 
+@lru_cache(64)
 def _share(tile: Tile, blocks: int, columns: int, programs: int) -> int:
     """Tiles of candidates that one program walks."""
     tiles = cdiv(columns, tile.columns)

@@ -636,14 +636,15 @@ def test_at_most_five_percent_of_the_tiles_are_wasted(monkeypatch, tiles_of, n, 
 def test_a_mirrored_half_has_the_bits_of_a_computed_one(precision, dim, bounded):
     for n in (200, 256, 300, 780) if precision == "fp16" else (300,):
         packing = Layout(precision, dim)
-        z, _ = hopper.normalize(packing, make_views(n, 320, dtype=torch.float32)[0], None, 1e-12)
+        view = packed._unit_rows(packing, make_views(n, 320, dtype=torch.float32)[0])
+        hopper.normalize(packing, [view], None, None, 0, 1e-12)
         w = torch.rand(n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
         factors, _ = packed._factors(Weights(w, w, w, w, w), bounded, packing.unit)
         made = []
         for mirror in (False, True):
             out = torch.full((1024 * 1024,), torch.nan, dtype=packing.dtype)
             every, tile = slice(0, n), hopper.tile(packing)
-            given = (packing, z, z, factors, 10.0, 0, every, every, out, tile, mirror)
+            given = (packing, view[1], view[1], factors, 10.0, 0, every, every, out, tile, mirror)
             made.append(hopper.weights(*given).clone())
         parts = made[1].chunk(packing.parts, 1)
         assert not any(part[:, n:].any() for part in parts)

@@ -87,7 +87,7 @@ def test_the_launches_of_a_step_are_told_apart(coarse, tmp_path):
     study.main(bench_launches, [*words.split(), "--out", str(tmp_path / "launches.json")])
     step, *absent = json.loads((tmp_path / "launches.json").read_text())["cases"]
     assert step["ms"].keys() == {
-        "normalize_views", "sums", "combine", "total", "factors", "weights", "product", "finish"
+        "normalize", "sums", "combine", "total", "factors", "weights", "product", "finish"
     }  # fmt: skip
     assert [case["schedule"] for case in absent] == ["cooperative", "ping-pong"]
     assert all(case["why_not"] for case in absent)

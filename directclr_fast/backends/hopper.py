@@ -100,55 +100,33 @@ def _input(r: Tensor):
 # ------------------------------------------------------------------------------- normalize
 
 
-def _unit_rows(layout: Layout, r: Tensor) -> tuple[Tensor, Tensor]:
-    z = torch.empty((r.shape[0], layout.row), dtype=layout.dtype, device=r.device)
-    return z, torch.empty(r.shape[0], dtype=F32, device=r.device)
-
-
-def normalize(layout: Layout, r: Tensor, index: Tensor | None, eps: float):
-    """z (rows, layout.row) and reciprocal norms (rows,) of one view."""
-    (z, rnorm), n, rows = _unit_rows(layout, r), r.shape[0], _input(r)
+def normalize(
+    layout: Layout, views: list[tuple[Tensor, Tensor, Tensor]], positives: Tensor | None,
+    index: Tensor | None, offset: int, eps: float,
+) -> None:  # fmt: skip
+    """One launch for one or two ``views``."""
+    (r1, z1, rnorm1), (r2, z2, rnorm2) = views[0], views[-1]
+    m, n = r1.shape[0], r2.shape[0]
     arguments = _cuda.NormalizeArguments(
-        r1=rows, r2=rows, z2=0, rnorm2=0, positives=0, offset=0, eps=eps, both=False,
+        r1=_input(r1), r2=_input(r2), offset=offset, eps=eps, both=len(views) > 1,
         **addresses(
-            r.device, index=(index, torch.int64, layout.dim),
-            z1=(z, layout.dtype, n * layout.row), rnorm1=(rnorm, F32, n),
-        ),
-    )  # fmt: skip
-    _cuda.normalize(_layout(layout), arguments, _stream(r))
-    return z, rnorm
-
-
-def normalize_views(
-    layout: Layout, r1: Tensor, r2: Tensor, index: Tensor | None, offset: int, eps: float
-):
-    """(z1, z2, rnorm1, rnorm2, positives) in one launch; positives fp64 (rows of r1,)."""
-    (z1, rnorm1), (z2, rnorm2) = _unit_rows(layout, r1), _unit_rows(layout, r2)
-    m, n, dtype = r1.shape[0], r2.shape[0], layout.dtype
-    cosines = torch.empty(m, dtype=F64, device=r1.device)
-    arguments = _cuda.NormalizeArguments(
-        r1=_input(r1), r2=_input(r2), offset=offset, eps=eps, both=True,
-        **addresses(
-            r1.device, index=(index, torch.int64, layout.dim), positives=(cosines, F64, m),
-            z1=(z1, dtype, m * layout.row), z2=(z2, dtype, n * layout.row),
+            r1.device, index=(index, torch.int64, layout.dim), positives=(positives, F64, m),
+            z1=(z1, layout.dtype, m * layout.row), z2=(z2, layout.dtype, n * layout.row),
             rnorm1=(rnorm1, F32, m), rnorm2=(rnorm2, F32, n),
         ),
     )  # fmt: skip
     _cuda.normalize(_layout(layout), arguments, _stream(r1))
-    return z1, z2, rnorm1, rnorm2, cosines
 
 
-def positives(layout: Layout, z1: Tensor, z2: Tensor, offset: int) -> Tensor:
-    """s_ip(i) in fp64, (rows of z1,), from packed rows; p(i) = i + offset lies in z2."""
+def positives(layout: Layout, z1: Tensor, z2: Tensor, offset: int, cosines: Tensor) -> None:
+    """One launch."""
     m, n, dtype = z1.shape[0], z2.shape[0], layout.dtype
-    cosines = torch.empty(m, dtype=F64, device=z1.device)
     at = addresses(
         z1.device, z1=(z1, dtype, m * layout.row), z2=(z2, dtype, n * layout.row),
         positives=(cosines, F64, m),
     )  # fmt: skip
     arguments = _cuda.PositivesArguments(**at, n=m, offset=offset)
     _cuda.positives(_layout(layout), arguments, _stream(z1))
-    return cosines
 
 
 # ------------------------------------------------------------------------------- sums

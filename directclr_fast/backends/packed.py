@@ -5,7 +5,7 @@ kernels.
 negatives "cross") takes 4 launches forward and, where the weights fit in one super-block, 5
 backward; the other options go through the driver over the same kernels. A subclass
 says which tiles its kernels take and hands in the kernels: an object with ``device``,
-``normalize``, ``normalize_views``, ``positives``, ``lines``, ``sums``, ``fold``, ``combine``,
+``normalize``, ``positives``, ``lines``, ``sums``, ``fold``, ``combine``,
 ``combine_blocks``, ``total``, ``factors``, ``weights``, ``product``, ``finish`` and
 ``add_positives``, as the modules of ``kernels/`` define them: a launch each, into what is given.
 """
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.layout import STORE, Factors, Side, layout_of
+from ..kernels.layout import STORE, Factors, Layout, Side, layout_of
 from ..problem import Problem
 from ..products import may_round
 from .base import Backend, Saved, Statistics, Tops, Weights
@@ -132,9 +132,9 @@ class Packed(Backend):
         tile = self._tile(kernel, layout, r1.device, not bounded)
         index = None if columns is None else columns[0]
         with self.kernels.device(r1):
-            z1, z2, rnorm1, rnorm2, cosines = self.kernels.normalize_views(
-                layout, r1, r2, index, offset, problem.eps
-            )
+            views, cosines = [_unit_rows(layout, r) for r in (r1, r2)], _cosines(r1)
+            self.kernels.normalize(layout, views, cosines, index, offset, problem.eps)
+            (_, z1, rnorm1), (_, z2, rnorm2) = views
             tops = Tops.none_yet(problem, z1, z2.shape[0]) if problem.return_stats else None
             own = self._own(layout, z1, tops)
             options = {"columns": problem.symmetric, "bounded": bounded, "tops": tops, "own": own}
@@ -332,7 +332,9 @@ class Packed(Backend):
 
     def normalize(self, problem, r, index):
         with self.kernels.device(r):
-            return self.kernels.normalize(self._layout(problem), r, index, problem.eps)
+            view = _unit_rows(layout := self._layout(problem), r)
+            self.kernels.normalize(layout, [view], None, index, 0, problem.eps)
+        return view[1:]
 
     def sums(self, problem, z1, z2, scale, kept, logits=None, tops=None, ids=None):
         layout, offset, met = self._layout(problem, z1), problem.row_offset, logits is not None
@@ -341,7 +343,8 @@ class Packed(Backend):
         own = self._own(layout, z1, tops) if exact or tops is not None else None
         if met and not exact:
             with self.kernels.device(z1):
-                torch.mul(self.kernels.positives(layout, z1, z2, offset), scale, out=logits)
+                self.kernels.positives(layout, z1, z2, offset, cosines := _cosines(z1))
+                torch.mul(cosines, scale, out=logits)
         sums = self._log_sums(problem, z1, z2, scale, offset, problem.symmetric, tops, own, ids)
         if exact:
             torch.mul(own.double(), LN2, out=logits)
@@ -422,6 +425,17 @@ class Packed(Backend):
                 add=problem.groups > 1,
             )  # fmt: skip
         return side.dots.sum(dtype=problem.statistics_dtype)
+
+
+def _unit_rows(layout: Layout, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A view as `normalize` takes it: r, and to be filled z (rows, layout.row) and the reciprocal
+    norms (rows,)."""
+    z = torch.empty((r.shape[0], layout.row), dtype=layout.dtype, device=r.device)
+    return r, z, torch.empty(r.shape[0], dtype=torch.float32, device=r.device)
+
+
+def _cosines(like: Tensor) -> Tensor:
+    return torch.empty(like.shape[0], dtype=torch.float64, device=like.device)
 
 
 def _largest_mass(state: Saved, upstream: Tensor | None) -> Tensor:
