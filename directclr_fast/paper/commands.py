@@ -113,7 +113,7 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
     )
     train.add_settings(
         parser, "data", "data_root", "download", "encoder", "image_size", "batch_size",
-        "learning_rate", "temperature", "epochs", "device",
+        "learning_rate", "epochs", "temperature", "device",
         data="default: cifar10 where it is there, otherwise patches",
         encoder="default: the budget of the set, as for the next four",
         learning_rate="the middle of the three searched",
