@@ -41,12 +41,11 @@ def problem_of(
     columns: Tensor | None,
     labels: Tensor | None = None,
     differentiable: bool = True,
-    make=Problem.of,
 ) -> Problem:
     """The record of a forward call on these tensors."""
     (rows, width), n = r1.shape, r2.shape[0]
     taken, labelled = None if columns is None else columns.shape, labels is not None
-    return make(options, rows, n, width, r1.dtype, r1.device, taken, labelled, differentiable)
+    return Problem.of(options, rows, n, width, r1.dtype, r1.device, taken, labelled, differentiable)
 
 
 # Most eager calls ask what an earlier one asked.
@@ -303,7 +302,9 @@ def run(call: Call) -> tuple[Tensor, Statistics | None]:
     wanted = r1.requires_grad or r2.requires_grad
     wanted = wanted or (temperature is not None and temperature.requires_grad)
     differentiable = inside_transform or (wanted and torch.is_grad_enabled())
-    problem = problem_of(options, r1, r2, index, labels, differentiable, _known)
+    (rows, width), taken = r1.shape, None if index is None else index.shape
+    views = rows, r2.shape[0], width, r1.dtype, r1.device
+    problem = _known(options, *views, taken, labels is not None, differentiable)
     problem = dispatch.choose(problem)
     if problem.backend == "reference":
         readable("r1 r2 columns temperature labels", r1, r2, index, temperature, labels)

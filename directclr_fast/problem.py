@@ -94,11 +94,11 @@ class Options:
 
     def reference_only(self) -> list[str]:
         """Reasons against every backend but the reference."""
-        return [
-            f"{name} {getattr(self, name)!r} is in the reference backend only"
-            for name, values in _REFERENCE_ONLY
-            if getattr(self, name) in values
-        ]
+        reasons = []
+        for name, values in _REFERENCE_ONLY:  # asked at every step: no comprehension's call
+            if getattr(self, name) in values:
+                reasons.append(f"{name} {getattr(self, name)!r} is in the reference backend only")
+        return reasons
 
     def replace(self, **changes):
         """A copy with these fields; nothing is checked."""
