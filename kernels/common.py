@@ -5,10 +5,8 @@ Everything that differs between Triton versions is here.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -149,12 +147,6 @@ class Launcher:
             kernel[grid](*args, **options)
         else:
             self.recorder(kernel, grid, args, options)
-
-    def device(self, tensor: Tensor):
-        """A context in which launches go to the device of ``tensor``."""
-        if tensor.device.type != "cuda":
-            return contextlib.nullcontext()
-        return torch.cuda.device(tensor.device)
 
 
 launch = Launcher()

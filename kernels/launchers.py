@@ -3,11 +3,8 @@
 
 from __future__ import annotations
 
-from .common import launch
 from .finish import add_positives, finish
 from .normalize import normalize, positives
 from .products import product
 from .sums import combine, combine_blocks, fold, lines, sums, total
 from .weights import factors, weights
-
-device = launch.device

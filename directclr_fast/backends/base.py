@@ -245,24 +245,15 @@ class Backend:
         return False
 
     def forward(
-        self,
-        problem: Problem,
-        r1: Tensor,
-        r2: Tensor,
-        columns: Tensor | None,
+        self, problem: Problem, r1: Tensor, r2: Tensor, columns: Tensor | None,
         scale: float | Tensor,
-    ) -> tuple[Tensor, list[Saved], Statistics | None]:
+    ) -> tuple[Tensor, list[Saved], Statistics | None]:  # fmt: skip
         """``driver.forward`` of one group, ``columns`` (1, d): the loss, 0-dim or (M,)."""
         raise NotImplementedError
 
     def backward(
-        self,
-        problem: Problem,
-        dloss: Tensor,
-        states: list[Saved],
-        columns: Tensor | None,
-        scale: float | Tensor,
-        need: tuple[bool, bool, bool],
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | float | None]:
+        self, problem: Problem, dloss: Tensor, states: list[Saved], columns: Tensor | None,
+        scale: float | Tensor, need: tuple[bool, bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | float | None]:  # fmt: skip
         """``driver.backward``: (dr1 (M, width), dr2 (N, width), dloss/dtemperature)."""
         raise NotImplementedError

@@ -6,7 +6,6 @@ Its namesake in ``kernels/`` says what the arguments are.
 
 from __future__ import annotations
 
-import contextlib
 from functools import cache
 
 import torch
@@ -47,11 +46,6 @@ def tile(layout: Layout) -> Tile:
 @cache
 def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def device(tensor: Tensor):
-    """A context in which torch's own operations go to the device of ``tensor``."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def _stream(tensor: Tensor):

@@ -4,14 +4,15 @@ kernels.
 :class:`Packed` owns the tensors and the order of launches. A call of one pair (one column group,
 negatives "cross") takes 4 launches forward and, where the weights fit in one super-block, 5
 backward; the other options go through the driver over the same kernels. A subclass
-says which tiles its kernels take and hands in the kernels: an object with ``device``,
-``normalize``, ``positives``, ``lines``, ``sums``, ``fold``, ``combine``,
-``combine_blocks``, ``total``, ``factors``, ``weights``, ``product``, ``finish`` and
-``add_positives``, as the modules of ``kernels/`` define them: a launch each, into what is given.
+says which tiles its kernels take and hands in the kernels: an object with ``normalize``,
+``positives``, ``lines``, ``sums``, ``fold``, ``combine``, ``combine_blocks``, ``total``,
+``factors``, ``weights``, ``product``, ``finish`` and ``add_positives``, as the modules of
+``kernels/`` define them: a launch each, into what is given.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from functools import cache
 from typing import NamedTuple
@@ -131,7 +132,7 @@ class Packed(Backend):
         kernel = "tops" if problem.return_stats else "sums"
         tile = self._tile(kernel, layout, r1.device, not bounded)
         index = None if columns is None else columns[0]
-        with self.kernels.device(r1):
+        with _on_device_of(r1):
             views, cosines = [_unit_rows(layout, r) for r in (r1, r2)], _cosines(r1)
             self.kernels.normalize(layout, views, cosines, index, offset, problem.eps)
             (_, z1, rnorm1), (_, z2, rnorm2) = views
@@ -168,7 +169,7 @@ class Packed(Backend):
         index = None if columns is None else columns[0]
         wanted = (need1 or (need_temperature and not need2), need2)
         per_row = problem.reduction == "none"
-        with self.kernels.device(dloss):
+        with _on_device_of(dloss):
             dloss = dloss.contiguous()
             divisor = dloss.abs().amax() if per_row else None
             upstream = dloss if divisor is None else divisor
@@ -331,7 +332,7 @@ class Packed(Backend):
         return self._layout(problem, z).unit_rows(z)
 
     def normalize(self, problem, r, index):
-        with self.kernels.device(r):
+        with _on_device_of(r):
             view = _unit_rows(layout := self._layout(problem), r)
             self.kernels.normalize(layout, [view], None, index, 0, problem.eps)
         return view[1:]
@@ -342,7 +343,7 @@ class Packed(Backend):
         exact = met and layout.precision == "highest"
         own = self._own(layout, z1, tops) if exact or tops is not None else None
         if met and not exact:
-            with self.kernels.device(z1):
+            with _on_device_of(z1):
                 self.kernels.positives(layout, z1, z2, offset, cosines := _cosines(z1))
                 torch.mul(cosines, scale, out=logits)
         sums = self._log_sums(problem, z1, z2, scale, offset, problem.symmetric, tops, own, ids)
@@ -367,14 +368,14 @@ class Packed(Backend):
         tile = self._tile(kernel, layout, z1.device, upper or not bounded)
         how = {"columns": columns, "bounded": bounded, "tops": tops, "own": own}
         how |= {"upper": upper, "ids": ids}
-        with self.kernels.device(z1):
+        with _on_device_of(z1):
             strips = self._strips(z1, z2, tile, columns, tops is not None or not bounded)
             return self._fold_strips(layout, z1, z2, scale, offset, tile, strips, **how)
 
     def products(self, problem, z1, z2, scale, pair, kept, need, ids=None):
         layout, offset = self._layout(problem, z1), problem.row_offset
         factors, unit = _factors(pair, problem.bounded(scale), layout.unit, ids)
-        with self.kernels.device(z1):
+        with _on_device_of(z1):
             dz1, dz2 = self._tile_products(problem, layout, z1, z2, scale, factors, offset, need)
             if dz1 is not None:
                 self.kernels.add_positives(layout, dz1, z2, factors.diagonal, unit, offset, 0)
@@ -392,7 +393,7 @@ class Packed(Backend):
         side = min(self._superblock(problem, layout, tile))
         step = max(tile.rows, tile.columns)
         side = max(step, side // step * step)
-        with self.kernels.device(z):
+        with _on_device_of(z):
             out = torch.empty(side * side, dtype=layout.dtype, device=z.device)
             dz.div_(unit)  # a power of two, so nothing is rounded on the way there and back
             for rows in _slices(z.shape[0], side):
@@ -418,13 +419,18 @@ class Packed(Backend):
 
     def finish(self, problem, z, rnorm, dz, dr, index):
         side = Side(z, rnorm, dz, dr, dots=True)
-        with self.kernels.device(z):
+        with _on_device_of(z):
             self.kernels.finish(
                 self._layout(problem, z), [(side, 1)], z, None, 0, upstream=None, scale=1.0,
                 factor=1.0, index=index, width=problem.width, eps=problem.eps,
                 add=problem.groups > 1,
             )  # fmt: skip
         return side.dots.sum(dtype=problem.statistics_dtype)
+
+
+def _on_device_of(tensor: Tensor):
+    """A context in which launches, and torch's own, go to the device of ``tensor``."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def _unit_rows(layout: Layout, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:

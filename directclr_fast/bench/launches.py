@@ -46,7 +46,7 @@ class Spans:
 
     def __getattr__(self, name: str):
         function = getattr(self.kernels, name)
-        if not callable(function) or name in ("device", "lines", "combine_blocks"):
+        if not callable(function) or name in ("lines", "combine_blocks"):
             return function
 
         def launch(*args, **options):

@@ -372,7 +372,7 @@ def _figures(numbers: dict, out: Path) -> dict[str, str]:
         captions["mechanism.png"] = (
             f"Seed {numbers['seeds'][0]} over training: effective ranks of r, its sub-vector and "
             "what the loss sees; effective rank of the gradient at the encoder's output and at "
-            "the input of its last block; spectrum of DirectCLR's r."
+            "the input of its last block, of at most four modes; spectrum of DirectCLR's r."
         )
         _draw_mechanism(numbers, out / "mechanism.png")
     if _agree(numbers):
